@@ -1,0 +1,131 @@
+"""The messages between the agent on a server and Repave: shapes, paths, limits. Stdlib only; both sides import it.
+
+All requests go to the provisioning listener over TLS verified with our CA alone. The agent asks, it never listens:
+
+    POST /agent/v1/hello         media token   Inventory -> {"session": TOKEN, "poll_s": 1}; the media token is dead for any other boot
+    GET  /agent/v1/plan          session       200 Plan | 204 not yet | 410 the run is over
+    POST /agent/v1/cross         session       {"plan_id", "serial"} -> {"epoch": 1, "lease_s": 60} | 410. A lost answer counts as crossed
+    GET  /agent/v1/manifest      session       the image's manifest, bytes whose SHA-256 the plan names
+    GET  /agent/v1/chunks/SHA    session       one chunk: bytes whose SHA-256 is SHA
+    GET  /agent/v1/config-drive  session       the config drive's image, bytes whose SHA-256 the plan names; only after the line
+    POST /agent/v1/progress      session       Progress -> {"lease_s": 60} | 410: stop writing at once
+    POST /agent/v1/report        session       Report -> {"then": "power-off"}
+    POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
+
+Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+SLOT_FILE = "repave-slot.json"  # at the root of the run's initramfs slot: the Slot below
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a run's boot media carry beside the cached ISO."""
+
+    run_id: str
+    agent_url: str  # https://HOST:PORT as machines see it
+    token: str  # one boot only
+    ca_pem: str
+    network: dict[str, Any] | None = None  # static settings of the provisioning NIC: {"mac","address","prefix","gateway","dns":[]}; None = DHCP
+    give_up_s: int = 300  # no answer for so long: boot the local disk
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One block device as the agent sees it. Sizes in bytes; serial and wwn stripped, "" where the device has none."""
+
+    path: str
+    size_bytes: int
+    sector_bytes: int
+    serial: str = ""
+    wwn: str = ""
+    model: str = ""
+    transport: str = ""  # nvme, sata, scsi, virtio, usb, ...
+    removable: bool = False
+    read_only: bool = False
+    rotational: bool = False
+    virtual: bool = False  # BMC virtual media, loop, ram, md, ...
+    hctl: str = ""
+    by_path: str = ""
+    boots: bool = False  # today's UEFI boot entry points to it
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What the agent found. `boot_id` is /proc/sys/kernel/random/boot_id: one boot, one id."""
+
+    boot_id: str
+    serial: str
+    uuid: str
+    macs: tuple[str, ...]
+    arch: str  # amd64, arm64
+    firmware: str  # uefi, bios
+    memory_bytes: int
+    disks: tuple[Disk, ...]
+    uptime_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the agent is told to do: one disk, named by its serial (or wwn), and nothing else."""
+
+    plan_id: str
+    disk_path: str
+    disk_serial: str
+    disk_wwn: str
+    disk_size_bytes: int
+    manifest_sha256: str
+    config_drive_sha256: str
+    config_drive_bytes: int
+    boot_label: str = "repave"
+
+
+@dataclass(frozen=True)
+class Progress:
+    epoch: int
+    stage: str  # clear, write, config-drive, read-back, boot-entry, seal
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the write ended. `error` is RepaveError.as_json or None; `stages_s` holds seconds by stage."""
+
+    epoch: int
+    verified: bool
+    disk_serial: str
+    bytes_written: int = 0
+    bytes_fetched: int = 0
+    bytes_zeroed: int = 0
+    stages_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class HomeCall:
+    """What the new OS says of itself."""
+
+    boot_id: str
+    root_disk_serial: str
+    ssh_host_keys: tuple[str, ...]  # "ssh-ed25519 AAAA..." lines
+    password_usable: bool
+
+
+def render(message: Any) -> dict[str, Any]:
+    """A message as JSON values."""
+    return dataclasses.asdict(message)
+
+
+def parse_inventory(value: dict[str, Any]) -> Inventory:
+    """Raises KeyError, TypeError or ValueError on a shape that is not an Inventory."""
+    known = {f.name for f in dataclasses.fields(Inventory)}
+    disks = tuple(Disk(**{k: v for k, v in d.items() if k in Disk.__dataclass_fields__}) for d in value["disks"])
+    fields = {k: v for k, v in value.items() if k in known} | {"disks": disks, "macs": tuple(value["macs"])}
+    return Inventory(**fields)

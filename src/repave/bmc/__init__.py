@@ -1,0 +1,81 @@
+"""The driver contract: what Repave may ask of a BMC.
+
+Every call asks for a state, not a change, and returns only after it was read back; so each may be repeated.
+All raise `errors.BmcError` with one of `errors.BMC_CLASSES` as its slug. All block (run them in a thread).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Power(enum.StrEnum):
+    """Power state as read from the BMC now."""
+
+    ON = "on"
+    OFF = "off"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class BmcAddress:
+    """Where a BMC is and how to log in. `password` never leaves the driver."""
+
+    url: str
+    username: str
+    password: str
+    tls_verify: bool | str = True  # True, False, or a path to a CA bundle
+    certificate_sha256: str | None = None  # pinned fingerprint (hex), wins over tls_verify
+    system_uri: str | None = None  # only needed where the BMC names several systems
+
+    def __repr__(self) -> str:
+        return f"BmcAddress({self.url!r}, ***)"
+
+
+@dataclass(frozen=True)
+class BmcFacts:
+    """What `probe` found; serial and uuid may be empty where the BMC does not know them."""
+
+    system_uri: str
+    manufacturer: str
+    model: str
+    serial: str
+    uuid: str
+    power: Power
+    virtual_media: tuple[str, ...]  # URIs of slots that take a CD, the one we would use first
+    boot_targets: tuple[str, ...]  # allowed BootSourceOverrideTarget values
+    macs: tuple[str, ...] = ()
+    certificate_sha256: str | None = None
+    arch: str = ""  # "amd64", "arm64" or "" where unknown
+
+
+class Bmc(Protocol):
+    """One server's BMC. One call at a time per BMC; the driver holds the lock."""
+
+    def probe(self) -> BmcFacts:
+        """What the BMC says of itself and its server. Touches nothing."""
+
+    def read_power(self) -> Power:
+        """The power state now."""
+
+    def power_on(self) -> None:
+        """The server is on, read back."""
+
+    def power_off(self, *, graceful_s: float = 0) -> bool:
+        """The server is off, read back. With `graceful_s` it is asked first for that long. Returns True when forced."""
+
+    def insert_media(self, urls: Sequence[str]) -> str:
+        """The image at one of `urls` (same image, several protocols) is in the CD slot, read back. Returns the URL taken.
+        An occupied slot is ejected first."""
+
+    def eject_media(self) -> None:
+        """No media of ours are in any CD slot. Succeeds when there is nothing to do."""
+
+    def boot_from_media_once(self) -> None:
+        """The next boot is from the CD, read back (`Continuous` after `Once` was asked counts: see `boot_from_disk`)."""
+
+    def boot_from_disk(self) -> None:
+        """No override is in force, or it names the disk; read back."""

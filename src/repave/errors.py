@@ -1,0 +1,168 @@
+"""Every error Repave raises on purpose, sorted by who must act.
+
+One table, `CATALOGUE`, holds what is known of each code: docs/errors.md, `repave explain`, the wire and the pages read it.
+An error object adds only what happened this time (`detail`). Texts for clients never hold BMC addresses, paths or SQL.
+
+Codes: 1 request, 2 BMC, 3 server and disk, 4 image, 5 new OS, 9 us.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+
+class Who(enum.StrEnum):
+    """Who must act."""
+
+    REQUEST = "request"
+    BMC = "bmc"
+    SERVER = "server"
+    IMAGE = "image"
+    NEW_OS = "new-os"
+    US = "repave"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known of one code, whatever the case at hand."""
+
+    code: str
+    slug: str
+    title: str
+    cause: str
+    do: str
+    untouched: str
+    who: Who
+    retryable: bool
+
+
+def _table(*rows: tuple[str, str, Who, bool, str, str, str, str]) -> dict[str, Problem]:
+    return {
+        slug: Problem(f"Repave.{number}", slug, title, cause, do, untouched, who, retryable)
+        for number, slug, who, retryable, title, cause, do, untouched in rows
+    }
+
+
+_NOTHING = "the server was not powered and not written"
+_DISK = "the root disk was not written"
+_ERASED = "data disks; the root disk is erased and cannot boot by design"
+
+# fmt: off
+CATALOGUE: dict[str, Problem] = _table(
+    # 1: request
+    ("1001", "bad-request", Who.REQUEST, False, "The request is not valid.", "A field has a value that is not allowed.", "Correct the field that is named.", "everything"),
+    ("1002", "not-found", Who.REQUEST, False, "There is no such thing.", "The name or id is not known in this project.", "Look at the list: repave server ls, repave image ls.", "everything"),
+    ("1003", "conflict", Who.REQUEST, False, "It exists already, or is in use.", "The name or id is taken, or a run needs it.", "Choose another name, or wait for the run to end.", "everything"),
+    ("1004", "not-allowed", Who.REQUEST, False, "This key may not do that.", "The key's role or project does not allow it.", "Use a key with the role named, or ask an admin.", "everything"),
+    ("1005", "not-logged-in", Who.REQUEST, False, "Who you are is not known.", "No token or signature, or one that is not valid.", "Set REPAVE_TOKEN, or run repave init on the server.", "everything"),
+    ("1006", "in-progress", Who.REQUEST, True, "A reinstall of this server is under way.", "An earlier batch has not ended.", "repave batch watch", "this request started nothing"),
+    # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
+    ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _NOTHING),
+    ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),
+    ("2103", "auth", Who.BMC, False, "The BMC refuses user name or password.", "Wrong or expired credentials, or a locked account.", "repave server set NAME --user USER --password-stdin.", _NOTHING),
+    ("2104", "forbidden", Who.BMC, False, "The BMC account may not do that.", "The account lacks a privilege or licence.", "Give the account the Operator or Administrator role.", _NOTHING),
+    ("2105", "not_redfish", Who.BMC, False, "The address does not speak Redfish.", "The answer is not a Redfish service root.", "Check the address; enable Redfish in the BMC.", _NOTHING),
+    ("2106", "no_system", Who.BMC, False, "The BMC names no server.", "No ComputerSystem of the kind we reinstall.", "Check the address: is it a chassis manager?", _NOTHING),
+    ("2107", "ambiguous_system", Who.BMC, False, "The BMC names several servers.", "More than one ComputerSystem could be the host.", "repave server set NAME --system URI.", _NOTHING),
+    ("2108", "no_virtual_media", Who.BMC, False, "The BMC has no virtual CD.", "No virtual media slot that takes a CD, or no licence.", "Enable virtual media; a licence may be needed.", _NOTHING),
+    ("2109", "media_protocol", Who.BMC, False, "The BMC can not fetch our media by this protocol.", "None of the URLs has a protocol that it takes.", "Offer https or another media_url.", _DISK),
+    ("2111", "media_rejected", Who.BMC, True, "The BMC refused our media.", "InsertMedia was answered with an error.", "Read the detail; can the BMC reach media_url?", _DISK),
+    ("2112", "media_not_inserted", Who.BMC, True, "The media are not in the drive.", "InsertMedia was accepted, but reading back shows an empty or another drive.", "Can the BMC reach media_url? Then retry.", _DISK),
+    ("2113", "boot_override_rejected", Who.BMC, True, "The BMC refused the one-time boot order.", "The boot override was answered with an error.", "Set UEFI mode in the firmware; retry.", _DISK),
+    ("2110", "boot_override_ignored", Who.BMC, True, "The server did not boot our media.", "The one-time boot order was accepted and ignored, or the ramdisk did not come up.", "Look at the console; set UEFI mode in the firmware; retry.", _DISK),
+    ("2114", "power_failed", Who.BMC, True, "The power state did not change.", "Reading back shows another state than was asked for.", "Look at the server; retry.", _DISK),
+    ("2115", "busy", Who.BMC, True, "The BMC is busy.", "It refuses work for now, or has no free login.", "Wait a minute, then retry.", _DISK),
+    ("2116", "timeout", Who.BMC, True, "The BMC took too long.", "An answer or a task did not end in time.", "Retry; reset the BMC if it stays so.", _DISK),
+    ("2117", "protocol", Who.BMC, False, "The BMC gave an answer that makes no sense.", "Malformed, too large, too deep, or from elsewhere.", "Update its firmware; send us the answer.", _DISK),
+    # 3: server and disk
+    ("3101", "no-root-disk", Who.SERVER, False, "No disk can be the root disk.", "No candidate: removable, virtual and read-only disks do not count.", "Check the disks; repave server set NAME --root-disk.", "all disks"),
+    ("3102", "ambiguous-root-disk", Who.SERVER, False, "Several disks could be the root disk.", "No recorded serial, hint or boot entry decides.", "repave server set NAME --root-disk serial=SERIAL.", "all disks"),
+    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "Check cabling and address; add it as a new server.", "all disks"),
+    ("3104", "disk-too-small", Who.SERVER, False, "The root disk is smaller than the image.", "The image needs more bytes than the disk has.", "Choose a smaller image or another disk.", "all disks"),
+    ("3105", "sector-size", Who.SERVER, False, "Image and disk have different sector sizes.", "The image is made for other logical sectors.", "Use an image made for the disk's sector size.", "all disks"),
+    ("3106", "arch-mismatch", Who.SERVER, False, "The image is for another architecture.", "Server and image differ in arch or boot mode.", "Use an image for this architecture and boot mode.", _NOTHING),
+    ("3107", "disk-write", Who.SERVER, True, "The root disk refused a write.", "The kernel reported an I/O error.", "Replace the disk, then retry.", _ERASED),
+    ("3108", "agent-silent", Who.SERVER, True, "The ramdisk stopped reporting.", "No word from the agent within its lease.", "Look at the console; retry.", _ERASED),
+    ("3109", "read-back", Who.SERVER, True, "The disk gave back other bytes than were written.", "Read-back after the flush differs.", "Replace the disk, then retry.", _ERASED),
+    ("3110", "disk-changed", Who.SERVER, False, "The disk is not the one in the plan.", "Serial or size changed between plan and write.", "Check the disks, then retry.", "all disks"),
+    ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
+    # 4: image
+    ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Not raw or qcow2, or it refers to other files, or it is too large.", "Convert it: qemu-img convert -O qcow2.", "everything"),
+    ("4102", "image-damaged", Who.IMAGE, False, "The stored image is damaged.", "A chunk is missing or has another digest than its manifest.", "Import the image again.", "see the run: found before or after the line"),
+    ("4103", "image-missing", Who.IMAGE, False, "The image is not there.", "It was removed, or never imported.", "repave image ls; repave image import FILE.", _NOTHING),
+    ("4104", "image-quota", Who.IMAGE, False, "The image store is full.", "The quota or the disk would be passed.", "repave image rm IMAGE, or raise images_quota_bytes.", "everything"),
+    # 5: new OS
+    ("5101", "no-proof", Who.NEW_OS, True, "The new OS did not prove itself.", "It did not start, has no network, or cloud-init did not run.", "Look at the console; the image is on the disk.", "data disks; the image on the root disk is verified"),
+    ("5102", "wrong-disk-booted", Who.NEW_OS, False, "Another disk booted than the one we wrote.", "The proof names another root disk.", "Correct the boot order in the firmware.", "data disks"),
+    # 9: us
+    ("9001", "internal", Who.US, True, "Repave made a mistake.", "An error that nobody foresaw.", "Send us the request id and the log.", "see the run"),
+    ("9002", "deadline", Who.US, True, "It took too long.", "The deadline of this step passed.", "Look at the console; retry.", "see the run"),
+    ("9003", "password-gone", Who.US, False, "The password of this run is gone.", "Its key was destroyed when the run ended.", "Send the reinstall again.", _NOTHING),
+    ("9004", "restore-failed", Who.US, True, "The old OS could not be powered on again.", "Before the line; reading back did not show power on.", "Power the server on; its disk is untouched.", "the root disk was not written"),
+    ("9005", "service-unreachable", Who.US, True, "The service does not answer.", "It is not running, or the address is wrong.", "repave serve, or set REPAVE_ENDPOINT.", "everything"),
+    ("9006", "stale-run", Who.US, False, "This run is over.", "Another run, or the end of this one, came first.", "Nothing; look at repave batch ls.", "everything"),
+)
+# fmt: on
+
+BMC_CLASSES = tuple(slug for slug, p in CATALOGUE.items() if p.who is Who.BMC)
+
+
+class RepaveError(Exception):
+    """Base of every error raised on purpose: a row of the catalogue and what happened this time.
+
+    `context` holds JSON values only (field, ids, step, ...). `str(error)` is fit for a client: title, then detail.
+    """
+
+    def __init__(self, slug: str, detail: str = "", **context: Any) -> None:
+        self.problem = CATALOGUE[slug]
+        self.detail = detail
+        self.context = context
+        super().__init__(f"{self.problem.title} {detail}".strip())
+
+    @property
+    def code(self) -> str:
+        return self.problem.code
+
+    @property
+    def slug(self) -> str:
+        return self.problem.slug
+
+    @property
+    def retryable(self) -> bool:
+        return self.problem.retryable
+
+    def as_json(self) -> dict[str, Any]:
+        """The shape of an error in our API, CLI and database (docs/api.md)."""
+        p = self.problem
+        return {
+            "code": p.code, "class": p.slug, "title": p.title, "cause": self.detail or p.cause, "who": p.who.value,
+            "retryable": p.retryable, "untouched": p.untouched, "do": p.do,
+        } | ({"context": self.context} if self.context else {})  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RepaveError:
+        """The error that `as_json` rendered, with its class again: what a recorded step failure becomes after a restart."""
+        kind = {"BmcError": BmcError}.get(value.get("type", ""), cls)
+        return kind(value["class"], value.get("cause", ""), **value.get("context", {}))
+
+
+class RunFailed(RepaveError):
+    """A step of a run failed on purpose; the workflow catches this and nothing wider."""
+
+
+class BmcError(RunFailed):
+    """The BMC did not do what was asked, or could not be asked. `slug` is one of BMC_CLASSES."""
+
+
+class DeadlinePassed(RunFailed):
+    """A wait or a step took longer than its deadline."""
+
+
+class ImageError(RunFailed):
+    """An image is refused, missing or damaged."""
+
+
+class RequestError(RepaveError):
+    """The client must correct its request; nothing was done."""
