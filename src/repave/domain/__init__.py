@@ -1,0 +1,1 @@
+"""Pure rules: stdlib only, no network, disk or clock."""
