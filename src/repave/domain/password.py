@@ -6,7 +6,12 @@ import string
 
 SPECIAL = "!@$%^-_=+[{}]:,./?"
 MIN_LENGTH, MAX_LENGTH = 8, 26
-_CLASSES = {"upper": string.ascii_uppercase, "lower": string.ascii_lowercase, "digit": string.digits, "special": SPECIAL}
+_CLASSES = {
+    "upper": string.ascii_uppercase,
+    "lower": string.ascii_lowercase,
+    "digit": string.digits,
+    "special": SPECIAL,
+}
 _ALLOWED = set("".join(_CLASSES.values()))
 
 

@@ -16,7 +16,7 @@ Disk = Mapping[str, Any]  # agent.protocol.Disk as JSON values
 
 
 def parse_hints(text: str) -> dict[str, Any]:
-    """"serial=ABC,rotational=false" as hints. Raises ValueError naming the hint. `size` is in GiB, as in Ironic."""
+    """ "serial=ABC,rotational=false" as hints. Raises ValueError naming the hint. `size` is in GiB, as in Ironic."""
     hints: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, found, value = part.partition("=")

@@ -1,0 +1,118 @@
+"""Secrets: a type that never shows itself, and the sealer that keeps them out of the database in clear.
+
+AES-256-GCM under the key file (outside the database, 0600). A run's secrets are sealed under the run's own key, itself sealed in
+the run's row and overwritten when the run ends: deleted rows stay in SQLite's file, so keys are what we erase (design.md 14).
+Run keys are derived from a per-run salt that lives in a file beside the key file, so destroying is a file removal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets as _secrets
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from repave.errors import RunFailed
+
+
+class Secret:
+    """A value whose repr and str are `***`; `reveal()` gives it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+
+def new_token() -> str:
+    """32 random bytes, URL-safe."""
+    return _secrets.token_urlsafe(32)
+
+
+def fingerprint(token: str) -> str:
+    """What the database keeps of a token: its SHA-256 (tokens are random, so no slow hash is needed)."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Sealer:
+    """Seals with the key file's key; `run_keys` is a folder with one 32-byte file a live run."""
+
+    def __init__(self, key: bytes, run_keys: Path) -> None:
+        self._key, self._run_keys = key, run_keys
+        run_keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @classmethod
+    def open(cls, key_path: Path) -> Sealer:
+        """The sealer of this key file; made if missing (0600)."""
+        if not key_path.exists():
+            write_private(key_path, os.urandom(32))
+        return cls(key_path.read_bytes(), key_path.parent / "run-keys")
+
+    def seal(self, value: str, *, about: str) -> str:
+        """Hex of nonce and ciphertext; `about` (table, row) is authenticated, so a value can not be moved to another row."""
+        return _seal(self._key, value, about)
+
+    def unseal(self, sealed: str, *, about: str) -> str:
+        return _unseal(self._key, sealed, about)
+
+    def seal_for_run(self, run_id: str, value: str) -> str:
+        path = self._run_keys / run_id
+        if not path.exists():
+            write_private(path, os.urandom(32))
+        return _seal(self._run_key(run_id), value, f"run:{run_id}")
+
+    def unseal_for_run(self, run_id: str, sealed: str) -> str:
+        """Raises RunFailed password-gone when the run's key was destroyed."""
+        return _unseal(self._run_key(run_id), sealed, f"run:{run_id}")
+
+    def derive_for_run(self, run_id: str, purpose: str) -> str:
+        """A token of this run for one purpose (media, session, nonce): the same each time it is asked for, gone with the key."""
+        return hmac.new(self._run_key(run_id), purpose.encode(), hashlib.sha256).hexdigest()
+
+    def destroy_run(self, run_id: str) -> None:
+        """Nothing sealed or derived for this run can be had again. Repeatable."""
+        (self._run_keys / run_id).unlink(missing_ok=True)
+
+    def _run_key(self, run_id: str) -> bytes:
+        try:
+            salt = (self._run_keys / run_id).read_bytes()
+        except FileNotFoundError:
+            raise RunFailed("password-gone") from None
+        return hmac.new(self._key, salt + run_id.encode(), hashlib.sha256).digest()
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """The file holds `data`, mode 0600, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)
+
+
+def _seal(key: bytes, value: str, about: str) -> str:
+    nonce = os.urandom(12)
+    return (nonce + AESGCM(key).encrypt(nonce, value.encode(), about.encode())).hex()
+
+
+def _unseal(key: bytes, sealed: str, about: str) -> str:
+    raw = bytes.fromhex(sealed)
+    try:
+        return AESGCM(key).decrypt(raw[:12], raw[12:], about.encode()).decode()
+    except InvalidTag:
+        raise RunFailed("internal", "A sealed value does not open: is this the right key file?") from None

@@ -1,0 +1,105 @@
+"""The tables. SQLite and PostgreSQL alike; DBOS keeps its own beside them (never name a table like one of its)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Column, ForeignKey, Integer, Text
+
+META = sa.MetaData()
+
+
+class Utc(sa.TypeDecorator[datetime]):
+    """Aware UTC in Python, fixed-width ISO text in the database: sorts and compares the same on both databases."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> str | None:
+        return None if value is None else value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+    def process_result_value(self, value: Any, dialect: Any) -> datetime | None:
+        return None if value is None else datetime.strptime(value, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
+
+
+def _id() -> Column[str]:
+    return Column("id", Text, primary_key=True)
+
+
+def _text(name: str, *, null: bool = False) -> Column[str]:
+    return Column(name, Text, nullable=null)
+
+
+def _json(name: str) -> Column[Any]:
+    return Column(name, sa.JSON(none_as_null=True), nullable=True)
+
+
+def _at(name: str, *, null: bool = True) -> Column[datetime]:
+    return Column(name, Utc, nullable=null)
+
+
+def _ref(name: str, table: str) -> Column[str]:
+    return Column(name, Text, ForeignKey(f"{table}.id"), nullable=False, index=True)
+
+
+PROJECTS = sa.Table("projects", META, _id(), Column("name", Text, nullable=False, unique=True), _text("domain_id"))
+
+CREDENTIALS = sa.Table(
+    "credentials", META, _id(), _ref("project_id", "projects"), _text("name"), _text("role"),
+    Column("ak", Text, nullable=False, unique=True), _text("sk_sealed"), Column("token_sha256", Text, nullable=False, unique=True),
+    _at("expires_at"), _at("created_at", null=False),
+)  # fmt: skip
+
+SERVERS = sa.Table(
+    "servers", META, _id(), Column("name", Text, nullable=False, unique=True), _ref("project_id", "projects"),
+    _text("bmc_url"), _text("bmc_username"), _text("bmc_password_sealed"), _text("bmc_tls_verify"),
+    _text("bmc_certificate_sha256", null=True), _text("bmc_system_uri", null=True),
+    _text("manufacturer"), _text("model"), _text("serial"), _text("uuid"), _json("macs"), _text("arch"), _text("boot"),
+    _text("rack"), _text("unit"), _json("root_disk"), _json("network"), _text("power", null=True), _at("power_at"),
+    Column("epoch", Integer, nullable=False, default=0), _at("created_at", null=False),
+)  # fmt: skip
+
+IMAGES = sa.Table(
+    "images", META, _id(), _ref("project_id", "projects"), _text("name"), _text("os_type"), _text("arch"), _text("boot"),
+    _text("manifest_sha256"), Column("size_bytes", sa.BigInteger, nullable=False), Column("sector_bytes", Integer, nullable=False),
+    Column("stored_bytes", sa.BigInteger, nullable=False), Column("data_bytes", sa.BigInteger, nullable=False),
+    _at("created_at", null=False), sa.UniqueConstraint("project_id", "name"),
+)  # fmt: skip
+
+INSTANCES = sa.Table(
+    "instances", META, _id(), _text("name"), _ref("project_id", "projects"),
+    Column("server_id", Text, ForeignKey("servers.id"), nullable=False, unique=True),
+    _text("image_id", null=True), _text("state"), _text("operation_state", null=True), _json("error"), _json("ssh_host_keys"),
+    _text("os_type"), _at("created_at", null=False), _at("updated_at", null=False), _at("launched_at"),
+)  # fmt: skip
+
+BATCHES = sa.Table(
+    "batches", META, _id(), _ref("project_id", "projects"), _text("image_id", null=True), _text("created_by"),
+    _at("created_at", null=False), _at("ended_at"),
+)  # fmt: skip
+
+RUNS = sa.Table(
+    "runs", META, _id(), _ref("batch_id", "batches"), _ref("project_id", "projects"), _ref("instance_id", "instances"),
+    _ref("server_id", "servers"), _text("image_id"), Column("epoch", Integer, nullable=False),
+    _text("found_state"), _text("found_image_id", null=True), _text("step"),
+    _at("created_at", null=False), _at("started_at"), _at("deadline_at", null=False), _at("ready_at"), _at("crossed_at"),
+    _at("verified_at"), _at("closed_at"), _at("ended_at"), _text("outcome", null=True), _json("error"), _json("ssh_keys"), _text("user_data"),
+    _text("secret_sealed", null=True), _text("token_sha256", null=True), _text("session_sha256", null=True),
+    _text("boot_id", null=True), _text("nonce_sha256", null=True), _json("inventory"), _json("plan"), _json("progress"), _json("report"),
+    _json("proof"), _at("seen_at"), _at("lease_until"),
+)  # fmt: skip
+sa.Index("runs_token", RUNS.c.token_sha256)
+sa.Index("runs_session", RUNS.c.session_sha256)
+sa.Index("runs_live", RUNS.c.ended_at)
+
+EVENTS = sa.Table(
+    "events", META, Column("seq", Integer, primary_key=True, autoincrement=True), _at("at", null=False), _text("project_id"), _text("type"),
+    _text("batch_id", null=True), _text("run_id", null=True), _text("server_id", null=True), _text("actor"), _json("data"),
+)  # fmt: skip
+sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
+
+ANSWERS = sa.Table("answers", META, Column("key", Text, primary_key=True), _json("answer"), _at("at", null=False))
+
+SETTINGS = sa.Table("settings", META, Column("name", Text, primary_key=True), _text("value"))
