@@ -6,6 +6,7 @@ An error object adds only what happened this time (`detail`). Texts for clients 
 Codes: 1 request, 2 BMC, 3 server and disk, 4 image, 5 new OS, 9 us.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import enum

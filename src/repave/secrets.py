@@ -1,8 +1,7 @@
 """Secrets: a type that never shows itself, and the sealer that keeps them out of the database in clear.
 
-AES-256-GCM under the key file (outside the database, 0600). A run's secrets are sealed under the run's own key, itself sealed in
-the run's row and overwritten when the run ends: deleted rows stay in SQLite's file, so keys are what we erase (design.md 14).
-Run keys are derived from a per-run salt that lives in a file beside the key file, so destroying is a file removal.
+AES-256-GCM under the key file (outside the database, 0600). A run's secrets are sealed under the run's own key, which is derived
+from a salt in a file of its own beside the key file: deleted rows stay in SQLite's file, so keys are what we erase (design.md 14).
 """
 
 from __future__ import annotations
@@ -81,9 +80,29 @@ class Sealer:
         """A token of this run for one purpose (media, session, nonce): the same each time it is asked for, gone with the key."""
         return hmac.new(self._run_key(run_id), purpose.encode(), hashlib.sha256).hexdigest()
 
+    def keep_for_run(self, run_id: str, name: str, data: bytes) -> None:
+        """`data` is kept sealed until the run's key is destroyed."""
+        nonce = os.urandom(12)
+        sealed = nonce + AESGCM(self._run_key(run_id)).encrypt(nonce, data, name.encode())
+        write_private(self._run_keys / f"{run_id}.{name}", sealed)
+
+    def read_for_run(self, run_id: str, name: str) -> bytes:
+        """What `keep_for_run` kept. Raises RunFailed password-gone after the end."""
+        key, path = self._run_key(run_id), self._run_keys / f"{run_id}.{name}"
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            raise RunFailed("password-gone") from None
+        return AESGCM(key).decrypt(raw[:12], raw[12:], name.encode())
+
+    def list_old_runs(self, *, before: float) -> set[str]:
+        """The runs whose keys were made before this moment (seconds since 1970)."""
+        return {path.name.split(".")[0] for path in self._run_keys.iterdir() if path.stat().st_mtime < before}
+
     def destroy_run(self, run_id: str) -> None:
         """Nothing sealed or derived for this run can be had again. Repeatable."""
-        (self._run_keys / run_id).unlink(missing_ok=True)
+        for path in (self._run_keys / run_id, *self._run_keys.glob(f"{run_id}.*")):
+            path.unlink(missing_ok=True)
 
     def _run_key(self, run_id: str) -> bytes:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -32,7 +32,7 @@ from repave.domain.model import (
     Step,
 )
 from repave.domain.states import Ending, next_situation
-from repave.errors import RequestError
+from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer, fingerprint
 from repave.store import rows
 from repave.store.tables import (
@@ -50,6 +50,7 @@ from repave.store.tables import (
 )
 
 Enqueue = Callable[[sa.Connection, Sequence["NewRun"]], None]
+Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Store:
 
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         self.engine, self.sealer, self.now = engine, sealer, now
+        self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:
@@ -98,19 +100,17 @@ class Store:
         with self.engine.connect().execution_options(repave_write=True) as conn, conn.begin():
             yield conn
 
-    def _rows(self, statement: sa.Select[Any]) -> list[Mapping[str, Any]]:
+    def _rows(self, statement: sa.Select[Any]) -> list[sa.RowMapping]:
         with self.engine.connect() as conn:
             return [r._mapping for r in conn.execute(statement)]
 
-    def _row(self, statement: sa.Select[Any]) -> Mapping[str, Any] | None:
+    def _row(self, statement: sa.Select[Any]) -> sa.RowMapping | None:
         found = self._rows(statement.limit(1))
         return found[0] if found else None
 
     def _event(self, conn: sa.Connection, type_: str, project_id: str, *, actor: str = "repave", **about: Any) -> None:
         ids = {name: about.pop(name, None) for name in ("batch_id", "run_id", "server_id")}
-        conn.execute(
-            sa.insert(EVENTS).values(at=self.now(), project_id=project_id, type=type_, actor=actor, data=about, **ids)
-        )
+        conn.execute(sa.insert(EVENTS).values(at=self.now(), project_id=project_id, type=type_, actor=actor, data=about, **ids))
 
     # ---- projects and credentials ----
 
@@ -130,9 +130,7 @@ class Store:
         row = self._row(sa.select(PROJECTS).where(sa.or_(PROJECTS.c.id == project_id, PROJECTS.c.name == project_id)))
         return rows.project(row) if row else None
 
-    def add_credential(
-        self, project_id: str, name: str, role: Role, *, expires_at: datetime | None = None
-    ) -> tuple[Credential, str, str]:
+    def add_credential(self, project_id: str, name: str, role: Role, *, expires_at: datetime | None = None) -> tuple[Credential, str, str]:
         """The credential, its SK and its token: shown once, kept sealed and hashed."""
         ak, sk, token = secrets.token_hex(10).upper(), secrets.token_urlsafe(30), secrets.token_urlsafe(32)
         made = Credential(new_id(), project_id, name, role, ak, expires_at, self.now())
@@ -144,9 +142,7 @@ class Store:
         return made, sk, token
 
     def list_credentials(self, project_id: str) -> list[Credential]:
-        return [
-            rows.credential(r) for r in self._rows(sa.select(CREDENTIALS).where(CREDENTIALS.c.project_id == project_id))
-        ]
+        return [rows.credential(r) for r in self._rows(sa.select(CREDENTIALS).where(CREDENTIALS.c.project_id == project_id))]
 
     def remove_credential(self, project_id: str, credential_id: str) -> None:
         with self._write() as conn:
@@ -170,9 +166,7 @@ class Store:
 
     # ---- servers and their instances ----
 
-    def add_server(
-        self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave"
-    ) -> Instance:
+    def add_server(self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave") -> Instance:
         """The server and its one instance: adopted = running with an unknown image, blank = error, no OS yet."""
         now = self.now()
         error = None
@@ -205,23 +199,17 @@ class Store:
             sealed = self.sealer.seal(bmc_password, about=f"bmc:{server.id}")
             conn.execute(sa.insert(SERVERS).values(**values, bmc_password_sealed=sealed, epoch=0))
             conn.execute(sa.insert(INSTANCES).values(**asdict(made) | {"state": state.value, "ssh_host_keys": []}))
-            self._event(
-                conn, "server.added", server.project_id, server_id=server.id, actor=actor, name=server.name, blank=blank
-            )
+            self._event(conn, "server.added", server.project_id, server_id=server.id, actor=actor, name=server.name, blank=blank)
         return made
 
     def _refuse_known_server(self, conn: sa.Connection, server: Server) -> None:
-        same_board = sa.and_(SERVERS.c.uuid == server.uuid, SERVERS.c.serial == server.serial, server.uuid != "")
+        same_board = sa.and_(SERVERS.c.uuid == server.uuid, SERVERS.c.serial == server.serial, SERVERS.c.uuid != "")
         if conn.execute(sa.select(SERVERS.c.id).where(SERVERS.c.name == server.name)).first():
             raise RequestError("conflict", f"A server {server.name!r} exists already.", field="name")
         if conn.execute(sa.select(SERVERS.c.id).where(same_board)).first():
-            raise RequestError(
-                "conflict", f"{server.name}: a server with this serial and UUID exists already.", field="bmc_url"
-            )
+            raise RequestError("conflict", f"{server.name}: a server with this serial and UUID exists already.", field="bmc_url")
 
-    def set_server(
-        self, server_id: str, *, bmc_password: str | None = None, actor: str = "repave", **changes: Any
-    ) -> None:
+    def set_server(self, server_id: str, *, bmc_password: str | None = None, actor: str = "repave", **changes: Any) -> None:
         with self._write() as conn:
             if bmc_password is not None:
                 changes["bmc_password_sealed"] = self.sealer.seal(bmc_password, about=f"bmc:{server_id}")
@@ -242,18 +230,12 @@ class Store:
             conn.execute(sa.delete(SERVERS).where(SERVERS.c.id == server_id))
             self._event(conn, "server.removed", project_id, server_id=server_id, actor=actor)
 
-    def list_servers(
-        self, project_id: str, *, after: str | None = None, limit: int = 100_000
-    ) -> tuple[list[Server], int]:
+    def list_servers(self, project_id: str, *, after: str | None = None, limit: int = 100_000) -> tuple[list[Server], int]:
         found, total = self._page(SERVERS, [SERVERS.c.project_id == project_id], after, limit)
         return [rows.server(r) for r in found], total
 
     def find_server(self, project_id: str, server_id: str) -> Server | None:
-        row = self._row(
-            sa.select(SERVERS).where(
-                SERVERS.c.project_id == project_id, sa.or_(SERVERS.c.id == server_id, SERVERS.c.name == server_id)
-            )
-        )
+        row = self._row(sa.select(SERVERS).where(SERVERS.c.project_id == project_id, sa.or_(SERVERS.c.id == server_id, SERVERS.c.name == server_id)))
         return rows.server(row) if row else None
 
     def get_server(self, server_id: str) -> Server:
@@ -294,9 +276,7 @@ class Store:
         row = self._row(sa.select(INSTANCES).where(INSTANCES.c.project_id == project_id, INSTANCES.c.id == instance_id))
         return rows.instance(row) if row else None
 
-    def _page(
-        self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int
-    ) -> tuple[list[Mapping[str, Any]], int]:
+    def _page(self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int) -> tuple[list[sa.RowMapping], int]:
         counted = self._row(sa.select(sa.func.count().label("n")).select_from(table).where(*where))
         assert counted is not None
         page = sa.select(table).where(*where).order_by(table.c.id).limit(limit)
@@ -313,10 +293,7 @@ class Store:
             self._event(conn, "image.added", image.project_id, actor=actor, image=image.id, name=image.name)
 
     def list_images(self, project_id: str) -> list[Image]:
-        return [
-            rows.image(r)
-            for r in self._rows(sa.select(IMAGES).where(IMAGES.c.project_id == project_id).order_by(IMAGES.c.name))
-        ]
+        return [rows.image(r) for r in self._rows(sa.select(IMAGES).where(IMAGES.c.project_id == project_id).order_by(IMAGES.c.name))]
 
     def find_image(self, project_id: str, image_id: str) -> Image | None:
         row = self._row(sa.select(IMAGES).where(IMAGES.c.project_id == project_id, IMAGES.c.id == image_id))
@@ -334,9 +311,7 @@ class Store:
 
     # ---- batches and runs ----
 
-    def accept_batch(
-        self, batch: Batch, runs: Sequence[NewRun], *, enqueue: Enqueue, answer_key: str | None, answer: dict[str, Any]
-    ) -> None:
+    def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, enqueue: Enqueue, answer_key: str | None, answer: dict[str, Any]) -> None:
         """Batch, runs, states, audit rows, the stored answer and the queued workflows: all or none.
 
         Raises RequestError in-progress, naming the ids, where an instance is no longer in the state it was found in.
@@ -348,12 +323,7 @@ class Store:
             if late:
                 raise RequestError("in-progress", "", kind="state", ids=late)
             for run in runs:
-                bump = (
-                    sa.update(SERVERS)
-                    .where(SERVERS.c.id == run.server.id)
-                    .values(epoch=SERVERS.c.epoch + 1)
-                    .returning(SERVERS.c.epoch)
-                )
+                bump = sa.update(SERVERS).where(SERVERS.c.id == run.server.id).values(epoch=SERVERS.c.epoch + 1).returning(SERVERS.c.epoch)
                 epoch = conn.execute(bump).scalar_one()
                 conn.execute(sa.insert(RUNS).values(
                     id=run.id, batch_id=batch.id, project_id=batch.project_id, instance_id=run.instance.id, server_id=run.server.id,
@@ -375,9 +345,7 @@ class Store:
                 conn.execute(sa.insert(ANSWERS).values(key=answer_key, answer=answer, at=now))
             enqueue(conn, runs)
 
-    def _move(
-        self, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any
-    ) -> bool:
+    def _move(self, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
         """Compare-and-set of the instance's state by the table in domain/states.py."""
         after = next_situation(instance.state, ending, found)
         values = {
@@ -391,10 +359,14 @@ class Store:
         return conn.execute(sa.update(INSTANCES).where(where).values(**values | also)).rowcount == 1
 
     def get_run(self, run_id: str) -> RunRow:
-        row = self._row(sa.select(RUNS).where(RUNS.c.id == run_id))
-        if row is None:
+        run = self.find_run(run_id)
+        if run is None:
             raise RequestError("not-found", "There is no such run.", kind="run")
-        return rows.run(row)
+        return run
+
+    def find_run(self, run_id: str) -> RunRow | None:
+        row = self._row(sa.select(RUNS).where(RUNS.c.id == run_id))
+        return rows.run(row) if row else None
 
     def find_run_by_token(self, token: str) -> RunRow | None:
         row = self._row(sa.select(RUNS).where(RUNS.c.token_sha256 == fingerprint(token)))
@@ -413,9 +385,7 @@ class Store:
         row = self._row(sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == run_id))
         return self.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else "")
 
-    def list_runs(
-        self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None
-    ) -> list[RunRow]:
+    def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
         query = sa.select(RUNS).order_by(RUNS.c.id)
         if batch_id is not None:
             query = query.where(RUNS.c.batch_id == batch_id)
@@ -463,7 +433,10 @@ class Store:
                 "seen_at": self.now(),
                 "ready_at": sa.func.coalesce(RUNS.c.ready_at, sa.literal(self.now(), RUNS.c.ready_at.type)),
             }
-            return conn.execute(sa.update(RUNS).where(open_, same_boot).values(**values)).rowcount == 1
+            if conn.execute(sa.update(RUNS).where(open_, same_boot).values(**values)).rowcount == 0:
+                return False
+            self.tell(conn, run_id, "agent-ready", {})
+            return True
 
     def record_plan(self, run_id: str, plan: dict[str, Any]) -> None:
         with self._write() as conn:
@@ -481,11 +454,7 @@ class Store:
     def close_before_line(self, run_id: str) -> bool:
         """A rollback has begun: nobody crosses any more. False where the line was crossed first. Repeatable."""
         with self._write() as conn:
-            conn.execute(
-                sa.update(RUNS)
-                .where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None))
-                .values(closed_at=self.now())
-            )
+            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None)).values(closed_at=self.now()))
             return conn.execute(sa.select(RUNS.c.crossed_at).where(RUNS.c.id == run_id)).scalar_one() is None
 
     def record_crossing(self, run_id: str, plan_id: str, *, lease_until: datetime) -> bool:
@@ -493,14 +462,7 @@ class Store:
         now = self.now()
         with self._write() as conn:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
-            if (
-                row.closed_at
-                or row.ended_at
-                or row.report
-                or not row.plan
-                or row.plan["plan_id"] != plan_id
-                or now > row.deadline_at
-            ):
+            if row.closed_at or row.ended_at or row.report or not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
                 return False
             if row.crossed_at is None:
                 values = {"crossed_at": now, "lease_until": lease_until, "seen_at": now, "step": Step.WRITE_IMAGE.value}
@@ -528,11 +490,7 @@ class Store:
             if row.report is not None or row.ended_at is not None:
                 return row.report is not None
             verified = self.now() if report.get("verified") and not report.get("error") and row.crossed_at else None
-            conn.execute(
-                sa.update(RUNS)
-                .where(RUNS.c.id == run_id)
-                .values(report=report, verified_at=verified, seen_at=self.now())
-            )
+            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(report=report, verified_at=verified, seen_at=self.now()))
             self._run_event(
                 conn,
                 "run.report",
@@ -547,9 +505,14 @@ class Store:
         with self._write() as conn:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
             conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.proof.is_(None)).values(proof=proof))
-            self._run_event(
-                conn, "run.proof", row, root_disk_serial=proof.get("root_disk_serial"), boot_id=proof.get("boot_id")
-            )
+            self._run_event(conn, "run.proof", row, root_disk_serial=proof.get("root_disk_serial"), boot_id=proof.get("boot_id"))
+            if row.ended_at is None:
+                self.tell(conn, run_id, "proof", {})
+
+    def tell_silence(self, run_id: str) -> None:
+        """The agent's lease ran out long ago: the workflow is told once."""
+        with self._write() as conn:
+            self.tell(conn, run_id, "written", {"error": RepaveError("agent-silent").as_json()})
 
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
         """The run and its instance are at their end; the batch too when it was the last. The first ending stands. Repeatable."""
@@ -558,9 +521,7 @@ class Store:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
             if row.ended_at is not None and ending is not Ending.LATE_PROOF:
                 return False
-            instance = rows.instance(
-                conn.execute(sa.select(INSTANCES).where(INSTANCES.c.id == row.instance_id)).one()._mapping
-            )
+            instance = rows.instance(conn.execute(sa.select(INSTANCES).where(INSTANCES.c.id == row.instance_id)).one()._mapping)
             good = ending in (Ending.PROVED, Ending.LATE_PROOF)
             also: dict[str, Any] = {"error": None if good else error}
             if good:
@@ -582,14 +543,15 @@ class Store:
             self._run_event(conn, "run.ended", row, outcome=ending.value, error=error)
             live = sa.and_(RUNS.c.batch_id == row.batch_id, RUNS.c.ended_at.is_(None))
             if not conn.execute(sa.select(RUNS.c.id).where(live).limit(1)).first():
-                done = (
-                    sa.update(BATCHES)
-                    .where(BATCHES.c.id == row.batch_id, BATCHES.c.ended_at.is_(None))
-                    .values(ended_at=now)
-                )
+                done = sa.update(BATCHES).where(BATCHES.c.id == row.batch_id, BATCHES.c.ended_at.is_(None)).values(ended_at=now)
                 if conn.execute(done).rowcount:
                     self._event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
             return True
+
+    def is_closed(self, run_id: str) -> bool:
+        """A rollback has begun, or the run ended: nobody crosses any more."""
+        row = self._row(sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == run_id))
+        return row is None or row["closed_at"] is not None or row["ended_at"] is not None
 
     def is_latest_run(self, run: RunRow) -> bool:
         row = self._row(sa.select(SERVERS.c.epoch).where(SERVERS.c.id == run.server_id))
@@ -597,15 +559,8 @@ class Store:
 
     # ---- events and settings ----
 
-    def list_events(
-        self, project_id: str, *, after: int = 0, batch_id: str | None = None, limit: int = 1000
-    ) -> list[Event]:
-        query = (
-            sa.select(EVENTS)
-            .where(EVENTS.c.project_id == project_id, EVENTS.c.seq > after)
-            .order_by(EVENTS.c.seq)
-            .limit(limit)
-        )
+    def list_events(self, project_id: str, *, after: int = 0, batch_id: str | None = None, limit: int = 1000) -> list[Event]:
+        query = sa.select(EVENTS).where(EVENTS.c.project_id == project_id, EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(limit)
         return [rows.event(r) for r in self._rows(query.where(EVENTS.c.batch_id == batch_id) if batch_id else query)]
 
     def find_setting(self, name: str) -> str | None:

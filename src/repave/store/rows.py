@@ -20,12 +20,12 @@ from repave.domain.model import (
     Step,
 )
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 
 def _pick(kind: type, row: Row, **given: Any) -> Any:
     """The fields of `kind` that the row has under the same name, and the ones given."""
-    fields = kind.__dataclass_fields__
+    fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
     return kind(**{name: row[name] for name in fields if name in row and name not in given}, **given)
 
 

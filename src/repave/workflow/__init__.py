@@ -1,0 +1,1 @@
+"""The reinstall workflow: the port, the workflow, its effects, admission, the engine."""

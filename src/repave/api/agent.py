@@ -1,0 +1,152 @@
+"""The provisioning listener's routes: what agents and new operating systems ask (agent/protocol.py has the shapes).
+
+401 = a token we never gave; 410 = a spent token or a run that is over. Nothing here can be asked without a token of one run.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from repave.agent import protocol
+from repave.domain.model import RunRow
+from repave.domain.states import Ending
+from repave.errors import RunFailed
+from repave.images.store import ImageStore
+from repave.store import Store
+from repave.workflow.effects import verify_proof
+
+LEASE_S = 60.0
+MAX_BODY_BYTES = 1024 * 1024
+
+
+def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
+    """Every route blocks on the store, so FastAPI runs it in its thread pool."""
+    router = APIRouter()
+
+    def session_run(request: Request) -> RunRow:
+        run = store.find_run_by_session(_bearer(request))
+        if run is None:
+            raise HTTPException(401)
+        return run
+
+    def still_open(run: RunRow) -> RunRow:
+        if run.ended_at is not None or run.deadline_at < store.now():
+            raise HTTPException(410)
+        return run
+
+    @router.post("/agent/v1/hello")
+    def hello(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """The media token is exchanged for the session token, once: for any other boot it is spent."""
+        run = store.find_run_by_token(_bearer(request))
+        if run is None:
+            raise HTTPException(401)
+        try:
+            inventory = protocol.render(protocol.parse_inventory(body))
+        except (KeyError, TypeError, ValueError):
+            raise HTTPException(400) from None
+        still_open(run)
+        if not store.record_hello(run.id, inventory["boot_id"], inventory):
+            raise HTTPException(410)
+        return {"session": store.sealer.derive_for_run(run.id, "session"), "poll_s": 0.5}
+
+    @router.get("/agent/v1/plan")
+    def plan(request: Request) -> Response:
+        run = still_open(session_run(request))
+        if store.is_closed(run.id):
+            raise HTTPException(410)
+        return JSONResponse(run.plan) if run.plan else Response(status_code=204)
+
+    @router.post("/agent/v1/cross")
+    def cross(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """THE LINE: committed before it is answered; asked again by the same session, it is answered again."""
+        run = still_open(session_run(request))
+        named = (body.get("serial"), body.get("wwn", ""))
+        if not run.plan or named[0] != run.plan["disk_serial"]:
+            raise HTTPException(409)
+        if not store.record_crossing(run.id, str(body.get("plan_id")), lease_until=store.now() + timedelta(seconds=LEASE_S)):
+            raise HTTPException(410)
+        return {"epoch": run.epoch, "lease_s": LEASE_S}
+
+    @router.get("/agent/v1/manifest")
+    def manifest(request: Request) -> Response:
+        run = still_open(session_run(request))
+        if not run.plan:
+            raise HTTPException(409)
+        return Response(images.read_manifest(run.plan["manifest_sha256"]), media_type="application/json")
+
+    @router.get("/agent/v1/chunks/{sha256}")
+    def chunk(request: Request, sha256: str) -> Response:
+        still_open(session_run(request))
+        if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+            raise HTTPException(404)
+        path = images.chunk_path(sha256)
+        if not path.is_file():
+            raise HTTPException(404)
+        return FileResponse(path, media_type="application/zstd")
+
+    @router.get("/agent/v1/config-drive")
+    def config_drive(request: Request) -> Response:
+        run = still_open(session_run(request))
+        if not run.past_the_line:
+            raise HTTPException(409)
+        return Response(store.sealer.read_for_run(run.id, "config-drive"), media_type="application/octet-stream")
+
+    @router.post("/agent/v1/progress")
+    def progress(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        run = session_run(request)
+        if body.get("epoch") != run.epoch:
+            raise HTTPException(410)
+        kept = {name: body.get(name) for name in ("epoch", "stage", "bytes_done", "bytes_total")}
+        if not store.record_progress(run.id, kept, lease_until=store.now() + timedelta(seconds=LEASE_S)):
+            raise HTTPException(410)
+        return {"lease_s": LEASE_S}
+
+    @router.post("/agent/v1/report")
+    def report(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        run = session_run(request)
+        if body.get("error") is None and body.get("epoch") != run.epoch:
+            raise HTTPException(410)
+        kept = {name: body.get(name) for name in protocol.Report.__dataclass_fields__}
+        if not store.record_report(run.id, kept):
+            raise HTTPException(410)
+        return {"then": "power-off"}
+
+    @router.post("/home/v1/{run_id}")
+    def home(request: Request, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The new OS's own proof. One that comes after `unproved` counts until a new run begins."""
+        run = store.find_run_by_nonce(run_id, _bearer(request))
+        if run is None:
+            raise HTTPException(401)
+        if run.verified_at is None or not store.is_latest_run(run):
+            raise HTTPException(410)
+        proof = {
+            "boot_id": str(body.get("boot_id"))[:64],
+            "root_disk_serial": str(body.get("root_disk_serial"))[:256],
+            "ssh_host_keys": [str(k)[:2000] for k in list(body.get("ssh_host_keys") or ())[:16]],
+            "password_usable": bool(body.get("password_usable", False)),
+        }
+        if run.proof is None:
+            store.record_proof(run.id, proof)
+        if run.outcome == Ending.UNPROVED.value:
+            try:
+                verify_proof(store.get_run(run.id))
+            except RunFailed:
+                return {}
+            store.record_ending(run.id, Ending.LATE_PROOF, None)
+        return {}
+
+    return router
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise HTTPException(401)
+    return token.strip()
+
+
+__all__ = ["LEASE_S", "MAX_BODY_BYTES", "build_agent_router"]

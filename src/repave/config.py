@@ -1,0 +1,63 @@
+"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. Typos are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+SETTINGS_FILE = "repave.toml"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. `repave init` writes the file; docs/settings.md is generated from here."""
+
+    model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid")
+
+    data_dir: Path = Field(Path("repave-data"), description="Database, images, boot media. Relative paths count from the settings file.")
+    key_file: Path = Field(Path("secret/key"), description="The key that seals secrets (0600). Keep it out of the database's backups.")
+    database_url: str = Field("", description="SQLAlchemy URL; empty = SQLite in data_dir. PostgreSQL: postgresql+psycopg://...")
+    api_listen: str = Field("127.0.0.1:8470", description="API and pages. Plain HTTP on loopback only; otherwise api_certificate is needed.")
+    api_certificate: Path | None = Field(None, description="PEM file with certificate chain and key for the API.")
+    provisioning_listen: str = Field("127.0.0.1:8471", description="Agents and new operating systems, TLS with our own CA.")
+    media_listen: str = Field("127.0.0.1:8472", description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
+    media_url: str = Field("http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
+    agent_url: str = Field("https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
+    graceful_s: float = Field(60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
+    reinstall_timeout_s: float = Field(3 * 3600 + 1800, gt=0, description="No run moves forward past this; above the sum of its waits.")
+    images_quota_bytes: int = Field(1 << 40, gt=0, description="The image store may hold so many bytes.")
+    rate_per_s: float = Field(50, gt=0, description="Requests a second and credential; above it 429.")
+    rate_burst: int = Field(200, gt=0, description="Requests a credential may send at once.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Given in code, then environment, then file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, settings_cls.model_config.get("toml_file"))
+
+
+def load_settings(folder: Path) -> Settings:
+    """The settings of the site in `folder`. Relative paths become absolute, from that folder."""
+
+    class SiteSettings(Settings):
+        model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=folder / SETTINGS_FILE)
+
+    settings = SiteSettings()
+    settings.data_dir = (folder / settings.data_dir).resolve()
+    settings.key_file = (folder / settings.key_file).resolve()
+    if settings.api_certificate is not None:
+        settings.api_certificate = (folder / settings.api_certificate).resolve()
+    return settings
+
+
+def split_listen(value: str) -> tuple[str, int]:
+    """"HOST:PORT" in two."""
+    host, _, port = value.rpartition(":")
+    return host.strip("[]"), int(port)

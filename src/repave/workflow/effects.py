@@ -1,0 +1,230 @@
+"""What a run does to the world: BMC, images, store. One method a step; each asks for a state, records it, and may be repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from repave.agent import protocol
+from repave.bmc import Bmc, Power
+from repave.domain.model import Image, InstanceState, RunRow, Server, Step
+from repave.domain.password import user_for
+from repave.domain.root_disk import choose_root_disk
+from repave.domain.states import Ending
+from repave.errors import RunFailed
+from repave.firstboot import FirstBoot, render_config_drive
+from repave.images.manifest import parse_manifest
+from repave.images.store import ImageStore
+from repave.store import Store
+from repave.workflow.run import Json
+
+OpenBmc = Callable[[Server], AbstractContextManager[Bmc]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The addresses that go into media and plans."""
+
+    media_urls: tuple[str, ...]  # as BMCs see us, the first preferred
+    agent_url: str  # as machines see us
+    ca_pem: str
+    graceful_s: float = 60.0
+
+
+class ServerEffects:
+    """The effects of real runs."""
+
+    def __init__(self, store: Store, images: ImageStore, open_bmc: OpenBmc, places: Places) -> None:
+        self.store, self.images, self.open_bmc, self.places = store, images, open_bmc, places
+
+    # ---- before the line ----
+
+    def preflight(self, run_id: str) -> Json:
+        """Image present and intact, arch and firmware match, the BMC answers and is the machine we know. Touches nothing."""
+        _, server, image = self._about(run_id)
+        self.store.record_step(run_id, Step.PREFLIGHT)
+        self.store.get_run_secret(run_id)
+        if (image.arch, image.boot) != (server.arch, server.boot):
+            raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
+        manifest = parse_manifest(self.images.read_manifest(image.manifest_sha256), sha256=image.manifest_sha256)
+        self.images.verify(manifest, deep=False)
+        with self.open_bmc(server) as bmc:
+            facts = bmc.probe()
+        for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
+            if known and seen and known.lower() != seen.lower():
+                raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
+        self.store.record_power(server.id, facts.power.value)
+        return {"power": facts.power.value}
+
+    def power_off(self, run_id: str) -> Json:
+        """Off, read back: asked for 60 s, then forced; the event says which."""
+        run, server, _ = self._about(run_id)
+        self.store.record_step(run_id, Step.POWER_OFF)
+        with self.open_bmc(server) as bmc:
+            forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
+        self.store.record_power(server.id, Power.OFF.value)
+        self.store.record_note(run_id, "run.power-off", forced=forced)
+        return {"forced": forced}
+
+    def insert_media(self, run_id: str) -> Json:
+        """This run's media are in the drive and the next boot is theirs, both read back."""
+        _, server, _ = self._about(run_id)
+        self.store.record_step(run_id, Step.INSERT_MEDIA)
+        with self.open_bmc(server) as bmc:
+            bmc.insert_media(media_urls(self.places, self.store, run_id))
+            bmc.boot_from_media_once()
+        return None
+
+    def boot_ramdisk(self, run_id: str) -> Json:
+        """Power is on; from here the agent speaks."""
+        _, server, _ = self._about(run_id)
+        self.store.record_step(run_id, Step.BOOT_RAMDISK)
+        with self.open_bmc(server) as bmc:
+            bmc.power_on()
+        self.store.record_power(server.id, Power.ON.value)
+        return None
+
+    def plan(self, run_id: str) -> Json:
+        """One disk is chosen by the pure rule and named in the plan; the config drive is rendered and sealed."""
+        run, server, image = self._about(run_id)
+        if run.plan is not None:
+            return None
+        found = run.inventory or {}
+        verify_identity(server, found)
+        if found.get("arch") != image.arch or found.get("firmware") != image.boot:
+            raise RunFailed("arch-mismatch", f"The ramdisk sees {found.get('arch')}/{found.get('firmware')}, the image is {image.arch}/{image.boot}.")
+        disk = choose_root_disk(found["disks"], server.root_disk)
+        if disk["sector_bytes"] != image.sector_bytes:
+            raise RunFailed("sector-size", f"{disk['path']} has {disk['sector_bytes']}, the image {image.sector_bytes} byte sectors.")
+        drive = self._render_drive(run, server)
+        room = image.size_bytes + len(drive) + 2 * 2**20
+        if disk["size_bytes"] < room:
+            raise RunFailed("disk-too-small", f"{disk['path']} has {disk['size_bytes']} bytes, {room} are needed.")
+        self.store.sealer.keep_for_run(run_id, "config-drive", drive)
+        plan = protocol.Plan(
+            plan_id=f"p-{run.id[-12:]}-{run.epoch}",
+            disk_path=disk["path"],
+            disk_serial=disk["serial"],
+            disk_wwn=disk["wwn"],
+            disk_size_bytes=disk["size_bytes"],
+            manifest_sha256=image.manifest_sha256,
+            config_drive_sha256=hashlib.sha256(drive).hexdigest(),
+            config_drive_bytes=len(drive),
+        )
+        self.store.record_plan(run_id, protocol.render(plan))
+        return None
+
+    def close_before_line(self, run_id: str) -> bool:
+        """Nobody crosses any more. False where the line was crossed first."""
+        return self.store.close_before_line(run_id)
+
+    def return_what_was_found(self, run_id: str) -> Json:
+        """Media out, override off, and power as it was found: the old OS boots, or where there was none the server is off."""
+        run, server, _ = self._about(run_id)
+        with self.open_bmc(server) as bmc:
+            bmc.power_off()
+            bmc.eject_media()
+            bmc.boot_from_disk()
+            if run.found_state is InstanceState.RUNNING:
+                bmc.power_on()
+        power = Power.ON if run.found_state is InstanceState.RUNNING else Power.OFF
+        self.store.record_power(server.id, power.value)
+        self.store.record_note(run_id, "run.returned", power=power.value)
+        return None
+
+    # ---- after the line ----
+
+    def power_off_and_eject(self, run_id: str) -> Json:
+        """Off, no media: a half-written disk stays where it is, and no other disk boots in its place."""
+        _, server, _ = self._about(run_id)
+        with self.open_bmc(server) as bmc:
+            bmc.power_off()
+            bmc.eject_media()
+            bmc.boot_from_disk()
+        self.store.record_power(server.id, Power.OFF.value)
+        return None
+
+    def boot_new_os(self, run_id: str) -> Json:
+        """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone."""
+        run, server, _ = self._about(run_id)
+        if run.step is Step.FIRST_BOOT or run.proof is not None:
+            return None
+        self.store.record_step(run_id, Step.BOOT_NEW_OS)
+        with self.open_bmc(server) as bmc:
+            bmc.power_off()
+            bmc.eject_media()
+            bmc.boot_from_disk()
+            bmc.power_on()
+        self.store.record_power(server.id, Power.ON.value)
+        self.store.record_step(run_id, Step.FIRST_BOOT)
+        return None
+
+    def verify_proof(self, run_id: str) -> Json:
+        """The proof names the disk of the plan and another boot than the ramdisk's."""
+        run, _, _ = self._about(run_id)
+        self.store.record_step(run_id, Step.PROOF)
+        verify_proof(run)
+        return None
+
+    def end(self, run_id: str, ending: Ending, error: dict[str, Json] | None) -> Json:
+        """The first ending stands; the run's keys are destroyed."""
+        self.store.record_ending(run_id, ending, error)
+        self.store.sealer.destroy_run(run_id)
+        return None
+
+    def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
+        run = self.store.get_run(run_id)
+        server = self.store.get_server(run.server_id)
+        image = self.store.find_image(run.project_id, run.image_id)
+        if image is None:
+            raise RunFailed("image-missing")
+        return run, server, image
+
+    def _render_drive(self, run: RunRow, server: Server) -> bytes:
+        instance = self.store.find_instance(run.project_id, run.instance_id)
+        assert instance is not None
+        return render_config_drive(
+            FirstBoot(
+                hostname=instance.name,
+                instance_id=run.id,  # a new id a run: cloud-init must see another instance than the old OS's
+                user=user_for(instance.os_type),
+                password_hash=self.store.get_run_secret(run.id),
+                ssh_keys=run.ssh_keys,
+                user_data=run.user_data,
+                network=server.network,
+                home_url=f"{self.places.agent_url}/home/v1/{run.id}",
+                nonce=self.store.sealer.derive_for_run(run.id, "nonce"),
+                ca_pem=self.places.ca_pem,
+            )
+        )
+
+
+def media_urls(places: Places, store: Store, run_id: str) -> tuple[str, ...]:
+    """This run's media by each protocol; the path can not be guessed, and holds no `?` or `=` (Supermicro refuses them)."""
+    path = f"/media/{run_id}/{store.sealer.derive_for_run(run_id, 'media')}/boot.iso"
+    return tuple(url.rstrip("/") + path for url in places.media_urls)
+
+
+def verify_identity(server: Server, inventory: dict[str, Any]) -> None:
+    """The machine that speaks is the one recorded: serial, UUID, and one MAC where any is recorded. Raises wrong-server."""
+    for name in ("serial", "uuid"):
+        known, seen = getattr(server, name), str(inventory.get(name, ""))
+        if known and known.lower() != seen.lower():
+            raise RunFailed("wrong-server", f"The ramdisk sees another {name} than the one recorded.")
+    known_macs = {m.lower() for m in server.macs}
+    if known_macs and not known_macs & {m.lower() for m in inventory.get("macs", ())}:
+        raise RunFailed("wrong-server", "None of the recorded MAC addresses is in this machine.")
+
+
+def verify_proof(run: RunRow) -> None:
+    """Raises wrong-disk-booted, or no-proof where the new OS says its password can not be used."""
+    proof, plan = run.proof or {}, run.plan or {}
+    if proof.get("root_disk_serial") not in (plan.get("disk_serial"), plan.get("disk_wwn")) or not proof.get("root_disk_serial"):
+        raise RunFailed("wrong-disk-booted", f"Planned {plan.get('disk_serial')}, booted {proof.get('root_disk_serial') or 'unknown'}.")
+    if run.inventory and proof.get("boot_id") == run.inventory.get("boot_id"):
+        raise RunFailed("no-proof", "The proof came from the ramdisk's own boot.")
+    if proof.get("password_usable") is False:
+        raise RunFailed("no-proof", "The new OS runs, but the password was not set.")

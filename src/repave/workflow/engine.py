@@ -1,0 +1,230 @@
+"""The `Run` port on DBOS, and what DBOS leaves to us. Only this module imports dbos.
+
+Rules (engines.md 4): JSON serializer that keeps error classes; the run id is the only input; fixed `application_version`; started through
+the queue only; its own event loop in its own thread; one worker process on SQLite, by a lock; a reconciler outside the engine ends runs
+whose workflow died and finds silent agents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from dbos import DBOS, DBOSClient, Serializer
+
+from repave.domain.states import Ending
+from repave.errors import DeadlinePassed, RepaveError, RunFailed
+from repave.store import NewRun, Store
+from repave.workflow.reinstall import Effects, reinstall
+from repave.workflow.run import Json
+
+QUEUE = "reinstalls"
+APPLICATION_VERSION = "1"  # changes only with the order or names of the workflow's steps
+CONCURRENT_RUNS = 200
+RECONCILE_S = 15.0
+SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
+_DEAD = ("ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+
+log = structlog.get_logger()
+
+
+class RecordedBug(Exception):
+    """What an unforeseen error becomes when it is replayed: not a RunFailed, so it takes the same way as the first time."""
+
+
+class JsonSerializer(Serializer):
+    """All that the engine stores is JSON, and an error replayed after a crash has the class it had before."""
+
+    def name(self) -> str:
+        return "repave_json"
+
+    def serialize(self, data: Any) -> str:
+        return json.dumps(data, default=_encode)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data, object_hook=_decode)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, RepaveError):
+        return {"!error": type(value).__name__, "value": value.as_json(), "detail": value.detail}
+    if isinstance(value, BaseException):
+        return {"!error": "RecordedBug", "value": type(value).__name__}
+    raise TypeError(f"{type(value).__name__} is not JSON: steps pass ids, numbers, texts, lists and dicts")
+
+
+def _decode(value: dict[str, Any]) -> Any:
+    if "!error" not in value:
+        return {"args": tuple(value["args"]), "kwargs": value["kwargs"]} if value.keys() == {"args", "kwargs"} else value
+    if value["!error"] == "RecordedBug":
+        return RecordedBug(value["value"])
+    kind = DeadlinePassed if value["!error"] == "DeadlinePassed" else RunFailed
+    return kind(value["value"]["class"], value["detail"], **value["value"].get("context", {}))
+
+
+class DbosRun:
+    """One run's port to time and effects."""
+
+    def __init__(self, run_id: str, pool: ThreadPoolExecutor) -> None:
+        self.run_id, self._pool = run_id, pool
+
+    async def step(self, name: str, effect: Callable[[str], Json]) -> Json:
+        async def call() -> Json:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, effect, self.run_id)
+
+        return await DBOS.run_step_async({"name": name}, call)
+
+    async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
+        message = await DBOS.recv_async(event, timeout_seconds=deadline_s)
+        if message is None:
+            slug = "boot_override_ignored" if event == "agent-ready" else "deadline"
+            raise DeadlinePassed(slug, f"No {event} within {deadline_s / 60:.0f} minutes.")
+        if error := message.get("error"):
+            raise RunFailed(error["class"], error.get("cause", ""), **error.get("context", {}))
+        return dict(message)
+
+    async def sleep(self, seconds: float) -> None:
+        await DBOS.sleep_async(seconds)
+
+    async def now(self) -> datetime:
+        async def read() -> str:
+            return datetime.now(UTC).isoformat()
+
+        return datetime.fromisoformat(await DBOS.run_step_async({"name": "now"}, read))
+
+
+class Engine:
+    """Durable reinstalls in this process. One per process: DBOS is a singleton (pitfall 15)."""
+
+    def __init__(self, store: Store, url: str, lock_path: Path) -> None:
+        self.store, self._url, self._lock_path = store, url, lock_path
+        self._client: DBOSClient | None = None
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="effect")
+
+    def start(self, effects: Effects) -> None:
+        """Workflows run, those of an earlier life go on. Raises RepaveError conflict when another worker holds the lock."""
+        self._lock = self._lock_path.open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process dies
+        except BlockingIOError:
+            raise RepaveError("conflict", "Another repave serve works on this database.") from None
+        launched = threading.Event()
+        failure: list[BaseException] = []
+
+        def run_loop() -> None:
+            try:
+                self._launch(effects)
+            except BaseException as error:
+                failure.append(error)
+            launched.set()
+
+        # Launched outside any event loop, DBOS makes its own loop in its own thread: a slow step never stops the API (pitfall 16).
+        thread = threading.Thread(target=run_loop, name="engine", daemon=True)
+        thread.start()
+        launched.wait()
+        if failure:
+            raise failure[0]
+        self._client = DBOSClient(system_database_url=self._url, serializer=JsonSerializer(), application_name="repave")
+        self.store.tell = self._tell
+        reconciler = threading.Thread(target=self._reconcile_forever, name="reconciler", daemon=True)
+        reconciler.start()
+        self._threads = [thread, reconciler]
+
+    def _launch(self, effects: Effects) -> None:
+        DBOS(
+            config={
+                "name": "repave",
+                "system_database_url": self._url,
+                "executor_id": "worker-1",
+                "application_version": APPLICATION_VERSION,
+                "serializer": JsonSerializer(),
+                "max_executor_threads": 32,
+                "log_level": "WARNING",
+                "notification_listener_polling_interval_sec": 0.25,
+            }
+        )
+        pool = self._pool
+
+        @DBOS.workflow(name="reinstall", max_recovery_attempts=1000)
+        async def reinstall_workflow(run_id: str) -> str:
+            return await reinstall(DbosRun(run_id, pool), effects)
+
+        DBOS.launch()
+        DBOS.register_queue(QUEUE, global_concurrency=CONCURRENT_RUNS, polling_interval_sec=0.1)
+
+    def stop(self) -> None:
+        """Nothing of the engine runs any more; what was under way goes on at the next start."""
+        self._stop.set()
+        self.store.tell = lambda conn, run_id, event, message: None
+        DBOS.destroy()
+        if self._client is not None:
+            self._client.destroy()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads:
+            thread.join(timeout=5)
+        self._lock.close()
+
+    def enqueue(self, conn: sa.Connection, runs: Sequence[NewRun]) -> None:
+        """The runs' workflows are queued when the caller's transaction commits. A run's id is its workflow's id."""
+        assert self._client is not None
+        for run in runs:
+            self._client.enqueue_in_transaction(
+                conn,
+                {
+                    "workflow_name": "reinstall",
+                    "queue_name": QUEUE,
+                    "workflow_id": run.id,
+                    "workflow_id_reuse_policy": "reject",
+                    "deduplication_id": run.server.id,  # a second run for the same server is refused by the engine too
+                    "priority": 10,
+                },
+                run.id,
+            )
+
+    def _tell(self, conn: sa.Connection, run_id: str, event: str, message: dict[str, Any]) -> None:
+        assert self._client is not None
+        self._client.send_in_transaction(conn, run_id, message, topic=event, idempotency_key=f"{run_id}:{event}")
+
+    def _reconcile_forever(self) -> None:
+        while not self._stop.wait(RECONCILE_S):
+            try:
+                self.reconcile()
+            except Exception as error:  # the next round may do better; a reconciler that died would be silence
+                log.error("reconcile failed", error=type(error).__name__)
+
+    def reconcile(self) -> None:
+        """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
+        now = self.store.now()
+        live = {run.id: run for run in self.store.list_runs(live=True)}
+        statuses = self._workflow_statuses()
+        for run in live.values():
+            grace = run.created_at < now - timedelta(seconds=60)
+            if statuses.get(run.id) in _DEAD or (grace and run.id not in statuses):
+                ending = Ending.WRITE_FAILED if run.past_the_line else Ending.RETURN_FAILED
+                cause = RepaveError("internal", "The run's workflow died; its server was left as it was.")
+                if self.store.record_ending(run.id, ending, cause.as_json()):
+                    log.error("run ended by the reconciler", run_id=run.id, status=statuses.get(run.id))
+            elif run.past_the_line and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
+                self.store.tell_silence(run.id)
+        hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
+        for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():
+            ended = self.store.find_run(orphan)
+            if ended is None or ended.ended_at is not None:
+                self.store.sealer.destroy_run(orphan)
+
+    def _workflow_statuses(self) -> dict[str, str]:
+        schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None
+        table = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
+        with self.store.engine.connect() as conn:
+            return {r.workflow_uuid: r.status for r in conn.execute(sa.select(table.c.workflow_uuid, table.c.status))}

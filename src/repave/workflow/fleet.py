@@ -1,0 +1,112 @@
+"""Admission: one request for many becomes a batch, its runs and their queued workflows, in one transaction or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from passlib.hash import sha512_crypt
+
+from repave.domain.model import Batch, Credential, Image, Instance
+from repave.domain.password import find_password_fault, user_for
+from repave.domain.states import may_reinstall
+from repave.errors import RequestError
+from repave.secrets import fingerprint
+from repave.store import Enqueue, NewRun, Store, new_id
+
+MAX_BATCH = 50  # ReinstallOS, 2025-07-25
+HASH_ROUNDS = 300_000  # 0.11 s here (design.md 14)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    batch_id: str
+    instance_ids: tuple[str, ...]  # in the order of the request
+
+
+class Fleet:
+    """Who may be reinstalled now, and how it is begun."""
+
+    def __init__(self, store: Store, enqueue: Enqueue, *, run_timeout_s: float) -> None:
+        self.store, self.enqueue, self.run_timeout_s = store, enqueue, run_timeout_s
+
+    def admit(
+        self,
+        *,
+        credential: Credential,
+        instance_ids: Sequence[str],
+        image_id: str | None,
+        password: str,
+        ssh_keys: Sequence[str] = (),
+        user_data: str = "",
+        answer_key: str | None = None,
+    ) -> Admitted:
+        """Every id has exactly one run, or nothing happened.
+
+        Raises RequestError: bad-request (context field), not-found (kind instance or image, ids), in-progress (kind state, ids).
+        """
+        if not 1 <= len(instance_ids) <= MAX_BATCH or len(set(instance_ids)) != len(instance_ids):
+            raise RequestError("bad-request", f"instance_id_set wants 1 to {MAX_BATCH} distinct ids.", field="instance_id_set")
+        project_id = credential.project_id
+        instances = self._find_instances(project_id, instance_ids)
+        images = self._find_images(project_id, instances, image_id)
+        for os_type in sorted({images[i.id].os_type for i in instances}):
+            if fault := find_password_fault(password, user=user_for(os_type)):
+                raise RequestError("bad-request", f"password {fault}.", field="password")
+        busy = [i.id for i in instances if not may_reinstall(i.state)]
+        if busy:
+            raise RequestError("in-progress", "", kind="state", ids=busy)
+        secrets = {os_type: self._secret(os_type, password) for os_type in {images[i.id].os_type for i in instances}}
+
+        now = self.store.now()
+        batch = Batch(new_id(), project_id, image_id, now, credential.name, None)
+        runs = [self._new_run(i, images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data) for i in instances]
+        answer = {"status": 202, "body": {"instances": [{"id": i} for i in instance_ids]}, "batch_id": batch.id}
+        try:
+            self.store.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
+        except BaseException:
+            for run in runs:
+                self.store.sealer.destroy_run(run.id)
+            raise
+        return Admitted(batch.id, tuple(instance_ids))
+
+    def _find_instances(self, project_id: str, ids: Sequence[str]) -> list[Instance]:
+        found, _ = self.store.list_instances(project_id, ids=ids)
+        by_id = {i.id: i for i in found}
+        missing = [i for i in ids if i not in by_id]
+        if missing:
+            raise RequestError("not-found", "", kind="instance", ids=missing)
+        return [by_id[i] for i in ids]
+
+    def _find_images(self, project_id: str, instances: Sequence[Instance], image_id: str | None) -> dict[str, Image]:
+        """The image of each instance: the one asked for, or its current one, refused where that is unknown."""
+        wanted = {i.id: image_id or i.image_id for i in instances}
+        unknown = [i for i, image in wanted.items() if image is None]
+        if unknown:
+            raise RequestError("bad-request", "image_id is needed: the current image is not known.", field="image_id", ids=unknown)
+        images: dict[str, Image] = {}
+        for instance_id, wanted_id in wanted.items():
+            image = self.store.find_image(project_id, wanted_id or "")
+            if image is None:
+                raise RequestError("not-found", "", kind="image", ids=[wanted_id])
+            images[instance_id] = image
+        return images
+
+    def _secret(self, os_type: str, password: str) -> str:
+        """Linux: the sha512-crypt hash, once a batch; Windows: the password (cloudbase-init wants it)."""
+        return password if os_type == "Windows" else str(sha512_crypt.using(rounds=HASH_ROUNDS).hash(password))
+
+    def _new_run(self, instance: Instance, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
+        run_id, sealer = new_id(), self.store.sealer
+        sealed = sealer.seal_for_run(run_id, secret)
+        token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
+        deadline_at = self.store.now() + timedelta(seconds=self.run_timeout_s)
+        server = self.store.get_server(instance.server_id)
+        return NewRun(run_id, instance, server, image.id, deadline_at, sealed, token, session, nonce, ssh_keys, user_data)
+
+
+def answer_key(ak: str, date: str, signature: str) -> str:
+    """Names one signed request, so that sent again it gets its stored answer."""
+    return hashlib.sha256(f"{ak}\n{date}\n{signature}".encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""THE workflow: one reinstall, from the first look at the BMC to the new OS's own proof. Read it top to bottom.
+
+It knows nothing of time, network or disk: effects are `effects.Effects`, time and durability are the `Run` port. Each effect asks for
+a state, so doing it twice is harmless. It catches RunFailed and nothing wider, and has no `finally`: a bug must end the engine's
+workflow, not power a server off (engines.md 4, pitfalls 1 and 3).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from repave.domain.states import Ending
+from repave.errors import RunFailed
+from repave.workflow.run import Json, Run
+
+# Large servers spend 5 to 12 minutes in firmware before they look at boot media (peers.md 4); BMC virtual media reads 30 MB at 0.5 MB/s.
+AGENT_READY_S = 30 * 60
+# A 100 GB image at 30 MB/s is 55 minutes; a silent agent is found by its lease long before this.
+WRITTEN_S = 2 * 60 * 60
+# Firmware again, then the OS's own first boot (54 s for Debian in the lab; a relabelling or updating OS takes many minutes).
+PROOF_S = 30 * 60
+# Putting back the old OS: the BMC may just be rebooting itself, which takes up to 3 minutes on iDRAC and iLO.
+RETURN_TRIES, RETURN_PAUSE_S = 4, 60.0
+
+
+class Effects(Protocol):
+    """What a run does to the world; `effects.py` is the one implementation. Each is repeatable and blocks."""
+
+    def preflight(self, run_id: str) -> Json: ...
+    def power_off(self, run_id: str) -> Json: ...
+    def insert_media(self, run_id: str) -> Json: ...
+    def boot_ramdisk(self, run_id: str) -> Json: ...
+    def plan(self, run_id: str) -> Json: ...
+    def close_before_line(self, run_id: str) -> bool: ...
+    def boot_new_os(self, run_id: str) -> Json: ...
+    def verify_proof(self, run_id: str) -> Json: ...
+    def return_what_was_found(self, run_id: str) -> Json: ...
+    def power_off_and_eject(self, run_id: str) -> Json: ...
+    def end(self, run_id: str, ending: Ending, error: dict[str, Json] | None) -> Json: ...
+
+
+async def reinstall(run: Run, do: Effects) -> str:
+    """The run has ended, its instance's state says how. Returns the Ending's value."""
+    touched = False
+    try:
+        await run.step("preflight", do.preflight)
+        touched = True
+        await run.step("power-off", do.power_off)
+        await run.step("insert-media", do.insert_media)
+        await run.step("boot-ramdisk", do.boot_ramdisk)
+        await run.wait_for("agent-ready", AGENT_READY_S)
+        await run.step("plan", do.plan)
+        # ════ the line: in here the agent asks to cross, and the store commits it ════
+        await run.wait_for("written", WRITTEN_S)
+    except RunFailed as error:
+        if await run.step("close-before-line", do.close_before_line):
+            return await return_what_was_found(run, do, error, touched=touched)
+        return await stop_half_written(run, do, error)
+
+    try:
+        await run.step("boot-new-os", do.boot_new_os)
+        await run.wait_for("proof", PROOF_S)
+    except RunFailed as error:
+        cause = error if error.slug != "deadline" else RunFailed("no-proof", error.detail)
+        return await end(run, do, Ending.UNPROVED, cause)
+
+    try:
+        await run.step("verify-proof", do.verify_proof)
+    except RunFailed as error:
+        return await stop_half_written(run, do, error)
+    return await end(run, do, Ending.PROVED, None)
+
+
+async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, *, touched: bool) -> str:
+    """Before the line: the old OS runs again (or, where there was none, the server is off), read back. The disk was never written."""
+    if not touched:
+        return await end(run, do, Ending.RETURNED, cause)
+    for attempt in range(1, RETURN_TRIES + 1):
+        try:
+            await run.step(f"return-{attempt}", do.return_what_was_found)
+            return await end(run, do, Ending.RETURNED, cause)
+        except RunFailed as error:
+            failure = error
+        if attempt < RETURN_TRIES:
+            await run.sleep(RETURN_PAUSE_S)
+    return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"First: {cause} Then: {failure}"))
+
+
+async def stop_half_written(run: Run, do: Effects, cause: RunFailed) -> str:
+    """After the line without a verified image, or with a proof from another disk: power off, media out, error."""
+    for attempt in range(1, RETURN_TRIES + 1):
+        try:
+            await run.step(f"stop-{attempt}", do.power_off_and_eject)
+            break
+        except RunFailed:
+            if attempt < RETURN_TRIES:
+                await run.sleep(RETURN_PAUSE_S)
+    return await end(run, do, Ending.WRITE_FAILED, cause)
+
+
+async def end(run: Run, do: Effects, ending: Ending, error: RunFailed | None) -> str:
+    """The last step: run, instance and batch say how it ended; the run's keys are gone."""
+    reason = error.as_json() if error else None
+    await run.step("end", lambda run_id: do.end(run_id, ending, reason))
+    return ending.value
