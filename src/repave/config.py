@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     media_listen: str = Field("127.0.0.1:8472", description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
     media_url: str = Field("http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
     agent_url: str = Field("https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
+    boot_iso: Path | None = Field(None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing: repave ramdisk build.")
+    cache_dir: Path | None = Field(None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
     reinstall_timeout_s: float = Field(3 * 3600 + 1800, gt=0, description="No run moves forward past this; above the sum of its waits.")
     images_quota_bytes: int = Field(1 << 40, gt=0, description="The image store may hold so many bytes.")
@@ -52,12 +54,16 @@ def load_settings(folder: Path) -> Settings:
     settings = SiteSettings()
     settings.data_dir = (folder / settings.data_dir).resolve()
     settings.key_file = (folder / settings.key_file).resolve()
+    settings.cache_dir = (folder / (settings.cache_dir or settings.data_dir / "cache")).resolve()
+    settings.boot_iso = (folder / (settings.boot_iso or settings.data_dir / "boot.iso")).resolve()
+    if not settings.database_url:
+        settings.database_url = f"sqlite:///{settings.data_dir / 'repave.db'}"
     if settings.api_certificate is not None:
         settings.api_certificate = (folder / settings.api_certificate).resolve()
     return settings
 
 
 def split_listen(value: str) -> tuple[str, int]:
-    """"HOST:PORT" in two."""
+    """ "HOST:PORT" in two."""
     host, _, port = value.rpartition(":")
     return host.strip("[]"), int(port)

@@ -26,6 +26,10 @@ _HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")  # UEFI 2.10, table 5-5: 92 bytes
 _ENTRY = struct.Struct("<16s16sQQQ72s")  # table 5-6: 128 bytes
 
 
+class DiskTooSmall(ValueError):
+    """The image's partitions and the config drive do not fit on this disk."""
+
+
 @dataclass(frozen=True)
 class Partition:
     """One used entry. LBAs are inclusive, in the disk's sectors."""
@@ -81,11 +85,88 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
         config_bytes: size of the config drive; its partition is rounded up to MiB, MiB-aligned, at the end of the disk.
         config_guid: that partition's unique GUID, 16 bytes as on disk (`uuid.UUID.bytes_le`).
 
-    Raises: ValueError, a sentence, where the image has no sound GPT for these sectors, the disk is too small or no entry is free.
+    Raises: ValueError, a sentence, where the image has no sound GPT for these sectors, no entry is free, or (DiskTooSmall) there is no room.
     """
-    raise NotImplementedError
+    header, entries = _read_primary(first_mib, sector_bytes)
+    config_bytes = -(-config_bytes // MIB) * MIB
+    sectors = disk_bytes // sector_bytes
+    entry_sectors = -(-len(entries) // sector_bytes)
+    last_usable = sectors - 2 - entry_sectors
+    config_offset = ((last_usable + 1) * sector_bytes - config_bytes) // MIB * MIB
+    used = _parse_entries(entries, header.entry_bytes)
+    image_end = max([MIB, *((p.last_lba + 1) * sector_bytes for p in used)])
+    if config_offset < image_end:
+        raise DiskTooSmall(
+            f"the disk of {disk_bytes} bytes is too small: the image's partitions end at byte {image_end} and the config drive needs {config_bytes} more"
+        )
+    _add_entry(entries, header, config_guid, config_offset // sector_bytes, (config_offset + config_bytes) // sector_bytes - 1)
+
+    primary = replace(header, alternate_lba=sectors - 1, last_usable=last_usable)
+    backup = replace(primary, my_lba=sectors - 1, alternate_lba=1, entries_lba=sectors - 1 - entry_sectors)
+    first = bytearray(first_mib)
+    _fit_protective_mbr(first, sectors)
+    first[sector_bytes : 2 * sector_bytes] = primary.render(bytes(entries), sector_bytes)
+    at = header.entries_lba * sector_bytes
+    first[at : at + len(entries)] = entries
+    tail = bytes(entries).ljust(entry_sectors * sector_bytes, b"\0") + backup.render(bytes(entries), sector_bytes)
+    return Tables(
+        bytes(first[:sector_bytes]), bytes(first[sector_bytes:]), backup.entries_lba * sector_bytes, tail,
+        config_offset, config_bytes, _parse_entries(entries, header.entry_bytes),
+    )  # fmt: skip
 
 
 def minimum_disk_bytes(image_bytes: int, config_bytes: int) -> int:
     """A disk of this many bytes always holds the image, the config drive and the backup table (alignment included)."""
     return image_bytes + -(-config_bytes // MIB) * MIB + 2 * MIB
+
+
+def _read_primary(first_mib: bytes, sector_bytes: int) -> tuple[_Header, bytearray]:
+    """The primary header and its entry array, both CRCs checked."""
+    raw = first_mib[sector_bytes : sector_bytes + _HEADER.size]
+    if raw[:8] != _SIGNATURE:
+        for other in {512, 4096} - {sector_bytes}:
+            if first_mib[other : other + 8] == _SIGNATURE:
+                raise ValueError(f"the image is made for {other}-byte sectors, the disk has {sector_bytes}")
+        raise ValueError("the image has no GPT")
+    _, revision, size, crc, _, my, alternate, first, last, guid, at, count, entry_bytes, entries_crc = _HEADER.unpack(raw)
+    whole = bytearray(first_mib[sector_bytes : sector_bytes + size])
+    whole[16:20] = bytes(4)
+    if not _HEADER.size <= size <= sector_bytes or zlib.crc32(whole) != crc:
+        raise ValueError("the image's GPT header is damaged: its checksum is wrong")
+    start, length = at * sector_bytes, count * entry_bytes
+    if my != 1 or at < 2 or entry_bytes < _ENTRY.size or entry_bytes % 8 or not length:
+        raise ValueError("the image's GPT header has values that no disk can have")
+    if start + length > min(len(first_mib), first * sector_bytes):
+        raise ValueError("the image's partition entries do not fit below its first usable sector and into the first MiB")
+    entries = bytearray(first_mib[start : start + length])
+    if zlib.crc32(entries) != entries_crc:
+        raise ValueError("the image's partition entries are damaged: their checksum is wrong")
+    return _Header(my, alternate, first, last, guid, at, count, entry_bytes, revision), entries
+
+
+def _parse_entries(entries: bytes | bytearray, entry_bytes: int) -> tuple[Partition, ...]:
+    found = []
+    for number, at in enumerate(range(0, len(entries), entry_bytes), start=1):
+        kind, guid, first, last, _, name = _ENTRY.unpack_from(entries, at)
+        if any(kind):
+            text = name.decode("utf-16-le", "replace").split("\0")[0]
+            found.append(Partition(number, uuid.UUID(bytes_le=kind), uuid.UUID(bytes_le=guid), first, last, text))
+    return tuple(found)
+
+
+def _add_entry(entries: bytearray, header: _Header, guid: bytes, first_lba: int, last_lba: int) -> None:
+    free = (at for at in range(0, len(entries), header.entry_bytes) if not any(entries[at : at + 16]))
+    at = next(free, None)
+    if at is None:
+        raise ValueError(f"all {header.count} entries of the image's partition table are in use: none is free for {CONFIG_NAME}")
+    name = CONFIG_NAME.encode("utf-16-le").ljust(72, b"\0")
+    entries[at : at + header.entry_bytes] = bytes(header.entry_bytes)
+    _ENTRY.pack_into(entries, at, LINUX_DATA.bytes_le, guid, first_lba, last_lba, 0, name)
+
+
+def _fit_protective_mbr(first: bytearray, sectors: int) -> None:
+    """The 0xEE record covers the disk (5.2.3: all ones where it does not fit); boot code and other records stay."""
+    records = [at for at in range(446, 510, 16) if first[at + 4] == 0xEE]
+    if first[510:512] != b"\x55\xaa" or not records:
+        raise ValueError("the image has no protective MBR")
+    struct.pack_into("<I", first, records[0] + 12, min(sectors - 1, 0xFFFFFFFF))

@@ -15,9 +15,7 @@ class Ending(enum.StrEnum):
     PROVED = "proved"  # the new OS called home, its root-disk serial is the plan's
     RETURNED = "returned"  # before the line: what was found is there again, read back
     RETURN_FAILED = "return-failed"  # before the line: could not be confirmed by its deadline
-    WRITE_FAILED = (
-        "write-failed"  # after the line: image not verified, or the proof names another disk; power off, media out
-    )
+    WRITE_FAILED = "write-failed"  # after the line: image not verified, or the proof names another disk; power off, media out
     UNPROVED = "unproved"  # after the line: image verified, no proof in time; media out, the server stays on
     LATE_PROOF = "late-proof"  # a valid proof after UNPROVED, before a new run
 
@@ -69,7 +67,5 @@ def render_table() -> str:
     lines = ["| state | event | run found | next state | operation_state | meaning |", "|---|---|---|---|---|---|"]
     for (state, event, found), (after, meaning) in TABLE.items():
         operation = after.operation.value if after.operation else ""
-        lines.append(
-            f"| `{state.value}` | {event.value} | {found.value if found else 'any'} | `{after.state.value}` | `{operation}` | {meaning} |"
-        )
+        lines.append(f"| `{state.value}` | {event.value} | {found.value if found else 'any'} | `{after.state.value}` | `{operation}` | {meaning} |")
     return "\n".join(lines)

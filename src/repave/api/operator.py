@@ -1,0 +1,242 @@
+"""The operator API, /repave/v1: projects, keys, servers, images, batches, plans, events. docs/api.md is its reference.
+
+Lists are {"items": [...], "next": null}; errors are RFC 9457 problem+json with the fields of RepaveError.as_json. Whoever asks is
+known by the same token or signature as on CloudDC's routes, and sees one project: their own, or, for an admin of project `default`
+(the site's admin), the one that ?project= names.
+"""
+
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field
+
+from repave.bmc import BmcAddress, BmcFacts
+from repave.domain.model import Credential, Image, Role
+from repave.errors import RepaveError, RequestError, Who
+from repave.store import Store
+
+SITE_PROJECT = "default"
+Json = dict[str, Any]
+
+
+class Admits(Protocol):
+    """What these routes ask of workflow.fleet."""
+
+    def admit(
+        self, *, credential: Credential, instance_ids: list[str], image_id: str | None, password: str,
+        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_key: str | None = None,
+    ) -> Any: ...  # fmt: skip
+
+
+class Images(Protocol):
+    """What these routes ask of the image store: room for an upload, a file made into an image, and its chunks gone."""
+
+    folder: Path
+
+    def room_bytes(self) -> int:
+        """Bytes that may still be stored."""
+
+    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+        """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
+
+    def sweep(self, manifests_in_use: list[str]) -> int:
+        """Chunks of no manifest in use are removed."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the routes work with."""
+
+    store: Store
+    fleet: Admits
+    images: Images
+    authenticate: Callable[[Request], Credential]
+    probe: Callable[[BmcAddress], BmcFacts]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Who asks, in which project, and what to work with. `credential.project_id` is the project looked at."""
+
+    credential: Credential
+    desk: Desk
+
+    @property
+    def store(self) -> Store:
+        return self.desk.store
+
+    @property
+    def project_id(self) -> str:
+        return self.credential.project_id
+
+    @property
+    def actor(self) -> str:
+        return self.credential.name
+
+
+class Body(BaseModel):
+    """A request body: unknown fields are refused, so that a typing error never means the default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# ---- who may, and how it fails ----
+
+
+def _is_site_admin(credential: Credential, store: Store) -> bool:
+    site = store.find_project(SITE_PROJECT)
+    return site is not None and credential.project_id == site.id and credential.role is Role.ADMIN
+
+
+def _needs(role: Role) -> Callable[[Request, str | None], Scope]:
+    def scope(request: Request, project: str | None = None) -> Scope:
+        desk: Desk = request.state.desk
+        credential = desk.authenticate(request)
+        if not credential.role.includes(role):
+            raise RequestError("not-allowed", f"This needs the role {role.value}; this key is {credential.role.value}.", role=role.value)
+        if project is None:
+            return Scope(credential, desk)
+        named = desk.store.find_project(project)
+        if named is not None and named.id == credential.project_id:
+            return Scope(credential, desk)
+        if not _is_site_admin(credential, desk.store):
+            raise RequestError("not-allowed", "Another project may be named by an admin of project default only.", field="project")
+        if named is None:
+            raise RequestError("not-found", f"There is no project {project!r}.", field="project")
+        return Scope(replace(credential, project_id=named.id), desk)
+
+    return scope
+
+
+Viewer = Annotated[Scope, Depends(_needs(Role.VIEWER))]
+Operator = Annotated[Scope, Depends(_needs(Role.OPERATOR))]
+Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
+
+_STATUS = {
+    "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
+    "in-progress": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
+}  # fmt: skip
+_STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
+
+
+def render_problem(error: RepaveError) -> JSONResponse:
+    """RFC 9457, with our own fields beside the standard ones."""
+    status = _STATUS.get(error.slug) or _STATUS_BY_WHO.get(error.problem.who, 409)
+    body = error.as_json() | {"type": f"urn:repave:error:{error.code}", "status": status, "detail": str(error)}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+class ProblemRoute(APIRoute):
+    """A route whose errors are problem+json. What a client sent is never repeated: it may be a password."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(str(part) for part in first["loc"][1:]) or "body"
+                return render_problem(RequestError("bad-request", f"{field}: {first['msg']}.", field=field))
+            except RepaveError as error:
+                return render_problem(error)
+
+        return guarded
+
+
+def render_list(items: list[Json], next_: int | str | None = None) -> Json:
+    return {"items": items, "next": next_}
+
+
+# ---- whoami, projects, keys ----
+
+router = APIRouter(route_class=ProblemRoute)
+
+
+def _credential_json(credential: Credential) -> Json:
+    return asdict(credential) | {"role": credential.role.value}
+
+
+@router.get("/whoami")
+def whoami(scope: Viewer) -> Json:
+    project = scope.store.find_project(scope.project_id)
+    assert project is not None
+    return {
+        "name": scope.actor, "role": scope.credential.role.value, "project": project.name, "project_id": project.id,
+        "site_admin": _is_site_admin(scope.credential, scope.store), "expires_at": scope.credential.expires_at,
+    }  # fmt: skip
+
+
+@router.get("/projects")
+def list_projects(scope: Viewer) -> Json:
+    """All projects for the site's admin, one's own for the others."""
+    everything = _is_site_admin(scope.credential, scope.store)
+    return render_list([asdict(p) for p in scope.store.list_projects() if everything or p.id == scope.project_id])
+
+
+class NewProject(Body):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+
+
+@router.post("/projects", status_code=201)
+def add_project(scope: Admin, new: NewProject) -> Json:
+    if not _is_site_admin(scope.credential, scope.store):
+        raise RequestError("not-allowed", "Projects are added by an admin of project default.", role="admin")
+    return asdict(scope.store.add_project(new.name))
+
+
+class NewKey(Body):
+    name: str = Field(min_length=1, max_length=100)
+    role: Role
+    expires_at: datetime | None = None
+
+
+@router.get("/keys")
+def list_keys(scope: Admin) -> Json:
+    return render_list([_credential_json(c) for c in scope.store.list_credentials(scope.project_id)])
+
+
+@router.post("/keys", status_code=201)
+def add_key(scope: Admin, new: NewKey) -> Json:
+    """SK and token are in this answer and never again."""
+    if new.expires_at is not None and new.expires_at.tzinfo is None:
+        raise RequestError("bad-request", "expires_at: needs a time zone, as in 2027-01-31T00:00:00Z.", field="expires_at")
+    made, sk, token = scope.store.add_credential(scope.project_id, new.name, new.role, expires_at=new.expires_at)
+    return _credential_json(made) | {"sk": sk, "token": token}
+
+
+@router.delete("/keys/{key_id}", status_code=204)
+def remove_key(scope: Admin, key_id: str) -> None:
+    scope.store.remove_credential(scope.project_id, key_id)
+
+
+def build_operator_router(
+    *,
+    store: Store,
+    fleet: Admits,
+    images: Images,
+    authenticate: Callable[[Request], Credential],
+    probe: Callable[[BmcAddress], BmcFacts],
+) -> APIRouter:
+    """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
+    # The resources use what this module defines, so they are imported when it is complete.
+    from repave.api import operator_batches, operator_events, operator_images, operator_servers
+
+    desk = Desk(store, fleet, images, authenticate, probe)
+
+    async def attach(request: Request) -> None:
+        request.state.desk = desk
+
+    everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
+    for part in (router, operator_servers.router, operator_images.router, operator_batches.router, operator_events.router):
+        everything.include_router(part)
+    return everything

@@ -1,0 +1,216 @@
+"""/repave/v1/servers: add (the BMC is asked first), list, show, change, remove. A BMC's password comes in and never goes out."""
+
+import re
+from dataclasses import replace
+from ipaddress import ip_address, ip_interface
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter
+from pydantic import AfterValidator, Field
+
+from repave.api.operator import Admin, Body, Json, ProblemRoute, Scope, Viewer, render_list
+from repave.bmc import BmcAddress, BmcFacts
+from repave.domain.model import Instance, Role, Server
+from repave.domain.root_disk import parse_hints
+from repave.errors import RequestError
+from repave.store import new_id
+
+router = APIRouter(route_class=ProblemRoute, prefix="/servers")
+
+
+def _bmc_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must be http(s)://HOST[:PORT], without user, password or query")
+    return url.rstrip("/")
+
+
+def _hints(text: str) -> str:
+    parse_hints(text)
+    return text
+
+
+def _mac(text: str) -> str:
+    if not re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", text.lower()):
+        raise ValueError("must be a MAC address as aa:bb:cc:dd:ee:ff")
+    return text.lower()
+
+
+def _ip(text: str) -> str:
+    return str(ip_address(text))
+
+
+Address = Annotated[str, AfterValidator(_ip)]
+
+
+class Network(Body):
+    """Static settings of the NIC that the ramdisk and the new OS use; absent = DHCP."""
+
+    mac: Annotated[str, AfterValidator(_mac)]
+    address: Address
+    prefix: int = Field(ge=1, le=128)
+    gateway: Address | None = None
+    dns: list[Address] = []
+    vlan: int | None = Field(default=None, ge=1, le=4094)
+
+    def as_json(self) -> Json:
+        try:
+            ip_interface(f"{self.address}/{self.prefix}")
+        except ValueError as error:
+            raise RequestError("bad-request", f"network.prefix: {error}.", field="network.prefix") from None
+        return self.model_dump(exclude_none=True)
+
+
+class ServerSettings(Body):
+    """What may be said of a server at any time."""
+
+    bmc_url: Annotated[str, AfterValidator(_bmc_url)] | None = None
+    bmc_username: str | None = Field(default=None, max_length=200)
+    bmc_password: str | None = Field(default=None, max_length=200)
+    tls_verify: str | None = None  # true, false (then the certificate seen first is pinned), or a path to a CA bundle
+    certificate_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    system_uri: str | None = None
+    rack: str | None = Field(default=None, max_length=100)
+    unit: str | None = Field(default=None, max_length=20)
+    root_disk: Annotated[str, AfterValidator(_hints)] | None = None
+    network: Network | None = None
+    arch: Literal["amd64", "arm64"] | None = None
+    boot: Literal["uefi", "bios"] | None = None
+
+
+class NewServer(ServerSettings):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")
+    bmc_url: Annotated[str, AfterValidator(_bmc_url)]
+    bmc_username: str = Field(max_length=200)
+    bmc_password: str = Field(max_length=200)
+    blank: bool = False
+    os_type: Literal["Linux", "Windows"] = "Linux"
+
+
+class ChangedServer(ServerSettings):
+    repin: bool = False  # the certificate the BMC shows now is the one we trust
+
+
+def instance_json(instance: Instance, images: dict[str, str]) -> Json:
+    return {
+        "id": instance.id, "state": instance.state.value, "operation_state": instance.operation_state, "image_id": instance.image_id,
+        "image": images.get(instance.image_id or ""), "os_type": instance.os_type, "error": instance.error,
+        "updated_at": instance.updated_at, "launched_at": instance.launched_at, "ssh_host_keys": instance.ssh_host_keys,
+    }  # fmt: skip
+
+
+def _server_json(scope: Scope, server: Server, instance: Instance, images: dict[str, str]) -> Json:
+    power = scope.store.read_power_seen(server.id)
+    shown: Json = {
+        "id": server.id, "name": server.name, "rack": server.rack, "unit": server.unit, "manufacturer": server.manufacturer,
+        "model": server.model, "serial": server.serial, "uuid": server.uuid, "macs": server.macs, "arch": server.arch, "boot": server.boot,
+        "root_disk": server.root_disk, "network": server.network, "created_at": server.created_at,
+        "power": {"state": power[0], "at": power[1]} if power else None, "instance": instance_json(instance, images),
+    }  # fmt: skip
+    if scope.credential.role.includes(Role.OPERATOR):
+        shown["bmc"] = {
+            "url": server.bmc_url, "username": server.bmc_username, "tls_verify": server.bmc_tls_verify,
+            "certificate_sha256": server.bmc_certificate_sha256, "system_uri": server.bmc_system_uri,
+        }  # fmt: skip
+    return shown
+
+
+def _image_names(scope: Scope) -> dict[str, str]:
+    return {i.id: i.name for i in scope.store.list_images(scope.project_id)}
+
+
+def get_server(scope: Scope, reference: str) -> Server:
+    """By name or id, in this project only."""
+    found = scope.store.find_server(scope.project_id, reference)
+    if found is None:
+        raise RequestError("not-found", f"There is no server {reference!r} in this project.", kind="server")
+    return found
+
+
+def _address(server: Server, password: str) -> BmcAddress:
+    verify: bool | str = {"true": True, "false": False}.get(server.bmc_tls_verify, server.bmc_tls_verify)
+    return BmcAddress(server.bmc_url, server.bmc_username, password, verify, server.bmc_certificate_sha256, server.bmc_system_uri)
+
+
+@router.get("")
+def list_servers(scope: Viewer) -> Json:
+    servers, _ = scope.store.list_servers(scope.project_id)
+    instances = {i.server_id: i for i in scope.store.list_instances(scope.project_id)[0]}
+    names = _image_names(scope)
+    # A server removed between the two reads has no instance any more; it is not shown.
+    shown = [_server_json(scope, s, instances[s.id], names) for s in sorted(servers, key=lambda s: s.name) if s.id in instances]
+    return render_list(shown)
+
+
+@router.get("/{reference}")
+def show_server(scope: Viewer, reference: str) -> Json:
+    server = get_server(scope, reference)
+    instance = scope.store.list_instances(scope.project_id, server_ids=[server.id])[0][0]
+    return _server_json(scope, server, instance, _image_names(scope))
+
+
+@router.post("", status_code=201)
+def add_server(scope: Admin, new: NewServer) -> Json:
+    """The BMC was asked, its certificate is pinned, server and instance exist; or nothing was stored. Nothing was powered or written."""
+    if scope.store.find_server(scope.project_id, new.name):
+        raise RequestError("conflict", f"A server {new.name!r} exists already.", field="name")
+    asked = Server(
+        id=new_id(), name=new.name, project_id=scope.project_id, bmc_url=new.bmc_url, bmc_username=new.bmc_username,
+        bmc_tls_verify=new.tls_verify or "true", bmc_certificate_sha256=new.certificate_sha256, bmc_system_uri=new.system_uri,
+        manufacturer="", model="", serial="", uuid="", macs=(), arch=new.arch or "", boot=new.boot or "uefi", rack=new.rack or "",
+        unit=new.unit or "", root_disk=parse_hints(new.root_disk or ""), network=new.network.as_json() if new.network else None,
+        created_at=scope.store.now(),
+    )  # fmt: skip
+    facts = scope.desk.probe(_address(asked, new.bmc_password))
+    server = replace(asked, **_seen(asked, facts), arch=new.arch or facts.arch or "amd64")
+    instance = scope.store.add_server(server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, actor=scope.actor)
+    scope.store.record_power(server.id, facts.power.value)
+    return _server_json(scope, server, instance, {})
+
+
+def _seen(server: Server, facts: BmcFacts) -> Json:
+    macs = tuple(m.lower() for m in facts.macs) or ((server.network["mac"],) if server.network else ())
+    return {
+        "manufacturer": facts.manufacturer, "model": facts.model, "serial": facts.serial, "uuid": facts.uuid, "macs": macs,
+        "bmc_system_uri": facts.system_uri, "bmc_certificate_sha256": facts.certificate_sha256 or server.bmc_certificate_sha256,
+    }  # fmt: skip
+
+
+@router.patch("/{reference}")
+def set_server(scope: Admin, reference: str, change: ChangedServer) -> Json:
+    """Only the fields given change. Where one says how to reach the BMC, it is asked first, and must be the same server's."""
+    server = get_server(scope, reference)
+    given = change.model_dump(exclude_unset=True, exclude={"repin", "bmc_password"})
+    renamed = {"tls_verify": "bmc_tls_verify", "certificate_sha256": "bmc_certificate_sha256", "system_uri": "bmc_system_uri"}
+    changes: dict[str, Any] = {renamed.get(name, name): value for name, value in given.items() if value is not None}
+    if change.root_disk is not None:
+        changes["root_disk"] = parse_hints(change.root_disk)
+    if "network" in given:
+        changes["network"] = change.network.as_json() if change.network else None
+    if change.repin or change.bmc_password is not None or any(name.startswith("bmc_") for name in changes):
+        changes |= _verify_same_server(scope, server, change, changes)
+    if changes or change.bmc_password is not None:
+        scope.store.set_server(server.id, bmc_password=change.bmc_password, actor=scope.actor, **changes)
+    return show_server(scope, server.id)
+
+
+def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, changes: dict[str, Any]) -> Json:
+    after = replace(server, **{n: v for n, v in changes.items() if n.startswith("bmc_")})
+    if after.bmc_url != server.bmc_url:
+        if change.bmc_password is None:
+            raise RequestError("bad-request", "bmc_password: is needed with another bmc_url; the stored one is not sent elsewhere.", field="bmc_password")
+        after = replace(after, bmc_certificate_sha256=change.certificate_sha256)
+    if change.repin:
+        # The admin has compared fingerprints: whatever it shows now is trusted, and pinned.
+        after = replace(after, bmc_certificate_sha256=change.certificate_sha256, bmc_tls_verify="false")
+    facts = scope.desk.probe(_address(after, change.bmc_password or scope.store.get_bmc_password(server.id)))
+    for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)):
+        if mine and theirs and mine.lower() != theirs.lower():
+            raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
+    return {"bmc_certificate_sha256": facts.certificate_sha256 or after.bmc_certificate_sha256, "bmc_system_uri": facts.system_uri}
+
+
+@router.delete("/{reference}", status_code=204)
+def remove_server(scope: Admin, reference: str) -> None:
+    scope.store.remove_server(get_server(scope, reference).id, actor=scope.actor)

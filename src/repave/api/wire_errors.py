@@ -1,0 +1,126 @@
+"""The one place where errors become answers: iMetal codes on the CloudDC routes, problem+json on our own.
+
+CloudDC: `{"error_code","error_msg"}`, 429 a bare JSON string (clouddc-api.md 4.1, 4.2). No value of a request is ever repeated
+but ids that have the form of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from repave.errors import RepaveError, RequestError, Who
+
+CLOUDDC_PREFIX = "/v1/"
+_PHRASES = {400: "bad-request", 404: "not-found", 405: "bad-request", 408: "bad-request", 413: "bad-request", 415: "bad-request"}
+
+
+class WireError(Exception):
+    """One error answer of a CloudDC route, finished."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        self.status, self.code, self.message, self.headers = status, code, message, dict(headers or {})
+        super().__init__(f"{status} {code} {message}")
+
+    def answer(self) -> Response:
+        body: Any = {"error_code": self.code, "error_msg": self.message}
+        if self.status == 429:
+            body = self.message  # documented as a bare string; the SDK reads the status alone
+        return json_answer(self.status, body, self.headers)
+
+
+def json_answer(status: int, body: Any, headers: Mapping[str, str] | None = None, *, media_type: str = "application/json") -> Response:
+    return Response(json.dumps(body), status, dict(headers or {}), media_type)
+
+
+def bad_value(name: str, why: str) -> WireError:
+    return WireError(400, "iMetal.0001", f"A request parameter contains invalid or unsupported value: {name} ({why})")
+
+
+def missing(*names: str) -> WireError:
+    return WireError(400, "iMetal.0002", f"Missing required parameters: {', '.join(names)}")
+
+
+def unauthorized(why: str) -> WireError:
+    return WireError(401, "iMetal.0003", f"Unauthorized: {why}" if why else "Unauthorized", {"WWW-Authenticate": "SDK-HMAC-SHA256"})
+
+
+def forbidden() -> WireError:
+    return WireError(403, "iMetal.0004", "Insufficient permissions")
+
+
+def too_many(retry_after_s: int) -> WireError:
+    return WireError(429, "iMetal.0005", "Too many requests", {"Retry-After": str(retry_after_s)})
+
+
+def internal() -> WireError:
+    return WireError(500, "iMetal.0099", "Internal server error")
+
+
+def no_server(ids: Iterable[str] = ()) -> WireError:
+    return WireError(404, "iMetal.0100", f"Physical servers ID not found: {_listed(ids)}")
+
+
+def no_instance(ids: Iterable[str] = ()) -> WireError:
+    return WireError(404, "iMetal.0200", f"Instances not found: {_listed(ids)}")
+
+
+def wrong_state(ids: Iterable[str]) -> WireError:
+    # The page is cut off after "In"; ours follows the pattern of iMetal.0101 (clouddc-api.md 4.2).
+    return WireError(400, "iMetal.0201", f"Instances state is not running: {_listed(ids)}")
+
+
+def from_status(status: int, headers: Mapping[str, str] | None = None) -> WireError:
+    """The answer for what the router and the gateway in front of the service would refuse; APIGW codes are the gateway's."""
+    code, message = {
+        404: ("APIGW.0101", "API does not exist"),
+        405: ("APIGW.0101", "API does not exist: this path takes another method"),
+        408: ("APIGW.0201", "API request error: the request did not arrive in time"),
+        413: ("APIGW.0201", "Request entity too large: 64 KiB at most"),
+    }.get(status, ("APIGW.0201", "API request error"))
+    return internal() if status >= 500 else WireError(status, code, message, headers)
+
+
+def to_wire(error: RepaveError) -> WireError:
+    """A RepaveError on a CloudDC route. Client texts only where the client must act."""
+    kind, ids = error.context.get("kind"), error.context.get("ids", ())
+    match error.slug, kind:
+        case "not-logged-in", _:
+            return unauthorized(error.detail)
+        case "not-allowed", _:
+            return forbidden()
+        case "not-found", "instance":
+            return no_instance(ids)
+        case "not-found", "image":
+            return bad_value("image_id", "there is no such image")
+        case ("conflict" | "in-progress"), _:
+            return wrong_state(ids)
+        case "bad-request", _:
+            return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
+    return internal()
+
+
+def to_problem(error: RepaveError) -> Response:
+    """A RepaveError on our own routes: RFC 9457, with everything of `as_json` in it."""
+    statuses = {"not-found": 404, "not-logged-in": 401, "not-allowed": 403, "conflict": 409, "in-progress": 409}
+    fallback = 400 if isinstance(error, RequestError) or error.problem.who is Who.REQUEST else 422 if error.problem.who is Who.IMAGE else 500
+    status = statuses.get(error.slug, 502 if error.problem.who is Who.BMC else fallback)
+    return json_answer(status, {"status": status, **error.as_json()}, media_type="application/problem+json")
+
+
+def answer_for(path: str, error: RepaveError | WireError) -> Response:
+    """The error in the words of the route that was asked."""
+    if path.startswith(CLOUDDC_PREFIX):
+        return (error if isinstance(error, WireError) else to_wire(error)).answer()
+    if isinstance(error, RepaveError):
+        return to_problem(error)
+    slug = _PHRASES.get(error.status, "internal" if error.status >= 500 else "bad-request")
+    body = {"status": error.status, **RequestError(slug, error.message).as_json()}
+    return json_answer(error.status, body, error.headers, media_type="application/problem+json")
+
+
+def _listed(ids: Iterable[str]) -> str:
+    return f"[{', '.join(ids)}]"

@@ -1,0 +1,246 @@
+"""Composition root: settings -> store, drivers, engine, HTTP apps. Only here are drivers and stores constructed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from repave.api.agent import MAX_BODY_BYTES, build_agent_router
+from repave.api.asgi import BodyLimit, install_wire
+from repave.api.clouddc import build_clouddc_router
+from repave.api.limits import Limiter
+from repave.api.media import build_media_router
+from repave.api.operator import build_operator_router, install_operator_errors
+from repave.auth import Authenticator
+from repave.bmc import Bmc, BmcAddress, BmcFacts
+from repave.bmc.redfish import RedfishBmc
+from repave.ca import make_ca, make_certificate
+from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
+from repave.domain.model import Credential, Project, Role, Server
+from repave.errors import RepaveError
+from repave.images.store import ImageStore
+from repave.ramdisk.media import BootMedia
+from repave.secrets import Sealer, write_private
+from repave.store import Store
+from repave.workflow.effects import Places, ServerEffects
+from repave.workflow.engine import Engine
+from repave.workflow.fleet import Fleet
+
+log = structlog.get_logger()
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class FirstKey:
+    """What `init` prints once."""
+
+    project: Project
+    credential: Credential
+    sk: str
+    token: str
+
+
+@dataclass
+class Site:
+    """One installation, opened."""
+
+    settings: Settings
+    store: Store
+    images: ImageStore
+    engine: Engine
+    fleet: Fleet
+    effects: ServerEffects
+    places: Places
+
+
+def init_site(folder: Path, **changes: Any) -> FirstKey:
+    """Settings file, key file, CA, database and image folder are there, the project `default` and its first admin key too.
+
+    Raises RepaveError conflict where a settings file is there already: nothing is overwritten.
+    """
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        raise RepaveError("conflict", f"{SETTINGS_FILE} is there already; this folder is a site.", field="folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_private(path, render_settings(changes).encode())
+    settings = load_settings(folder)
+    with open_site(settings) as site:
+        project = site.store.add_project("default")
+        credential, sk, token = site.store.add_credential(project.id, "admin", Role.ADMIN)
+    return FirstKey(project, credential, sk, token)
+
+
+def render_settings(changes: dict[str, Any]) -> str:
+    """The settings file: every setting with its description; those not changed are commented out."""
+    lines = ["# Repave's settings. The environment (REPAVE_<NAME>) wins over this file.", ""]
+    for name, field in Settings.model_fields.items():
+        value = changes.get(name, field.default)
+        lines.append(f"# {field.description}")
+        text = f'"{value or ""}"' if not isinstance(value, int | float) else str(value)
+        lines.append(f"{name} = {text}" if name in changes else f"#{name} = {text}")
+        lines.append("")
+    unknown = changes.keys() - Settings.model_fields.keys()
+    if unknown:
+        raise RepaveError("bad-request", f"No such setting: {', '.join(sorted(unknown))}.", field=sorted(unknown)[0])
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def open_site(settings: Settings) -> Iterator[Site]:
+    """The site's parts, constructed; nothing runs yet."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    secret_dir = settings.key_file.parent
+    sealer = Sealer.open(settings.key_file)
+    make_ca(secret_dir)
+    store = Store.open(settings.database_url, sealer=sealer, now=utc_now)
+    images = ImageStore(settings.data_dir / "images")
+    places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), (secret_dir / "ca.pem").read_text(), settings.graceful_s)
+
+    @contextlib.contextmanager
+    def open_bmc(server: Server) -> Iterator[Bmc]:
+        with RedfishBmc(bmc_address(server, store.get_bmc_password(server.id))) as bmc:
+            yield bmc
+
+    effects = ServerEffects(store, images, open_bmc, places)
+    engine = Engine(store, settings.database_url, settings.data_dir / "worker.lock")
+    fleet = Fleet(store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s)
+    try:
+        yield Site(settings, store, images, engine, fleet, effects, places)
+    finally:
+        store.close()
+
+
+def bmc_address(server: Server, password: str) -> BmcAddress:
+    verify: bool | str = {"true": True, "false": False}.get(server.bmc_tls_verify, server.bmc_tls_verify)
+    return BmcAddress(server.bmc_url, server.bmc_username, password, verify, server.bmc_certificate_sha256, server.bmc_system_uri)
+
+
+def probe_bmc(address: BmcAddress) -> BmcFacts:
+    """What a new server's BMC says."""
+    with RedfishBmc(address) as bmc:
+        return bmc.probe()
+
+
+def build_api(site: Site) -> FastAPI:
+    """CloudDC's routes and our own."""
+    app = _bare_app()
+    authenticator = Authenticator(site.store, now=utc_now)
+    limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
+    app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
+    app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=site.images, authenticate=authenticator.authenticate, probe=probe_bmc))
+    install_wire(app)
+    install_operator_errors(app)
+    return app
+
+
+def build_provisioning(site: Site) -> FastAPI:
+    app = _bare_app()
+    app.include_router(build_agent_router(site.store, site.images))
+    app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
+    return app
+
+
+def build_media(site: Site) -> FastAPI:
+    app = _bare_app()
+    assert site.settings.boot_iso is not None
+    media = BootMedia(site.settings.boot_iso)
+    app.include_router(build_media_router(site.store, site.places, lambda: media))
+    return app
+
+
+def _bare_app() -> FastAPI:
+    return FastAPI(title="Repave", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+
+
+def serve(folder: Path) -> None:
+    """The service, until SIGTERM or Ctrl-C. Three listeners in one loop; workflows in threads of their own."""
+    settings = load_settings(folder)
+    host, _ = split_listen(settings.api_listen)
+    if settings.api_certificate is None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise RepaveError("bad-request", "api_listen is not loopback: api_certificate is needed.", field="api_listen")
+    configure_logging()
+    ensure_boot_iso(settings)
+    with open_site(settings) as site:
+        site.engine.start(site.effects)
+        try:
+            asyncio.run(_serve(site))
+        finally:
+            site.engine.stop()
+
+
+async def _serve(site: Site) -> None:
+    settings = site.settings
+    hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
+    provisioning_certificate = make_certificate(settings.key_file.parent, hosts)
+    servers = [
+        _server(build_api(site), settings.api_listen, settings.api_certificate),
+        _server(build_provisioning(site), settings.provisioning_listen, provisioning_certificate),
+        _server(build_media(site), settings.media_listen, None),
+    ]
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    log.info("serving", api=settings.api_listen, provisioning=settings.provisioning_listen, media=settings.media_listen)
+    await asyncio.gather(*(server._serve() for server in servers))
+
+
+def _server(app: FastAPI, listen: str, certificate: Path | None) -> uvicorn.Server:
+    host, port = split_listen(listen)
+    config = uvicorn.Config(
+        app, host=host, port=port, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False,
+        ssl_certfile=certificate, timeout_graceful_shutdown=3, timeout_keep_alive=20, lifespan="off",
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def _host_of(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).hostname or "127.0.0.1"
+
+
+def ensure_boot_iso(settings: Settings) -> None:
+    """The boot media's ISO is there: built from Debian packages where it is missing."""
+    from repave.ramdisk.build import build_ramdisk
+    from repave.ramdisk.media import build_iso
+
+    assert settings.boot_iso is not None and settings.cache_dir is not None
+    if not settings.boot_iso.exists():
+        files = build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line))
+        build_iso(files, settings.boot_iso)
+
+
+def configure_logging() -> None:
+    """One JSON object a line on standard error. Values whose name says secret are never shown."""
+
+    def redact(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        for name in event:
+            if any(word in name.lower() for word in ("password", "token", "secret", "nonce")):
+                event[name] = "***"
+        return event
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars, structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True), redact, structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(__import__("sys").stderr),
+    )  # fmt: skip
