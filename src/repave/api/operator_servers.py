@@ -51,7 +51,7 @@ class Network(Body):
     address: Address
     prefix: int = Field(ge=1, le=128)
     gateway: Address | None = None
-    dns: list[Address] = []
+    dns: list[Address] = Field(default=[])
     vlan: int | None = Field(default=None, ge=1, le=4094)
 
     def as_json(self) -> Json:

@@ -1,0 +1,83 @@
+"""/repave/v1/events: the audit, as a list or as a live stream (server-sent events; `seq` is the id to go on from)."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import Response, StreamingResponse
+
+from repave.api.operator import Json, ProblemRoute, Scope, Viewer, render_list
+from repave.domain.model import Event
+from repave.errors import RequestError
+
+router = APIRouter(route_class=ProblemRoute)
+_POLL_S = 0.3
+_COMMENT_S = 15.0  # ux.md 2; proxies drop what is silent for a minute
+_PAGE = 1000
+
+
+def _event_json(event: Event, servers: dict[str, str]) -> Json:
+    named = {"batch": event.batch_id, "run": event.run_id, "server": servers.get(event.server_id or ""), "server_id": event.server_id}
+    return event.data | {"seq": event.seq, "at": event.at, "type": event.type, "actor": event.actor} | {k: v for k, v in named.items() if v}
+
+
+def _read(scope: Scope, after: int, batch: str | None, limit: int) -> list[Json]:
+    events = scope.store.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
+    if not events:
+        return []
+    servers = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
+    return [_event_json(e, servers) for e in events]
+
+
+@router.get("/events")
+def list_events(
+    scope: Viewer,
+    request: Request,
+    after: int = 0,
+    batch: str | None = None,
+    limit: int = _PAGE,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Oldest first, after `after` (or Last-Event-ID). `next` is the `after` of the next page. With Accept: text/event-stream it follows."""
+    if batch is not None and scope.store.find_batch(scope.project_id, batch) is None:
+        raise RequestError("not-found", f"There is no batch {batch!r} in this project.", kind="batch")
+    if last_event_id is not None:
+        if not last_event_id.isascii() or not last_event_id.isdigit():
+            raise RequestError("bad-request", "Last-Event-ID: must be a seq.", field="Last-Event-ID")
+        after = int(last_event_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return StreamingResponse(_follow(scope, after, batch), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    limit = max(1, min(limit, _PAGE))
+    items = _read(scope, after, batch, limit)
+    body = json.dumps(jsonable_encoder(render_list(items, items[-1]["seq"] if len(items) == limit else None)))
+    return Response(body, media_type="application/json")
+
+
+async def _follow(scope: Scope, after: int, batch: str | None) -> AsyncIterator[str]:
+    """Every event once, in order, until the reader goes away or the batch has ended."""
+    spoke = time.monotonic()
+    yield ": repave\n\n"
+    while True:
+        # Read before the events: what is there when a batch has ended is all there will be.
+        over = batch is not None and await asyncio.to_thread(_has_ended, scope, batch)
+        events = await asyncio.to_thread(_read, scope, after, batch, _PAGE)
+        for event in events:
+            after = event["seq"]
+            yield f"id: {after}\nevent: {event['type']}\ndata: {json.dumps(jsonable_encoder(event))}\n\n"
+            spoke = time.monotonic()
+        if over and len(events) < _PAGE:
+            return
+        if time.monotonic() - spoke > _COMMENT_S:
+            yield ": still here\n\n"
+            spoke = time.monotonic()
+        if len(events) < _PAGE:
+            await asyncio.sleep(_POLL_S)
+
+
+def _has_ended(scope: Scope, batch_id: str) -> bool:
+    batch = scope.store.find_batch(scope.project_id, batch_id)
+    return batch is None or batch.ended_at is not None

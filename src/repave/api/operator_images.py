@@ -1,0 +1,118 @@
+"""/repave/v1/images: a file streamed in, list, show, remove.
+
+The body of POST is the file itself. It is hashed while it goes to a temporary file in the image folder, and that file is gone
+whatever happens next: a broken upload, a refused or an imported image.
+"""
+
+import asyncio
+import hashlib
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Query, Request
+
+from repave.api.operator import Images, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.domain.model import Image
+from repave.errors import ImageError, RequestError
+from repave.store import new_id
+
+router = APIRouter(route_class=ProblemRoute, prefix="/images")
+_PIECE_BYTES = 1 << 20  # written and hashed at once, in a thread: fewer hops, and the event loop stays free
+
+
+def _image_json(scope: Scope, image: Image) -> Json:
+    return asdict(image)
+
+
+def get_image(scope: Scope, reference: str) -> Image:
+    """By id or name, in this project only."""
+    for image in scope.store.list_images(scope.project_id):
+        if reference in (image.id, image.name):
+            return image
+    raise RequestError("not-found", f"There is no image {reference!r} in this project.", kind="image")
+
+
+@router.get("")
+def list_images(scope: Viewer) -> Json:
+    return render_list([_image_json(scope, i) for i in scope.store.list_images(scope.project_id)])
+
+
+@router.get("/{reference}")
+def show_image(scope: Viewer, reference: str) -> Json:
+    image = get_image(scope, reference)
+    names = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
+    instances, _ = scope.store.list_instances(scope.project_id)
+    return _image_json(scope, image) | {"servers": sorted(names[i.server_id] for i in instances if i.image_id == image.id)}
+
+
+@router.post("", status_code=201)
+async def add_image(
+    scope: Operator,
+    request: Request,
+    name: Annotated[str, Query(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")],
+    os_type: Literal["Linux", "Windows"] = "Linux",
+    x_repave_sha256: Annotated[str | None, Header(pattern="^[0-9a-fA-F]{64}$")] = None,
+) -> Json:
+    """The image is in the store; or nothing of it is."""
+    if any(i.name == name for i in await asyncio.to_thread(scope.store.list_images, scope.project_id)):
+        raise RequestError("conflict", f"An image {name!r} exists already.", field="name")
+    images = scope.desk.images
+    announced = int(request.headers.get("content-length") or 0)
+    _verify_room(images, announced)
+    handle, path = tempfile.mkstemp(prefix="upload-", dir=images.folder)
+    file = Path(path)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            sha256 = await _receive(request.stream(), out.fileno(), images.room_bytes())
+        if x_repave_sha256 and sha256 != x_repave_sha256.lower():
+            raise ImageError("image-refused", f"Its SHA-256 is {sha256}, not the one announced.")
+        return await asyncio.to_thread(_store_image, scope, file, name, os_type)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _verify_room(images: Images, wanted_bytes: int) -> None:
+    if wanted_bytes > images.room_bytes():
+        raise ImageError("image-quota", f"The file has {wanted_bytes} bytes, there is room for {max(0, images.room_bytes())}.")
+
+
+async def _receive(stream: AsyncIterator[bytes], descriptor: int, room_bytes: int) -> str:
+    """The body is in the file; returns its SHA-256. A client that goes away raises starlette's ClientDisconnect."""
+    digest, received, pending = hashlib.sha256(), 0, bytearray()
+
+    def put(piece: bytes) -> None:
+        digest.update(piece)
+        view = memoryview(piece)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    async for data in stream:
+        received += len(data)
+        if received > room_bytes:
+            raise ImageError("image-quota", f"There is room for {room_bytes} bytes.")
+        pending += data
+        if len(pending) >= _PIECE_BYTES:
+            await asyncio.to_thread(put, bytes(pending))
+            pending.clear()
+    await asyncio.to_thread(put, bytes(pending))
+    if not received:
+        raise ImageError("image-refused", "The body is empty; it must be the image file.")
+    return digest.hexdigest()
+
+
+def _store_image(scope: Scope, file: Path, name: str, os_type: str) -> Json:
+    images, store = scope.desk.images, scope.store
+    image = images.add(file, name=name, os_type=os_type, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
+    store.add_image(image, actor=scope.actor)
+    return _image_json(scope, image)
+
+
+@router.delete("/{reference}", status_code=204)
+def remove_image(scope: Operator, reference: str) -> None:
+    """Chunks that no other image has are removed too. Refused while a live run needs the image."""
+    in_use = scope.store.remove_image(get_image(scope, reference), actor=scope.actor)
+    scope.desk.images.sweep(in_use)
