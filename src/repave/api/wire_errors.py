@@ -96,7 +96,7 @@ def to_wire(error: RepaveError) -> WireError:
             return no_instance(ids)
         case "not-found", "image":
             return bad_value("image_id", "there is no such image")
-        case ("conflict" | "in-progress"), _:
+        case (("conflict" | "in-progress"), _):
             return wrong_state(ids)
         case "bad-request", _:
             return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
