@@ -1,0 +1,47 @@
+# Two commands do all the set-up on a fresh Debian 12 machine: `make run` and `make test`.
+PYTHON := /usr/bin/python3
+VENV := .venv
+REPAVE := $(VENV)/bin/repave
+T ?=
+
+.PHONY: help run test check rack bench docs clean install
+
+help: ## This list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+install: $(VENV)/installed ## Debian packages and the virtual environment (the other targets call it)
+
+$(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
+	@echo "1/6 check    Debian packages"
+	@tools/install-packages
+	@echo "2/6 python   locked packages into $(VENV)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt 2>&1 | grep -v '^WARNING' || true
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
+	@$(VENV)/bin/python -m repave.lab.demo
+
+test: install ## All tests; T=unit|contract|flow|rack for one lane
+	@tools/test $(T)
+
+check: install ## Format, lint, types, import directions, generated docs
+	$(VENV)/bin/ruff format --check src tests bench
+	$(VENV)/bin/ruff check src tests bench
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m repave.cli.docs --check
+
+rack: install ## A virtual rack of two machines that stays up; end it with: .venv/bin/repave rack down
+	$(REPAVE) rack up 2
+
+bench: install ## Figures beside references measured in the same run
+	$(VENV)/bin/python -m bench
+
+docs: install ## Renders the docs that are made from code
+	$(VENV)/bin/python -m repave.cli.docs
+
+clean: ## Ends the rack and removes all that was built
+	@if [ -x $(REPAVE) ] && [ -d .repave ]; then $(REPAVE) rack down || true; fi
+	rm -rf .repave $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
