@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import zstandard
 
-from repave.agent.disk import TargetDisk, aligned
+from repave.agent.target import TargetDisk, aligned
 from repave.agent.gpt import MIB, DiskTooSmall, Partition, Tables, rebuild
 from repave.errors import RunFailed
 from repave.images.manifest import Manifest
@@ -40,7 +40,7 @@ WORKERS = min(4, (os.cpu_count() or 1) + 2)  # fetch, disk and decoder overlap f
 SAMPLE_BYTES = 64 * 1024  # of every chunk, read back
 WHOLE_EVERY = 20  # one chunk in so many is read back whole: 5 %
 ZERO_PROBES = 32
-DECODER_WINDOW = 64 * MIB  # no more memory than a chunk may have, whatever its frame asks for
+DECODER_WINDOW = 8 * MIB  # the decoder's memory, whatever a frame asks for; larger only where the windows are
 
 _T = TypeVar("_T")
 
@@ -169,7 +169,7 @@ class _Write:
     def plan_tables(self, config_bytes: int, partition_guid: bytes) -> Tables:
         """The tables for this disk, from the image's first MiB, which stays in memory until `seal`."""
         m = self.manifest
-        first = bytearray(min(MIB, m.size_bytes))
+        first = bytearray(MIB)
         buffer = memoryview(mmap.mmap(-1, m.window_bytes))
         for index in range(min(len(m.chunks), -(-len(first) // m.window_bytes))):
             offset, length = m.window(index)
@@ -350,7 +350,7 @@ class _Write:
 def _decode(manifest: Manifest, index: int, data: Any, view: memoryview) -> None:
     """Fills `view` with the window; verified, and never more than the window whatever the frame claims."""
     try:
-        decoder = zstandard.ZstdDecompressor(max_window_size=DECODER_WINDOW).stream_reader(data)
+        decoder = zstandard.ZstdDecompressor(max_window_size=max(DECODER_WINDOW, len(view))).stream_reader(data)
         filled = 0
         while filled < len(view) and (more := decoder.readinto(view[filled:])):
             filled += more
