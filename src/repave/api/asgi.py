@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import secrets
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_DRAIN_BYTES = 16 * 1024 * 1024  # a too large body is read to its end up to here, so that the client can read its 413
 _log = structlog.get_logger("repave.wire")
 
-Streamed = Callable[[str, str], bool]  # (method, path): the route reads the body itself, without a cap
+STREAMED = frozenset({("POST", "/repave/v1/images")})  # these routes read the body themselves, without our cap
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,14 @@ class Incoming:
 
 
 def incoming(request: Request) -> Incoming:
-    found: Incoming = request.scope["state"]["incoming"]
+    found: Incoming = request.state.incoming
     return found
 
 
-def install_wire(app: FastAPI, *, streamed: Streamed = lambda method, path: False) -> None:
+def install_wire(app: FastAPI) -> None:
     """The app answers every request as the wire wants it. Call once, before the app starts."""
     app.router.redirect_slashes = False  # a trailing slash is another path: 404
-    app.add_middleware(WireMiddleware, streamed=streamed)
+    app.add_middleware(WireMiddleware)
 
     async def on_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RepaveError | WireError)
@@ -80,8 +79,8 @@ def install_wire(app: FastAPI, *, streamed: Streamed = lambda method, path: Fals
 class WireMiddleware:
     """Gives each request an id of ours and its whole body (or the reason why not); turns a bug into a 500 that says nothing."""
 
-    def __init__(self, app: ASGIApp, *, streamed: Streamed) -> None:
-        self.app, self.streamed = app, streamed
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,7 +100,7 @@ class WireMiddleware:
 
         try:
             what, receive = await self._read(scope, receive, request_id)
-            scope.setdefault("state", {})["incoming"] = what
+            scope.setdefault("state", {}).update(incoming=what, presented=what.presented)
             await self.app(scope, receive, send_marked)
         except WireError as refused:
             await answer_for(scope["path"], refused)(scope, receive, send_marked)
@@ -119,7 +118,7 @@ class WireMiddleware:
         if scope["http_version"] == "1.1" and names.count(b"host") != 1:
             raise from_status(400, {"Connection": "close"})
         request = (scope["method"], scope["raw_path"], scope["query_string"], headers)
-        if self.streamed(scope["method"], scope["path"]):
+        if (scope["method"], scope["path"]) in STREAMED:
             return Incoming(request_id, Presented(*request, body_sha256=None), b""), receive
         body, sha256 = await _read_body(receive)
         too_large = body is None
@@ -162,6 +161,33 @@ def _replay(body: bytes | None, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
+
+
+class BodyLimit:
+    """A cap and nothing else, for listeners that speak other shapes: 413 as soon as one byte too many is announced or there."""
+
+    def __init__(self, app: ASGIApp, *, limit_bytes: int) -> None:
+        self.app, self.limit_bytes = app, limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limit_bytes:
+                raise HTTPException(413, headers={"Connection": "close"})
+            return message
+
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if int(announced) > self.limit_bytes:  # the parser let digits through only
+            await from_status(413, {"Connection": "close"}).answer()(scope, receive, send)
+        else:
+            await self.app(scope, counted, send)
 
 
 class WireProtocol(HttpToolsProtocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,20 +24,18 @@ class Rate:
     burst: int
 
 
-DEFAULT_RATES: Mapping[Kind, Rate] = {"read": Rate(50, 200), "change": Rate(10, 50)}
-
-
 class Limiter:
-    """One bucket a credential and kind; safe in threads."""
+    """One bucket a credential and kind; safe in threads. Changes have their own, never wider than that of reads."""
 
-    def __init__(self, rates: Mapping[Kind, Rate] = DEFAULT_RATES, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rates, self._clock = rates, clock
+    def __init__(self, per_s: float = 50, burst: int = 200, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rates: dict[Kind, Rate] = {"read": Rate(per_s, burst), "change": Rate(min(per_s, 10), min(burst, 50))}
+        self._clock = clock
         self._buckets: dict[tuple[str, Kind], tuple[float, float]] = {}  # level, as of
         self._lock = threading.Lock()
 
     def take(self, credential_id: str, kind: Kind) -> int | None:
         """None: go ahead. Else the whole seconds after which one more will be allowed; a refused request costs nothing."""
-        rate, now = self.rates[kind], self._clock()
+        rate, now = self._rates[kind], self._clock()
         with self._lock:
             level, at = self._buckets.get((credential_id, kind), (float(rate.burst), now))
             level = min(rate.burst, level + (now - at) * rate.per_s)
@@ -49,6 +47,6 @@ class Limiter:
 
     def _forget_full(self, now: float) -> None:
         for key, (level, at) in list(self._buckets.items()):
-            rate = self.rates[key[1]]
+            rate = self._rates[key[1]]
             if level + (now - at) * rate.per_s >= rate.burst:
                 del self._buckets[key]

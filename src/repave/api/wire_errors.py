@@ -12,10 +12,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from repave.errors import RepaveError, RequestError, Who
+from repave.errors import RepaveError, RequestError
 
-CLOUDDC_PREFIX = "/v1/"
-_PHRASES = {400: "bad-request", 404: "not-found", 405: "bad-request", 408: "bad-request", 413: "bad-request", 415: "bad-request"}
+OWN_PREFIX = "/repave/"
 
 
 class WireError(Exception):
@@ -100,26 +99,20 @@ def to_wire(error: RepaveError) -> WireError:
             return wrong_state(ids)
         case "bad-request", _:
             return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
+        case "not-found", _:
+            return from_status(404)
     return internal()
 
 
-def to_problem(error: RepaveError) -> Response:
-    """A RepaveError on our own routes: RFC 9457, with everything of `as_json` in it."""
-    statuses = {"not-found": 404, "not-logged-in": 401, "not-allowed": 403, "conflict": 409, "in-progress": 409}
-    fallback = 400 if isinstance(error, RequestError) or error.problem.who is Who.REQUEST else 422 if error.problem.who is Who.IMAGE else 500
-    status = statuses.get(error.slug, 502 if error.problem.who is Who.BMC else fallback)
-    return json_answer(status, {"status": status, **error.as_json()}, media_type="application/problem+json")
-
-
 def answer_for(path: str, error: RepaveError | WireError) -> Response:
-    """The error in the words of the route that was asked."""
-    if path.startswith(CLOUDDC_PREFIX):
-        return (error if isinstance(error, WireError) else to_wire(error)).answer()
-    if isinstance(error, RepaveError):
-        return to_problem(error)
-    slug = _PHRASES.get(error.status, "internal" if error.status >= 500 else "bad-request")
-    body = {"status": error.status, **RequestError(slug, error.message).as_json()}
-    return json_answer(error.status, body, error.headers, media_type="application/problem+json")
+    """The error in the words of the route that was asked: RFC 9457 on our own routes, CloudDC's shape everywhere else."""
+    wire = to_wire(error) if isinstance(error, RepaveError) else error
+    if not path.startswith(OWN_PREFIX):
+        return wire.answer()
+    slug = {404: "not-found", 500: "internal"}.get(wire.status, "bad-request")
+    known = error if isinstance(error, RepaveError) else RequestError(slug, wire.message)
+    problem = known.as_json() | {"type": f"urn:repave:error:{known.code}", "status": wire.status, "detail": str(known)}
+    return json_answer(wire.status, problem, wire.headers, media_type="application/problem+json")
 
 
 def _listed(ids: Iterable[str]) -> str:
