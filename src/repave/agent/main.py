@@ -1,0 +1,292 @@
+"""The agent: one loop, from hello to report, on the server that is reinstalled. It asks; it never listens.
+
+    hello -> plan -> verify the disk -> protect the others -> cross ════ manifest and all checks were before ════ write -> report -> off
+
+How it ends: after the line, always powered off. Before the line nothing was written, so whatever happens the server gets back what it
+had: a report, and the order that answers it; where nobody answers or the run is over, the local disk is booted.
+What it prints goes to the serial console: one line a step, seconds since start, no secrets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from repave.agent import protocol
+from repave.agent.client import BACKOFF_S, Client, Refused, Unreachable
+from repave.agent.gpt import Partition, minimum_disk_bytes
+from repave.agent.lease import Lease, boot_clock
+from repave.agent.machine import FileMachine, Machine, RealMachine
+from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
+from repave.agent.writer import WriteResult, write_image
+from repave.errors import RepaveError, RunFailed
+from repave.images.manifest import Manifest, parse_manifest
+
+MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of some TiB
+CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
+
+
+class LocalBoot(Exception):
+    """Nothing was written and nobody needs us: give the server back what it had."""
+
+
+class Console:
+    """Lines on stdout. `hide` is replaced wherever it would show, in errors too."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._hidden: list[str] = []
+
+    def hide(self, secret: str) -> None:
+        self._hidden.append(secret)
+
+    def clean(self, text: str) -> str:
+        for secret in filter(None, self._hidden):
+            text = text.replace(secret, "***")
+        return text
+
+    def say(self, text: str) -> None:
+        print(f"repave-agent {time.monotonic() - self._started:8.3f}s  {self.clean(text)}", flush=True)
+
+
+def main() -> None:
+    """`repave-agent run --slot PATH [--machine-file PATH]`."""
+    parser = argparse.ArgumentParser(prog="repave-agent")
+    run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="do what the run of this boot's media wants")
+    run.add_argument("--slot", type=Path, required=True, help=f"the run's {protocol.SLOT_FILE}")
+    run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
+    arguments = parser.parse_args()
+    machine: Machine = FileMachine(arguments.machine_file) if arguments.machine_file else RealMachine()
+    sys.exit(run_agent(arguments.slot, machine))
+
+
+def run_agent(slot_path: Path, machine: Machine) -> int:
+    """Afterwards the server is on its way off, or back to its local disk. Returns the exit code: 0 = the image was written and reported."""
+    console = Console()
+    try:
+        slot = Slot(**json.loads(slot_path.read_text()))
+        console.hide(slot.token)
+        return Agent(slot, machine, console).run()
+    except LocalBoot as reason:
+        console.say(f"booting the local disk: {reason}")
+    except Exception as error:
+        # Only before the line: Agent.run answers for everything behind it.
+        console.say(f"booting the local disk after an error: {type(error).__name__}: {error}")
+    machine.boot_local_disk()
+    return 1
+
+
+class Agent:
+    """One boot of one run."""
+
+    def __init__(self, slot: Slot, machine: Machine, console: Console) -> None:
+        self._slot = slot
+        self._machine = machine
+        self._console = console
+        self._client = Client(slot.agent_url, ca_pem=slot.ca_pem, token=slot.token)
+        self._epoch = 0
+        self._writing = False  # from the moment something may have been written
+
+    def run(self) -> int:
+        plan = None
+        try:
+            inventory, poll_s = self._say_hello()
+            plan = self._wait_for_plan(poll_s)
+            disk = find_planned_disk(self._machine.read_inventory(), plan)
+            self._console.say(f"plan: {disk.path}, serial {disk.serial or disk.wwn}, {disk.size_bytes} bytes")
+            with self._machine.open_disk(disk) as path:
+                manifest = self._fetch_manifest(plan, disk, inventory)
+                for note in self._machine.protect_others(disk):
+                    self._console.say(note)
+                lease = self._cross(plan)
+                result = self._write(plan, disk, path, manifest, lease)
+            return self._end(Report(
+                self._epoch, True, disk.serial, result.bytes_written, result.bytes_fetched, result.bytes_zeroed,
+                {name: round(s, 3) for name, s in result.stages_s.items()},
+            ))  # fmt: skip
+        except (LocalBoot, Refused, Unreachable) as reason:
+            if not self._writing:
+                raise LocalBoot(str(reason)) from None
+            return self._end_failed(plan, RunFailed("agent-failed", self._console.clean(str(reason))))
+        except RepaveError as error:
+            return self._end_failed(plan, error)
+        except Exception as error:
+            return self._end_failed(plan, RunFailed("agent-failed", self._console.clean(f"{type(error).__name__}: {error}")[:500]))
+
+    def _say_hello(self) -> tuple[Inventory, float]:
+        inventory = self._machine.read_inventory()
+        disks = ", ".join(f"{d.path} {d.serial or d.wwn or 'without serial'}" for d in inventory.disks)
+        self._console.say(f"hello: serial {inventory.serial or 'none'}, {inventory.firmware}, {inventory.arch}, disks: {disks or 'none'}")
+        answer = self._client.insist("POST", "/agent/v1/hello", protocol.render(inventory), while_true=self._patience()).json()
+        self._console.hide(answer["session"])
+        self._client.token = answer["session"]
+        self._console.say("hello was answered")
+        return inventory, float(answer.get("poll_s", 1))
+
+    def _wait_for_plan(self, poll_s: float) -> Plan:
+        while True:
+            answer = self._client.insist("GET", "/agent/v1/plan", while_true=self._patience())
+            if answer.status == 200:
+                return Plan(**answer.json())
+            time.sleep(poll_s)
+
+    def _fetch_manifest(self, plan: Plan, disk: Disk, inventory: Inventory) -> Manifest:
+        """Before the line, with everything that can be found out from it: a run that must fail fails with the disk untouched."""
+        path = "/agent/v1/manifest"
+        try:
+            data = self._client.get_bytes(path, sha256=plan.manifest_sha256, cap_bytes=MANIFEST_CAP_BYTES, while_true=self._patience())
+            manifest = parse_manifest(data, sha256=plan.manifest_sha256)
+        except ValueError as error:
+            raise RunFailed("image-damaged", f"{error}.") from None
+        if manifest.sector_bytes != disk.sector_bytes:
+            raise RunFailed("sector-size", f"The image has sectors of {manifest.sector_bytes} bytes, the disk of {disk.sector_bytes}.")
+        if disk.size_bytes < minimum_disk_bytes(manifest.size_bytes, plan.config_drive_bytes):
+            raise RunFailed("disk-too-small", f"The image has {manifest.size_bytes} bytes, the disk {disk.size_bytes}.")
+        if (manifest.arch, manifest.boot) != (inventory.arch, inventory.firmware):
+            seen = f"The image is for {manifest.arch} and {manifest.boot}, the server has {inventory.arch} and {inventory.firmware}."
+            raise RunFailed("arch-mismatch", seen)
+        self._console.say(f"manifest: {len(manifest.chunks)} chunks, {manifest.data_bytes} bytes to write")
+        return manifest
+
+    def _cross(self, plan: Plan) -> Lease:
+        """Asks until there is an answer: the server may have counted us as crossed already, and only its 200 lets us write."""
+        body = {"plan_id": plan.plan_id, "serial": plan.disk_serial, "wwn": plan.disk_wwn}
+        may_ask, tries = self._patience(), 0
+        while True:
+            asked_at = boot_clock()
+            try:
+                answer = self._client.call("POST", "/agent/v1/cross", body).json()
+                break
+            except Unreachable as error:
+                if not may_ask():
+                    raise LocalBoot(f"the answer to cross never came: {error}") from None
+                time.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
+                tries += 1
+        self._epoch = int(answer["epoch"])
+        lease = Lease(asked_at, float(answer["lease_s"]))
+        self._console.say(f"crossed the line, epoch {self._epoch}")
+        return lease
+
+    def _write(self, plan: Plan, disk: Disk, path: Path, manifest: Manifest, lease: Lease) -> WriteResult:
+        drive_path = "/agent/v1/config-drive"
+        with _Reporter(self._client, self._epoch, lease, self._console) as reporter:
+            try:
+                config_drive = self._client.get_bytes(drive_path, sha256=plan.config_drive_sha256, cap_bytes=plan.config_drive_bytes, while_true=lease.is_valid)
+            except ValueError as error:
+                raise RunFailed("agent-failed", f"{error}.") from None
+            self._writing = True
+            return write_image(
+                path,
+                manifest,
+                fetch=lambda sha256: self._fetch_chunk(sha256, lease),
+                config_drive=config_drive,
+                sector_bytes=disk.sector_bytes,
+                disk_bytes=disk.size_bytes,
+                keep_writing=lease.is_valid,
+                progress=reporter.note,
+                partition_guid=uuid.uuid4().bytes_le,
+                boot_entry=lambda partitions: self._set_boot_entry(plan.boot_label, partitions),
+            )
+
+    def _fetch_chunk(self, sha256: str, lease: Lease) -> bytes:
+        try:
+            return self._client.insist("GET", f"/agent/v1/chunks/{sha256}", while_true=lease.is_valid, cap_bytes=CHUNK_CAP_BYTES).body
+        except Refused as refused:
+            if refused.status == 404:
+                raise RunFailed("image-damaged", f"The chunk {sha256[:12]} is missing.") from None
+            lease.end()
+            raise RunFailed("stale-run", f"{refused}.") from None
+
+    def _set_boot_entry(self, label: str, partitions: tuple[Partition, ...]) -> None:
+        """A note where the firmware refuses, not a failure: the removable path (EFI/BOOT) boots as well."""
+        try:
+            self._console.say(f"boot entry: {self._machine.set_boot_entry(label, partitions)}")
+        except Exception as error:
+            self._console.say(f"boot entry: none, {type(error).__name__}: {error}")
+
+    def _end_failed(self, plan: Plan | None, error: RepaveError) -> int:
+        self._console.say(f"failed: {error.slug}: {error}")
+        serial = plan.disk_serial if plan else ""
+        self._end(Report(self._epoch, False, serial, error=error.as_json()))
+        return 1
+
+    def _end(self, report: Report) -> int:
+        """Reports, and does what the answer says. Without an answer: off where something was written, else the local disk."""
+        then = "power-off" if self._writing else "boot-local"
+        try:
+            answer = self._client.insist("POST", "/agent/v1/report", protocol.render(report), while_true=self._patience()).json()
+            then = str(answer.get("then", then))
+            self._console.say(f"reported; then {then}")
+        except (Refused, Unreachable) as reason:
+            self._console.say(f"the report was not taken: {reason}; then {then}")
+        if then == "boot-local" and not self._writing:
+            self._machine.boot_local_disk()
+        else:
+            self._machine.power_off()
+        return 0
+
+    def _patience(self) -> Callable[[], bool]:
+        """True until nobody has answered for `give_up_s` from now."""
+        until = boot_clock() + self._slot.give_up_s
+        return lambda: boot_clock() < until
+
+
+class _Reporter:
+    """A thread that posts the newest progress and so renews the lease; 410 or 401 ends the lease at once."""
+
+    def __init__(self, client: Client, epoch: int, lease: Lease, console: Console) -> None:
+        self._client, self._epoch, self._lease, self._console = client, epoch, lease, console
+        self._newest: tuple[str, int, int] = ("clear", 0, 0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
+
+    def note(self, stage: str, bytes_done: int, bytes_total: int) -> None:
+        """The writer's `progress`."""
+        if stage != self._newest[0] or not self._newest[2]:
+            self._console.say(f"stage {stage}")
+        self._newest = (stage, bytes_done, bytes_total)
+
+    def __enter__(self) -> _Reporter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._done.wait(self._lease.renew_s):
+            asked_at = boot_clock()
+            body: dict[str, Any] = protocol.render(Progress(self._epoch, *self._newest))
+            try:
+                self._lease.extend(asked_at, float(self._client.call("POST", "/agent/v1/progress", body).json()["lease_s"]))
+            except Refused as refused:
+                self._console.say(f"the lease ended: {refused}")
+                self._lease.end()
+                return
+            except Exception as error:  # a thread that dies would only look like a silent server
+                self._console.say(f"no answer to progress: {type(error).__name__}: {error}")
+
+
+def find_planned_disk(inventory: Inventory, plan: Plan) -> Disk:
+    """The one disk that has the plan's serial, WWN and size, wherever it is named now. Raises RunFailed disk-changed."""
+    if not (plan.disk_serial or plan.disk_wwn):
+        raise RunFailed("disk-changed", "The plan names no disk.")
+    found = [d for d in inventory.disks if (d.serial, d.wwn, d.size_bytes) == (plan.disk_serial, plan.disk_wwn, plan.disk_size_bytes)]
+    if len(found) != 1:
+        raise RunFailed("disk-changed", f"{len(found)} disks have the serial, WWN and size in the plan.")
+    disk = found[0]
+    if disk.removable or disk.virtual or disk.read_only:
+        raise RunFailed("disk-changed", f"{disk.path} is removable, virtual or read-only.")
+    return disk
+
+
+if __name__ == "__main__":
+    main()
