@@ -54,6 +54,10 @@ class LostAnswer(BmcError):
     """A POST or PATCH went out, or may have, and no answer came back: read the state to know its effect."""
 
 
+class NotJson(BmcError):
+    """A good status with a body that is no JSON object: not Redfish, or a broken BMC."""
+
+
 class TooLarge(Exception):
     """More than MAX_BODY_BYTES came."""
 
@@ -105,7 +109,7 @@ class _Adapter(HTTPAdapter):
 
         if self._fingerprint:
             kwargs["assert_fingerprint"] = self._fingerprint
-        super().init_poolmanager(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
 
 
@@ -191,7 +195,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         timer.daemon = True
         timer.start()
         try:
-            response = self._session.request(
+            response: requests.Response = self._session.request(
                 method, url, json=data, headers=headers, auth=auth or _no_auth, verify=self._verify, stream=True,
                 allow_redirects=False, timeout=(min(CONNECT_TIMEOUT_S, left), read_s),
             )  # fmt: skip
@@ -242,9 +246,9 @@ def parse_json(body: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise BmcError("protocol", f"{what}: the answer is not JSON.") from None
+        raise NotJson("protocol", f"{what}: the answer is not JSON.") from None
     if not isinstance(value, dict):
-        raise BmcError("protocol", f"{what}: the answer is not a JSON object.")
+        raise NotJson("protocol", f"{what}: the answer is not a JSON object.")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [inner for outer in level for inner in _children(outer)]
