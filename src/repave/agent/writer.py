@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import zstandard
 
-from repave.agent.target import TargetDisk, aligned
 from repave.agent.gpt import MIB, DiskTooSmall, Partition, Tables, rebuild
+from repave.agent.target import TargetDisk, aligned
 from repave.errors import RunFailed
 from repave.images.manifest import Manifest
 

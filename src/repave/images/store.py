@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from repave.errors import ImageError
@@ -94,8 +94,12 @@ class ImageStore:
                 self.sweep()
 
     def used_bytes(self) -> int:
-        """Bytes of all files, as the quota counts them."""
-        return sum(e.stat().st_size for e in _files(self.root))
+        """Bytes that all files take on the disk, as the quota counts them."""
+        used = 0
+        for entry in _files(self.root):
+            with suppress(FileNotFoundError):  # a half-made file of another process
+                used += entry.stat(follow_symlinks=False).st_blocks * 512
+        return used
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free
