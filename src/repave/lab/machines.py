@@ -4,96 +4,30 @@ It owns their processes, disks, NVRAM and consoles in one folder, and nothing ou
 for libvirt's sockets (a Unix socket's path has at most 107 bytes, unix(7)). No system libvirt is touched: a libvirtd
 of its own runs in session mode. libvirt refuses session mode to root (`qemu:///session` is then the system's socket),
 so as root everything of it runs as `nobody` in a user namespace; outside, its files stay root's.
-
-What is in the rack is in `machines.json` (mode 0600: BMC passwords), so that a later process can take it down.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-import bcrypt
 
 from repave.lab import domain_xml
 from repave.lab.processes import ProcessRef, find_free_ports, find_process, is_alive, start_detached, stop_processes, wait_for_port
+from repave.lab.state import STATE_FILE, Machine, RackState, create_disk, create_machine, find_state, write_auth_file, write_state
 
-STATE_FILE = "machines.json"
 ROOT_DISK_BYTES = 4 << 30
 DATA_DISK_BYTES = 1 << 30
 _NOBODY = 65534  # in every Debian's passwd: libvirt looks its user up
 
-# Debian's libvirt binding is not on the package index for this libvirt; it is appended, so the venv's packages win.
+# The libvirt binding must match the libvirt installed, so Debian's is used; appended, so that the venv's packages win.
 _EMULATOR = "import sys; sys.path.append('/usr/lib/python3/dist-packages'); from sushy_tools.emulator.main import main; sys.exit(main())"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One machine of the rack, real or scripted. `ssh_port` is 0 where there is no SSH."""
-
-    name: str
-    uuid: str
-    serial: str
-    mac: str
-    bmc_url: str
-    bmc_username: str
-    bmc_password: str
-    ssh_port: int
-    root_disk: Path
-    root_serial: str
-    console: Path
-    data_disk: Path | None = None
-    data_serial: str = ""
-
-    def __repr__(self) -> str:
-        return f"Machine({self.name!r}, {self.bmc_url!r})"
-
-
-def write_private(path: Path, text: str) -> None:
-    """The file holds `text`, whole or not at all, readable by its owner alone."""
-    new = path.with_name(path.name + ".new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write(text)
-    new.replace(path)
-
-
-def create_machine(folder: Path, name: str, *, bmc_port: int, ssh_port: int = 0, data_disk: bool = False) -> Machine:
-    """A machine with new identity and credentials; nothing is on disk yet."""
-    tag = secrets.token_hex(3)
-    return Machine(
-        name=name,
-        uuid=str(uuid.uuid4()),
-        serial=f"RPV{tag.upper()}",
-        mac=f"52:54:00:{tag[0:2]}:{tag[2:4]}:{tag[4:6]}",
-        bmc_url=f"http://127.0.0.1:{bmc_port}",
-        bmc_username="admin",
-        bmc_password=secrets.token_urlsafe(12),
-        ssh_port=ssh_port,
-        root_disk=folder / f"{name}.root.img",
-        root_serial=f"ROOT{tag.upper()}",
-        console=folder / f"{name}.console",
-        data_disk=folder / f"{name}.data.img" if data_disk else None,
-        data_serial=f"DATA{tag.upper()}" if data_disk else "",
-    )
-
-
-def create_disk(path: Path, size_bytes: int) -> None:
-    """A sparse file of zeros is there; one that is there already keeps its bytes."""
-    if not path.exists():
-        with path.open("wb") as out:
-            out.truncate(size_bytes)
 
 
 class QemuRack:
@@ -104,77 +38,73 @@ class QemuRack:
         self.count = count
         self.data_disk = data_disk
         self.memory_mib = memory_mib
-        self.machines: list[Machine] = []
-        self._processes: list[ProcessRef] = []
-        self._runtime: Path | None = None
-        self._read_state()
+        self._state = find_state(self.folder) or RackState(scripted=False)
+
+    @property
+    def machines(self) -> list[Machine]:
+        return self._state.machines
+
+    def is_up(self) -> bool:
+        """Whether libvirt and all BMCs run."""
+        return self._state.is_up()
 
     def start(self, *, root_disk_bytes: int = ROOT_DISK_BYTES) -> list[Machine]:
-        """The machines are defined, powered off, their disks zeros, and their BMCs answer.
+        """The machines are defined, powered off, new disks are zeros, and their BMCs answer.
 
-        Raises: RuntimeError when libvirt or an emulator does not start; then nothing of it is left. Blocks about 4 s.
+        Raises: RuntimeError when a rack is there already, or libvirt or a BMC does not start; then nothing of it is left.
+        Blocks about 4 s.
         """
         if self.machines:
             raise RuntimeError(f"a rack is in {self.folder} already")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._start_libvirt()
-            ports = find_free_ports(2 * self.count)
-            for i in range(self.count):
-                machine = create_machine(self.folder, f"m{i + 1}", bmc_port=ports[2 * i], ssh_port=ports[2 * i + 1], data_disk=self.data_disk)
+            ports = iter(find_free_ports(2 * self.count))
+            for number in range(1, self.count + 1):
+                machine = create_machine(self.folder, f"m{number}", bmc_port=next(ports), ssh_port=next(ports), data_disk=self.data_disk)
                 self._define(machine, root_disk_bytes)
-                self.machines.append(machine)
-                self._start_emulator(machine, ports[2 * i])
-            for machine, process in zip(self.machines, self._processes[1:], strict=True):
-                wait_for_port(int(machine.bmc_url.rpartition(":")[2]), process=process, log=self.folder / f"{machine.name}.bmc.log")
+                self._start_emulator(machine)
+            for machine, process in zip(self.machines, self._state.processes[1:], strict=True):
+                wait_for_port(machine.bmc_port, process=process, log=self._log(process.name))
         except BaseException:
             self.stop()
             raise
         return self.machines
 
-    def is_up(self) -> bool:
-        """Whether all its processes run."""
-        return bool(self._processes) and all(is_alive(p) for p in self._processes)
-
-    def stop(self, *, keep_disks: bool = True) -> None:
-        """No process of the rack is left, nor its folder in /tmp. Repeatable. `keep_disks=False` Destroys: disks and NVRAM."""
-        machines = self._qemu_processes()
-        stop_processes(self._processes[1:])  # the BMCs first, so that nobody powers a machine on again
-        stop_processes(machines)
-        stop_processes(self._processes[:1])
-        if self._runtime is not None:
-            shutil.rmtree(self._runtime, ignore_errors=True)
-        if not keep_disks:
-            for machine in self.machines:
-                for path in self.folder.glob(f"{machine.name}.*"):
-                    path.unlink()
-        (self.folder / STATE_FILE).unlink(missing_ok=True)
+    def stop(self) -> None:
+        """No process of the rack is left, nor its folder in /tmp; disks, NVRAM and consoles stay. Repeatable."""
+        stop_processes(self._state.processes[1:])  # the BMCs first, so that nobody powers a machine on again
+        stop_processes(self._qemu_processes())
+        stop_processes(self._state.processes[:1])
+        if self._state.runtime is not None:
+            shutil.rmtree(self._state.runtime, ignore_errors=True)
         shutil.rmtree(self.folder / "libvirt", ignore_errors=True)
-        self.machines, self._processes, self._runtime = [], [], None
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        self._state = RackState(scripted=False)
 
     def _qemu_processes(self) -> list[ProcessRef]:
         """The machines that are on: libvirt writes a pid file for each."""
+        names = {m.name for m in self.machines}
         found = []
-        for pid_file in self._runtime.glob("libvirt/qemu/run/*.pid") if self._runtime else ():
-            process = find_process(int(pid_file.read_text() or 0), pid_file.stem)
-            if pid_file.stem != "driver" and process is not None and _is_qemu(process.pid):
+        for pid_file in self._state.runtime.glob("libvirt/qemu/run/*.pid") if self._state.runtime else ():
+            text = pid_file.read_text().strip() if pid_file.stem in names else ""
+            process = find_process(int(text), pid_file.stem) if text else None
+            if process is not None and _is_qemu(process.pid):
                 found.append(process)
         return found
 
     def _start_libvirt(self) -> None:
-        self._runtime = Path(tempfile.mkdtemp(prefix="repave-", dir="/tmp"))  # noqa: S108 - a short path, and mkdtemp makes it private
+        self._state.runtime = Path(tempfile.mkdtemp(prefix="repave-", dir="/tmp"))
         home = self.folder / "libvirt"
         for name in ("conf/libvirt", "cache", "data", "pool", "tmp"):
             (home / name).mkdir(parents=True, exist_ok=True)
         # The console goes straight to its file: without this a virtlogd would be started that nobody ends.
         (home / "conf/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
-        log = self.folder / "libvirtd.log"
-        self._processes.append(start_detached("libvirtd", self._wrap(["libvirtd"]), log=log, env=self._env()))
-        self._write_state()
-        deadline = time.monotonic() + 30  # first start reads QEMU's capabilities: 4 s on a loaded box (lab-cookbook 0)
+        self._start_process("libvirtd", ["libvirtd"])
+        deadline = time.monotonic() + 30  # the first start reads QEMU's capabilities: 4 s on a loaded box (lab-cookbook 0)
         while self._virsh("list", check=False).returncode != 0:
-            if time.monotonic() > deadline or not is_alive(self._processes[0]):
-                raise RuntimeError(f"libvirtd does not answer; see {log}")
+            if time.monotonic() > deadline or not is_alive(self._state.processes[0]):
+                raise RuntimeError(f"libvirtd does not answer; see {self._log('libvirtd')}")
             time.sleep(0.1)
         self._virsh("pool-define-as", "default", "dir", "--target", str(home / "pool"))
         self._virsh("pool-start", "default")
@@ -202,19 +132,19 @@ class QemuRack:
         xml.write_text(domain_xml.render_domain(spec))
         self._virsh("define", str(xml))
 
-    def _start_emulator(self, machine: Machine, port: int) -> None:
-        auth = self.folder / f"{machine.name}.htpasswd"
-        # 4 rounds: the emulator checks the password with each request, and the default of 12 costs 0.25 s of this CPU.
-        digest = bcrypt.hashpw(machine.bmc_password.encode(), bcrypt.gensalt(rounds=4)).decode()
-        write_private(auth, f"{machine.bmc_username}:{digest}\n")
+    def _start_emulator(self, machine: Machine) -> None:
         state = self.folder / "libvirt" / f"bmc-{machine.name}"
         state.mkdir(exist_ok=True)
         config = self.folder / f"{machine.name}.bmc.conf"
-        config.write_text(_emulator_config(machine, auth=auth, state=state))
-        command = self._wrap([sys.executable, "-c", _EMULATOR, "--config", str(config), "-i", "127.0.0.1", "--port", str(port)])
-        log = self.folder / f"{machine.name}.bmc.log"
-        self._processes.append(start_detached(f"bmc-{machine.name}", command, log=log, env=self._env(), cwd=self.folder))
-        self._write_state()
+        config.write_text(_emulator_config(machine, auth=write_auth_file(self.folder, machine), state=state))
+        command = [sys.executable, "-c", _EMULATOR, "--config", str(config), "-i", "127.0.0.1", "--port", str(machine.bmc_port)]
+        self._state.machines.append(machine)
+        self._start_process(f"{machine.name}.bmc", command)
+
+    def _start_process(self, name: str, command: Sequence[str]) -> None:
+        process = start_detached(name, self._wrap(command), log=self._log(name), env=self._env(), cwd=self.folder)
+        self._state.processes.append(process)
+        write_state(self.folder, self._state)
 
     def _virsh(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = self._wrap(["virsh", "-q", "-c", "qemu:///session", *arguments])
@@ -234,34 +164,15 @@ class QemuRack:
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "LANG": "C.UTF-8",
             "HOME": str(home),
-            "XDG_RUNTIME_DIR": str(self._runtime),
+            "XDG_RUNTIME_DIR": str(self._state.runtime),
             "XDG_CONFIG_HOME": str(home / "conf"),
             "XDG_CACHE_HOME": str(home / "cache"),
             "XDG_DATA_HOME": str(home / "data"),
             "TMPDIR": str(home / "tmp"),  # the emulator downloads media here
         }
 
-    def _write_state(self) -> None:
-        state = {
-            "runtime": str(self._runtime),
-            "processes": [dataclasses.asdict(p) for p in self._processes],
-            "machines": [dataclasses.asdict(m) for m in self.machines],
-        }
-        write_private(self.folder / STATE_FILE, json.dumps(state, indent=1, default=str))
-
-    def _read_state(self) -> None:
-        path = self.folder / STATE_FILE
-        if path.exists():
-            state = json.loads(path.read_text())
-            self._runtime = Path(state["runtime"])
-            self._processes = [ProcessRef(**p) for p in state["processes"]]
-            self.machines = [parse_machine(m) for m in state["machines"]]
-
-
-def parse_machine(value: dict[str, object]) -> Machine:
-    """The machine that `dataclasses.asdict` and JSON made text of."""
-    fields = {k: Path(str(v)) if k in ("root_disk", "console", "data_disk") and v is not None else v for k, v in value.items()}
-    return Machine(**fields)  # type: ignore[arg-type]
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
 
 
 def _is_qemu(pid: int) -> bool:
