@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from repave.agent import protocol
 from repave.domain.model import RunRow
 from repave.domain.states import Ending
-from repave.errors import RunFailed
+from repave.errors import CATALOGUE, RunFailed
 from repave.images.store import ImageStore
 from repave.store import Store
 from repave.workflow.effects import verify_proof
@@ -76,7 +76,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         run = still_open(session_run(request))
         if not run.plan:
             raise HTTPException(409)
-        return Response(images.read_manifest(run.plan["manifest_sha256"]), media_type="application/json")
+        return Response(images.read_manifest_bytes(run.plan["manifest_sha256"]), media_type="application/json")
 
     @router.get("/agent/v1/chunks/{sha256}")
     def chunk(request: Request, sha256: str) -> Response:
@@ -111,6 +111,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         if body.get("error") is None and body.get("epoch") != run.epoch:
             raise HTTPException(410)
         kept = {name: body.get(name) for name in protocol.Report.__dataclass_fields__}
+        kept["error"] = _known_error(body.get("error"))
         if not store.record_report(run.id, kept):
             raise HTTPException(410)
         return {"then": "power-off"}
@@ -140,6 +141,14 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         return {}
 
     return router
+
+
+def _known_error(error: Any) -> dict[str, Any] | None:
+    """The agent's error as one of our own: its class must be in the catalogue, its text is cut."""
+    if not isinstance(error, dict):
+        return None
+    slug = error.get("class") if error.get("class") in CATALOGUE else "agent-failed"
+    return RunFailed(str(slug), str(error.get("cause", ""))[:500]).as_json()
 
 
 def _bearer(request: Request) -> str:

@@ -499,6 +499,8 @@ class Store:
                 stages_s=report.get("stages_s", {}),
                 error=report.get("error"),
             )
+            failure = report.get("error") or RepaveError("agent-failed").as_json()
+            self.tell(conn, run_id, "written", {} if verified else {"error": failure})
             return True
 
     def record_proof(self, run_id: str, proof: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from repave.domain.root_disk import choose_root_disk
 from repave.domain.states import Ending
 from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
-from repave.images.manifest import parse_manifest
 from repave.images.store import ImageStore
 from repave.store import Store
 from repave.workflow.run import Json
@@ -49,8 +48,7 @@ class ServerEffects:
         self.store.get_run_secret(run_id)
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
-        manifest = parse_manifest(self.images.read_manifest(image.manifest_sha256), sha256=image.manifest_sha256)
-        self.images.verify(manifest, deep=False)
+        self.images.verify(self.images.read_manifest(image.manifest_sha256))
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
         for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):

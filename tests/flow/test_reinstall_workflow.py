@@ -1,0 +1,351 @@
+"""The workflow against every way its steps can go: twice, killed after each, each failing for good, each wait timing out.
+
+Real: the workflow, its effects, the store on SQLite, the sealer, the image store, the config drive. At the far end: a BMC and a machine, scripted.
+The port is a journal in memory: a crash is an exception after the record, and the same journal goes on in a second life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from repave.bmc import BmcFacts, Power
+from repave.domain.model import Image, InstanceState, Role, Server
+from repave.errors import BmcError, DeadlinePassed, RunFailed
+from repave.images.manifest import Chunk, Manifest
+from repave.images.store import ImageStore
+from repave.secrets import Sealer
+from repave.store import Store, new_id
+from repave.workflow.effects import Places, ServerEffects
+from repave.workflow.fleet import Fleet
+from repave.workflow.reinstall import reinstall
+
+PASSWORD = "Canary-7!canary"
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+@dataclass
+class Machine:
+    """The far end: a server, its BMC and whatever OS its disk holds. `actions` is what reached it."""
+
+    power: Power = Power.ON
+    disk: str = "old-os"
+    os: str = "old-os"
+    media: str = ""
+    override: bool = False
+    actions: list[str] = field(default_factory=list)
+    silent: set[str] = field(default_factory=set)  # events that never come
+    refuses: set[str] = field(default_factory=set)  # BMC calls that fail for good
+    proof_serial: str = "DISK-1"
+
+    def do(self, action: str) -> None:
+        self.actions.append(action)
+        if action in self.refuses:
+            raise BmcError("power_failed", action)
+
+    # Bmc
+    def probe(self) -> BmcFacts:
+        self.do("probe")
+        return BmcFacts("/s/1", "Lab", "M1", "SER-1", "uuid-1", self.power, ("/cd",), ("Cd", "Hdd"))
+
+    def read_power(self) -> Power:
+        return self.power
+
+    def power_off(self, *, graceful_s: float = 0) -> bool:
+        self.do("power_off")
+        self.power, self.os = Power.OFF, ""
+        return not graceful_s
+
+    def insert_media(self, urls):
+        self.do("insert_media")
+        self.media = urls[0]
+        return urls[0]
+
+    def eject_media(self) -> None:
+        self.do("eject_media")
+        self.media = ""
+
+    def boot_from_media_once(self) -> None:
+        self.do("boot_from_media_once")
+        self.override = True
+
+    def boot_from_disk(self) -> None:
+        self.do("boot_from_disk")
+        self.override = False
+
+    def power_on(self) -> None:
+        self.do("power_on")
+        if self.power is not Power.ON:
+            self.power = Power.ON
+            self.os = "ramdisk" if self.media and self.override else self.disk
+
+
+class Journal:
+    """The Run port in memory. `crash_after` names the step after whose record the process dies, `twice` repeats every effect."""
+
+    def __init__(self, run_id: str, inbox: dict, machine_turn, *, crash_after: str = "", twice: bool = False) -> None:
+        self.run_id, self.inbox, self.machine_turn = run_id, inbox, machine_turn
+        self.crash_after, self.twice = crash_after, twice
+        self.records: list[tuple[str, object]] = []
+        self.steps: list[str] = []
+        self._at = 0
+
+    def again(self) -> Journal:
+        """The next life: same records, from the top, no crash."""
+        self._at, self.crash_after = 0, ""
+        return self
+
+    def _record(self, name, value):
+        self.records.append((name, value))
+        self._at += 1
+        if isinstance(value, RunFailed):
+            raise value
+        return value
+
+    def _replay(self, name):
+        if self._at >= len(self.records):
+            return False, None
+        recorded, value = self.records[self._at]
+        assert recorded == name, f"step order changed: {recorded} was recorded, {name} asked"
+        self._at += 1
+        if isinstance(value, RunFailed):
+            raise value
+        return True, value
+
+    async def step(self, name, effect):
+        found, value = self._replay(name)
+        if found:
+            return value
+        self.steps.append(name)
+        try:
+            if self.twice:
+                with contextlib.suppress(RunFailed):
+                    effect(self.run_id)
+            value = effect(self.run_id)
+        except RunFailed as error:
+            value = error
+        if name == self.crash_after:
+            self.records.append((name, value))
+            raise Crash
+        return self._record(name, value)
+
+    async def wait_for(self, event, deadline_s):
+        found, value = self._replay(event)
+        if found:
+            return value
+        self.machine_turn(event)
+        message = self.inbox.get(event)
+        if message is None:
+            return self._record(event, DeadlinePassed("deadline", f"No {event}."))
+        if error := message.get("error"):
+            return self._record(event, RunFailed(error["class"], error.get("cause", "")))
+        return self._record(event, message)
+
+    async def sleep(self, seconds):
+        self._replay("sleep")
+
+    async def now(self):
+        return datetime.now(UTC)
+
+
+class World:
+    """One server, one instance, one image, one admitted run."""
+
+    def __init__(self, folder: Path, *, blank: bool = False) -> None:
+        self.folder = folder
+        self.machine = Machine(power=Power.OFF, disk="", os="") if blank else Machine()
+        self.store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=lambda: datetime.now(UTC))
+        self.inbox: dict[str, dict] = {}
+        self.store.tell = lambda conn, run_id, event, message: self.inbox.setdefault(event, message)
+        self.images = ImageStore(folder / "images")
+        project = self.store.add_project("default")
+        self.credential, _, _ = self.store.add_credential(project.id, "op", Role.OPERATOR)
+        raw = bytes(1024 * 1024)
+        packed = zstandard.ZstdCompressor().compress(raw)
+        sha256 = hashlib.sha256(packed).hexdigest()
+        self.images.write_chunk(sha256, packed)
+        manifest = Manifest(len(raw), 512, "amd64", "uefi", (Chunk(sha256, len(packed), hashlib.sha256(raw).hexdigest(), ()),))
+        digest = self.images.write_manifest(manifest)
+        now = datetime.now(UTC)
+        self.image = Image(new_id(), project.id, "img", "Linux", "amd64", "uefi", digest, len(raw), 512, len(packed), 0, now)
+        self.store.add_image(self.image)
+        server = Server(
+            new_id(), "lab01", project.id, "https://bmc.invalid", "admin", "true", None, None, "Lab", "M1", "SER-1", "uuid-1", ("52:54:00:00:00:01",),
+            "amd64", "uefi", "r1", "1", {}, None, now,
+        )  # fmt: skip
+        self.instance = self.store.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
+
+        @contextlib.contextmanager
+        def open_bmc(_):
+            yield self.machine
+
+        places = Places(("http://127.0.0.1:1",), "https://127.0.0.1:2", "CA", 0)
+        self.effects = ServerEffects(self.store, self.images, open_bmc, places)
+        fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
+        admitted = fleet.admit(credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password=PASSWORD)
+        self.run_id = self.store.list_runs(batch_id=admitted.batch_id)[0].id
+
+    def machine_turn(self, event: str) -> None:
+        """What the machine does of itself before `event` would come."""
+        m, store = self.machine, self.store
+        if event in m.silent:
+            return
+        if event == "agent-ready" and m.os == "ramdisk":
+            disk = {
+                "path": "/dev/vda", "size_bytes": 2**30, "sector_bytes": 512, "serial": "DISK-1", "wwn": "", "model": "", "transport": "virtio",
+                "removable": False, "read_only": False, "rotational": False, "virtual": False, "hctl": "", "by_path": "", "boots": True,
+            }  # fmt: skip
+            inventory = {
+                "boot_id": "boot-ramdisk", "serial": "SER-1", "uuid": "uuid-1", "macs": ["52:54:00:00:00:01"], "arch": "amd64",
+                "firmware": "uefi", "memory_bytes": 2**30, "disks": [disk], "uptime_s": 1.0,
+            }  # fmt: skip
+            store.record_hello(self.run_id, "boot-ramdisk", inventory)
+        if event == "written" and m.os == "ramdisk":
+            run = store.get_run(self.run_id)
+            if store.record_crossing(self.run_id, run.plan["plan_id"], lease_until=datetime.now(UTC) + timedelta(60)):
+                m.disk = "half-written"
+                if "report" not in m.silent:
+                    m.disk = "new-os"
+                    store.record_report(self.run_id, {"epoch": run.epoch, "verified": True, "disk_serial": "DISK-1", "error": None})
+        if event == "proof" and m.os == "new-os":
+            proof = {"boot_id": "boot-new", "root_disk_serial": m.proof_serial, "ssh_host_keys": ["ssh-ed25519 A"], "password_usable": True}
+            store.record_proof(self.run_id, proof)
+
+    def journal(self, **how) -> Journal:
+        return Journal(self.run_id, self.inbox, self.machine_turn, **how)
+
+    def play(self, journal: Journal) -> str:
+        return asyncio.run(reinstall(journal, self.effects))
+
+    def state(self):
+        return self.store.find_instance(self.credential.project_id, self.instance.id)
+
+
+@pytest.fixture
+def world(tmp_path):
+    made = World(tmp_path)
+    yield made
+    made.store.close()
+
+
+def discovered_steps(tmp_path, **prepare) -> list[str]:
+    made = World(tmp_path)
+    for name, value in prepare.items():
+        setattr(made.machine, name, value)
+    journal = made.journal()
+    made.play(journal)
+    return journal.steps
+
+
+def test_the_new_os_runs_and_the_state_is_pending_meanwhile(world):
+    assert world.state().state is InstanceState.PENDING
+    assert world.play(world.journal()) == "proved"
+    after = world.state()
+    assert (after.state, after.image_id, after.ssh_host_keys) == (InstanceState.RUNNING, world.image.id, ("ssh-ed25519 A",))
+    assert (world.machine.os, world.machine.media, world.machine.override) == ("new-os", "", False)
+
+
+def test_each_step_run_twice_changes_nothing(world):
+    assert world.play(world.journal(twice=True)) == "proved"
+    assert (world.machine.os, world.state().state) == ("new-os", InstanceState.RUNNING)
+
+
+def test_killed_after_each_step_it_goes_on_to_the_same_end(tmp_path):
+    steps = discovered_steps(tmp_path / "look") if (tmp_path / "look").mkdir() is None else []
+    assert len(steps) >= 8
+    for number, step in enumerate(steps):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        made = World(folder)
+        journal = made.journal(crash_after=step)
+        with pytest.raises(Crash):
+            made.play(journal)
+        assert made.play(journal.again()) == "proved", step
+        assert (made.machine.os, made.state().state) == ("new-os", InstanceState.RUNNING), step
+
+
+BEFORE_THE_LINE = ["probe", "insert_media", "boot_from_media_once"]
+
+
+@pytest.mark.parametrize("call", BEFORE_THE_LINE)
+def test_a_bmc_that_fails_for_good_before_the_line_leaves_the_old_os_running(world, call):
+    world.machine.refuses = {call}
+    assert world.play(world.journal()) == "returned"
+    after = world.state()
+    assert (after.state, after.operation_state.value) == (InstanceState.RUNNING, "reinstall-failed")
+    assert (world.machine.os, world.machine.disk, world.machine.media) == ("old-os", "old-os", "")
+    assert after.error["code"].startswith("Repave.2")
+
+
+def test_a_bmc_that_can_not_power_off_ends_in_error_with_the_disk_untouched(world):
+    world.machine.refuses = {"power_off"}
+    assert world.play(world.journal()) == "return-failed"
+    assert (world.state().state, world.machine.disk) == (InstanceState.ERROR, "old-os")
+
+
+@pytest.mark.parametrize("event", ["agent-ready", "written"])
+def test_a_machine_that_never_speaks_before_the_line_gets_its_old_os_back(world, event):
+    world.machine.silent = {event}
+    assert world.play(world.journal()) == "returned"
+    assert (world.state().state, world.machine.os, world.machine.disk, world.machine.media) == (InstanceState.RUNNING, "old-os", "old-os", "")
+
+
+def test_an_agent_that_falls_silent_after_the_line_ends_in_error_powered_off(world):
+    world.machine.silent = {"report"}
+    assert world.play(world.journal()) == "write-failed"
+    assert (world.state().state, world.machine.power, world.machine.media) == (InstanceState.ERROR, Power.OFF, "")
+
+
+def test_no_proof_is_error_with_the_server_left_on(world):
+    world.machine.silent = {"proof"}
+    assert world.play(world.journal()) == "unproved"
+    assert (world.state().state, world.machine.power, world.machine.os) == (InstanceState.ERROR, Power.ON, "new-os")
+    assert world.state().error["code"] == "Repave.5101"
+
+
+def test_a_proof_from_another_disk_is_never_running(world):
+    world.machine.proof_serial = "DISK-2"
+    assert world.play(world.journal()) == "write-failed"
+    assert (world.state().state, world.machine.power) == (InstanceState.ERROR, Power.OFF)
+
+
+def test_a_blank_server_that_fails_before_the_line_is_off_and_error_again(tmp_path):
+    made = World(tmp_path, blank=True)
+    made.machine.silent = {"agent-ready"}
+    assert made.play(made.journal()) == "returned"
+    assert (made.state().state, made.machine.power) == (InstanceState.ERROR, Power.OFF)
+
+
+def test_a_damaged_image_is_found_before_any_power_action(world):
+    chunk = next((world.folder / "images").rglob("chunks/*/*"))
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    assert world.play(world.journal()) == "returned"
+    assert world.state().error["code"] == "Repave.4102"
+    assert world.machine.actions == []
+
+
+def test_who_commits_first_wins_at_the_line(world):
+    world.machine.silent = {"written"}
+    world.play(world.journal())
+    run = world.store.get_run(world.run_id)
+    assert not world.store.record_crossing(world.run_id, run.plan["plan_id"], lease_until=datetime.now(UTC))
+
+
+def test_no_secret_stays_after_the_end_and_none_was_ever_in_clear(world):
+    world.play(world.journal())
+    kept = b"".join(p.read_bytes() for p in world.folder.rglob("*") if p.is_file())
+    assert PASSWORD.encode() not in kept
+    assert b"Canary-bmc-password" not in kept
+    assert b"$6$" not in kept
+    with pytest.raises(RunFailed):
+        world.store.get_run_secret(world.run_id)
