@@ -275,16 +275,15 @@ def _read_body(response: requests.Response) -> bytes:
 
 
 def _tame_error(body: bytes) -> bytes:
-    """An error body in the shape that sushy's HTTPError expects; it crashes on others (a list, a string in `error`)."""
-    try:
+    """An error body in the shape that sushy's HTTPError expects; it crashes on others (none at all, a list, a string in `error`)."""
+    value: dict[str, Any] = {}
+    with contextlib.suppress(BmcError):
         value = parse_json(body, "error")
-    except BmcError:
-        return b""
     error = value.get("error")
     error = error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else value
     extended = error.get("@Message.ExtendedInfo")
     extended = [extended] if isinstance(extended, dict) else extended if isinstance(extended, list) else []
-    tame: dict[str, Any] = {"@Message.ExtendedInfo": [m for m in extended if isinstance(m, dict)]}
+    tame: dict[str, Any] = {"code": "", "message": "", "@Message.ExtendedInfo": [m for m in extended if isinstance(m, dict)]}
     tame |= {k: error[k] for k in ("code", "message") if isinstance(error.get(k), str)}
     return json.dumps({"error": tame}).encode()
 
