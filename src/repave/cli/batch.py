@@ -1,0 +1,247 @@
+"""Batches: ls, show, watch. Equal runs share a row; watching owns nothing, so Ctrl-C stops only the watching."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+from cyclopts import App
+
+from repave.cli.client import Client
+from repave.cli.output import Json, duration, fold, may_redraw, parse_time, say, show, show_json, show_list, size
+from repave.errors import RepaveError, RequestError
+
+app = App(name="batch")
+_POLL_S = 1.0
+_HEARTBEAT_S = 60.0
+_LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
+_ORDER = ("failed", "working", "waiting", "running")
+_GLYPHS = {"failed": "✗", "working": "▶", "waiting": "·", "running": "✓"}
+_LIST = {
+    "ID": "id", "STATE": "state", "IMAGE": "image", "RUNNING": "counts.running", "WORKING": "counts.working", "WAITING": "counts.waiting",
+    "FAILED": "counts.failed", "CREATED": "created_at", "BY": "created_by",
+}  # fmt: skip
+
+
+@app.command(name="ls")
+def list_batches(*, limit: int = 20, project: str | None = None, json: bool = False) -> None:
+    """List batches, newest first."""
+    show_list(Client(project).items("/batches", limit=limit), _LIST, as_json=json)
+
+
+@app.command(name="show")
+def show_batch(batch_id: str | None = None, /, *, project: str | None = None, json: bool = False) -> None:
+    """One batch (default: the newest) and its runs, folded; each run whole with --json."""
+    client = Client(project)
+    batch = client.get(f"/batches/{batch_id or _newest(client)}")
+    if json:
+        show_json(batch)
+        return
+    show(f"{_headline(batch)}\n" + "\n".join("  " + "  ".join(filter(None, row)) for row in folded_rows(batch["runs"])))
+    if batch["state"] != "working":
+        show_summary(batch)
+
+
+@app.command
+def watch(batch_id: str | None = None, /, *, timeout: float | None = None, project: str | None = None, json: bool = False) -> int:
+    """Follow a batch (default: the newest) until it ends. Exit code: 0 all run, 10 some failed, 11 all failed, 124 --timeout, 130 Ctrl-C.
+
+    Parameters
+    ----------
+    timeout
+        Seconds after which to stop watching; the batch goes on.
+    json
+        One event a line.
+    """
+    client = Client(project)
+    return follow(client, batch_id or _newest(client), timeout_s=timeout, as_json=json)
+
+
+def _newest(client: Client) -> str:
+    batches = client.items("/batches", limit=1)
+    if not batches:
+        raise RequestError("not-found", "There is no batch yet.")
+    return str(batches[0]["id"])
+
+
+# ---- following ----
+
+
+def follow(client: Client, batch_id: str, *, timeout_s: float | None = None, as_json: bool = False) -> int:
+    """The exit code of a batch followed to its end."""
+    give_up_at = time.monotonic() + timeout_s if timeout_s is not None else None
+    try:
+        if as_json:
+            batch = _follow_json(client, batch_id, give_up_at)
+        elif sys.stdout.isatty() and may_redraw():
+            batch = _follow_live(client, batch_id, give_up_at)
+        else:
+            batch = _follow_lines(client, batch_id, give_up_at)
+    except KeyboardInterrupt:
+        say(f"\nThe batch goes on.  Next: repave watch {batch_id}")
+        return 130
+    if batch is None:
+        say(f"--timeout has passed; the batch goes on.  Next: repave watch {batch_id}")
+        return 124
+    if not as_json:
+        show_summary(batch)
+    failed, total = batch["counts"]["failed"], len(batch["runs"])
+    return 0 if not failed else 11 if failed == total else 10
+
+
+def _states(client: Client, batch_id: str, give_up_at: float | None) -> Iterator[Json]:
+    """The batch again and again, the last time when it has ended. Survives a service that restarts. Ends early at `give_up_at`."""
+    lost_at: float | None = None
+    while give_up_at is None or time.monotonic() < give_up_at:
+        try:
+            batch = client.get(f"/batches/{batch_id}")
+            if lost_at is not None:
+                say("The service is back.")
+            lost_at = None
+            yield batch
+            if batch["state"] != "working":
+                return
+        except RepaveError as error:
+            if error.slug != "service-unreachable" or (lost_at is not None and time.monotonic() - lost_at > _LOST_S):
+                raise
+            if lost_at is None:
+                lost_at = time.monotonic()
+                say(f"Not live since {_clock()}: {error.detail} Trying again; the batch goes on when the service does.")
+        time.sleep(_POLL_S)
+
+
+def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
+    """One line a change, equal changes on one line, and a heartbeat: silence means we are gone."""
+    seen: dict[str, tuple[str, ...]] = {}
+    batch, spoke = None, time.monotonic()
+    for batch in _states(client, batch_id, give_up_at):
+        changed: dict[tuple[str, ...], list[Json]] = {}
+        for run in batch["runs"]:
+            what = _change(run)
+            if seen.get(run["id"]) != what:
+                seen[run["id"]] = what
+                changed.setdefault(what, []).append(run)
+        for what, runs in changed.items():
+            show(" ".join([_clock(), fold(r["server"] for r in runs), *what, *([_took(runs)] if what[0] == "running" else [])]))
+            spoke = time.monotonic()
+        if time.monotonic() - spoke >= _HEARTBEAT_S:
+            show(f"{_clock()} {batch_id} " + " ".join(f"{name}={count}" for name, count in batch["counts"].items()))
+            spoke = time.monotonic()
+    return batch if batch and batch["state"] != "working" else None
+
+
+def _change(run: Json) -> tuple[str, ...]:
+    if run["state"] in ("running", "waiting"):
+        return (run["state"],)
+    side = "past-the-line" if run["past_the_line"] else "before-the-line"
+    code = (run["error"]["code"],) if run["error"] else ()
+    return (run["state"], f"{run['step_index']}/{run['steps']}", run["step"], *code, side)
+
+
+def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    batch = None
+    with Live(auto_refresh=False) as live:
+        for batch in _states(client, batch_id, give_up_at):
+            table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+            for row in folded_rows(batch["runs"]):
+                table.add_row(*(Text(cell) for cell in row))
+            live.update(Group(Text(_headline(batch) + "   Ctrl-C leaves it running"), table), refresh=True)
+    return batch if batch and batch["state"] != "working" else None
+
+
+def _follow_json(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
+    """Events, one a line; the stream is taken up again where it broke off."""
+    after = 0
+    for batch in _states(client, batch_id, give_up_at):
+        try:
+            for event in client.follow(after, batch=batch_id):
+                after = event["seq"]
+                show(jsonlib.dumps(event, ensure_ascii=False))
+                if give_up_at is not None and time.monotonic() > give_up_at:
+                    return None
+        except RepaveError as error:
+            if error.slug != "service-unreachable":
+                raise
+        if batch["state"] != "working":
+            return batch
+    return None
+
+
+# ---- what is shown ----
+
+
+def _headline(batch: Json) -> str:
+    runs, counts = batch["runs"], batch["counts"]
+    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
+    took = duration((ended - parse_time(batch["created_at"])).total_seconds())
+    told = " · ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{batch['id']} · {len(runs)} servers · {batch['image'] or 'current image'} · {took} · {told}"
+
+
+def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
+    """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
+    groups: dict[tuple[int, int, str], list[Json]] = {}
+    for run in runs:
+        at = run["step_index"] if run["state"] in ("failed", "working") else 0
+        cause = run["error"]["code"] + run["error"]["cause"] if run["error"] else str(run["past_the_line"])
+        groups.setdefault((_ORDER.index(run["state"]), at, cause), []).append(run)
+    return [_row(group) for _, group in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def _row(group: Sequence[Json]) -> list[str]:
+    first, names = group[0], fold(run["server"] for run in group)
+    head = f"{_GLYPHS[first['state']]} {names}"
+    if first["state"] == "running":
+        return [head, f"running {first['os_now'] or ''}".rstrip(), "", "", _took(group), "proved by the new OS"]
+    if first["state"] == "waiting":
+        return [head, "waiting", "", "", "", ""]
+    step = f"{first['step_index']}/{first['steps']} {first['step']}"
+    side = "past the line" if first["past_the_line"] else "before the line"
+    if first["error"]:
+        return [head, step, "", "", "", f"{first['error']['code']} {first['error']['title']} · {side}"]
+    percents = [run["percent"] for run in group if run["percent"] is not None]
+    rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
+    seconds = [run["durations_s"].get(run["step"], 0) for run in group]
+    return [head, step, _span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
+
+
+def _span(values: Sequence[int], unit: str) -> str:
+    low, high = (min(values), max(values)) if values else (0, 0)
+    return "" if not values else f"{low} {unit}" if low == high else f"{low}-{high} {unit}"
+
+
+def _took(runs: Sequence[Json]) -> str:
+    took = [(parse_time(r["ended_at"]) - parse_time(r["created_at"])).total_seconds() for r in runs if r["ended_at"]]
+    low, high = (duration(min(took)), duration(max(took))) if took else ("-", "-")
+    return low if low == high else f"{low}-{high}"
+
+
+def show_summary(batch: Json) -> None:
+    """Failures first, one block a cause, then what runs now, then the next command."""
+    bad = [run for run in batch["runs"] if run["state"] == "failed"]
+    good = [run for run in batch["runs"] if run["state"] == "running"]
+    show(f"{_headline(batch)} · ended")
+    for cause in dict.fromkeys((r["error"]["code"], r["error"]["cause"]) for r in bad if r["error"]):
+        same = [r for r in bad if r["error"] and (r["error"]["code"], r["error"]["cause"]) == cause]
+        error, step = same[0]["error"], f"{same[0]['step_index']}/{same[0]['steps']} {same[0]['step']}"
+        side = "past the line" if same[0]["past_the_line"] else "before the line"
+        show(f"  ✗ {fold(r['server'] for r in same)}  {step} · {side} · {error['code']} {error['title']}")
+        show(f"      cause      {error['cause']}\n      untouched  {error['untouched']}\n      do         {error['do']}")
+    for image in dict.fromkeys(r["os_now"] for r in good):
+        same = [r for r in good if r["os_now"] == image]
+        show(f"  ✓ {fold(r['server'] for r in same)}  runs {image or 'the image'} after {_took(same)} · proved: root-disk serial and one-time key matched")
+    if bad:
+        again = fold(r["server"] for r in bad)
+        show(f"Next: repave explain {bad[0]['error']['code'] if bad[0]['error'] else 'internal'}; then repave reinstall '{again}' --image {batch['image']}")
+
+
+def _clock() -> str:
+    return datetime.now(UTC).strftime("%H:%M:%SZ")

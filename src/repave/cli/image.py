@@ -1,0 +1,137 @@
+"""Images: import streams the file to the service; ls, show, rm."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from cyclopts import App
+
+from repave.cli.client import Client
+from repave.cli.output import Usage, confirm, may_redraw, say, show_json, show_list, size
+
+app = App(name="image")
+_SAY_EVERY_S = 10.0
+_LIST = {"NAME": "name", "OS": "os_type", "ARCH": "arch", "BOOT": "boot", "SIZE": "size", "DATA": "data", "STORED": "stored", "ID": "id"}
+
+
+class _Counted:
+    """A file that tells how much of it was read: what `requests` wants of a body, no more."""
+
+    def __init__(self, file: IO[bytes], total: int, tell: Callable[[int], None]) -> None:
+        self.file, self.total, self.tell, self.sent = file, total, tell, 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def read(self, count: int = -1) -> bytes:
+        piece = self.file.read(min(count, 1 << 20) if count > 0 else 1 << 20)
+        self.sent += len(piece)
+        self.tell(self.sent)
+        return piece
+
+
+@app.command(name="import")
+def import_image(
+    file: Path,
+    /,
+    *,
+    name: str | None = None,
+    os_type: Literal["Linux", "Windows"] = "Linux",
+    sha256: str | None = None,
+    project: str | None = None,
+    json: bool = False,
+) -> None:
+    """Send a qcow2 or raw disk image to the service, which checks it and stores it in pieces.
+
+    Parameters
+    ----------
+    name
+        Its name; default: the file's, without suffix.
+    sha256
+        Its SHA-256, or a file of `sha256sum` lines: what arrives must have it.
+    """
+    if not file.is_file():
+        raise Usage(f"There is no file {file}.")
+    name, total = name or re.sub(r"\.(qcow2|raw|img)$", "", file.name), file.stat().st_size
+    headers = {"X-Repave-SHA256": _digest(sha256, file)} if sha256 else {}
+    client = Client(project)
+    with file.open("rb") as f, _telling(file.name, total) as tell:
+        made = client.upload("/images", _Counted(f, total, tell), {"name": name, "os_type": os_type}, headers)
+    if json:
+        show_json(made)
+        return
+    say(f"{made['name']} ({made['id']}) · {size(made['size_bytes'])}, {size(made['data_bytes'])} of it data · {size(made['stored_bytes'])} stored")
+    say(f"Next: repave reinstall NODESET --image {made['name']}")
+
+
+def _digest(wanted: str, file: Path) -> str:
+    if re.fullmatch("[0-9a-fA-F]{64}", wanted):
+        return wanted
+    if not Path(wanted).is_file():
+        raise Usage(f"--sha256 {wanted}: neither a digest nor a file.")
+    for line in Path(wanted).read_text().splitlines():
+        digest, _, named = line.partition(" ")
+        if named.strip().lstrip("*") == file.name and len(digest) == 64:
+            return digest
+    raise Usage(f"{wanted} has no line for {file.name}.")
+
+
+@contextlib.contextmanager
+def _telling(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Called with the bytes sent so far: a bar with rate and time left, or a line now and then where nothing redraws."""
+    if may_redraw():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(f"send {label}", total=total)
+
+            def redraw(sent: int) -> None:
+                progress.update(task, completed=sent, description=f"store {label}" if sent >= total else f"send {label}")
+
+            yield redraw
+        return
+    began = said = time.monotonic()
+
+    def line(sent: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= _SAY_EVERY_S:
+            said, rate = now, sent / (now - began)
+            left = f"{(total - sent) / rate:.0f} s left" if sent < total else "storing"
+            say(f"send {label} {100 * sent // total} % {size(rate)}/s {left}")
+
+    yield line
+
+
+def _readable(image: dict[str, object]) -> dict[str, object]:
+    return image | {short: size(float(str(image[f"{short}_bytes"]))) for short in ("size", "data", "stored")}
+
+
+@app.command(name="ls")
+def list_images(*, project: str | None = None, json: bool = False) -> None:
+    """List images."""
+    items = Client(project).items("/images")
+    show_list(items if json else [_readable(i) for i in items], _LIST, as_json=json)
+
+
+@app.command(name="show")
+def show_image(image: str, /, *, project: str | None = None) -> None:
+    """One image (name or id) and the servers that run it, as JSON."""
+    show_json(Client(project).get(f"/images/{image}"))
+
+
+@app.command(name="rm")
+def remove_image(image: str, /, *, yes: bool = False, project: str | None = None) -> None:
+    """Remove an image (name or id), and the pieces that no other has."""
+    client = Client(project)
+    found = client.get(f"/images/{image}")
+    confirm(f"Remove {found['name']}, which runs on {len(found['servers'])} servers? [y/N] ", "y", yes=yes)
+    client.delete(f"/images/{found['id']}")
+    say(f"{found['name']} removed.")

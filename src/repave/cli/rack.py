@@ -1,0 +1,55 @@
+"""The virtual rack: repave.lab.rack does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+
+from repave.cli.output import say, show_json, show_list
+
+app = App(name="rack")
+FOLDER = Path(".repave/rack")
+
+
+@app.command
+def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None:
+    """Bring up machines, their BMCs and the service; returns when all instances run.
+
+    Parameters
+    ----------
+    count
+        How many machines.
+    scripted
+        No QEMU: the real agent against a file as its disk; seconds instead of minutes.
+    """
+    from repave.lab.rack import rack_up
+
+    state = rack_up(count, scripted=scripted, folder=FOLDER)
+    if json:
+        show_json(state)
+    else:
+        say("Next: repave reinstall 'lab[01-02]' --image tiny-2" if not state.get("images") else f"Next: {_next(state)}")
+
+
+def _next(state: dict[str, list[dict[str, str]]]) -> str:
+    from repave.cli.output import fold
+
+    return f"repave reinstall '{fold(i['name'] for i in state['instances'])}' --image {state['images'][-1]['name']}"
+
+
+@app.command(name="ls")
+def list_machines(*, json: bool = False) -> None:
+    """What is up."""
+    from repave.lab.rack import rack_state
+
+    instances = (rack_state(FOLDER) or {}).get("instances", [])
+    show_list(instances, {"NAME": "name", "INSTANCE": "id", "SSH HOST": "ssh.host", "SSH PORT": "ssh.port"}, as_json=json)
+
+
+@app.command
+def down() -> None:
+    """End everything that `up` started."""
+    from repave.lab.rack import rack_down
+
+    rack_down(FOLDER)

@@ -1,0 +1,116 @@
+"""Reinstall: the plan, the password, the typed confirmation, then the batch to its end. Nothing is sent before all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from repave.cli.batch import follow
+from repave.cli.client import Client
+from repave.cli.output import Json, Refused, Usage, check_known, confirm, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.domain.password import find_password_fault, user_for
+
+
+def reinstall(
+    nodeset: str,
+    /,
+    *,
+    image: str | None = None,
+    ssh_key: list[Path] | None = None,
+    user_data: Path | None = None,
+    plan_only: bool = False,
+    yes: bool = False,
+    expect: int | None = None,
+    password_stdin: bool = False,
+    detach: bool = False,
+    timeout: float | None = None,
+    project: str | None = None,
+    json: bool = False,
+) -> int:
+    """Erase the root disk of each server and install an image on it.
+
+    Shows the plan, asks for the new password and a typed confirmation, then follows the batch.
+
+    Parameters
+    ----------
+    nodeset
+        Names: web01, 'web[01-12]', 'web[01-14]!web13'.
+    image
+        Name or id; default: the image each server has now.
+    ssh_key
+        A public key file for the new OS's administrator; may be given several times.
+    user_data
+        A cloud-init file for the new OS.
+    plan_only
+        Show what would be erased and kept; touch nothing.
+    yes
+        Do not ask; wants --expect.
+    expect
+        How many servers these must be. Another number is refused: a nodeset may have grown.
+    password_stdin
+        The new administrator password is the first line of stdin.
+    detach
+        Do not follow the batch.
+    timeout
+        Seconds after which to stop following; the batch goes on.
+    json
+        The plan, or the batch's events one a line, as JSON.
+    """
+    if not plan_only:
+        _refuse_unconfirmed(yes=yes, expect=expect)
+    names = unfold(nodeset)
+    if expect is not None and expect != len(names):
+        raise Refused(f"{nodeset} are {len(names)} servers, not the {expect} expected; nothing was sent.")
+    keys, data = [_read(path).strip() for path in ssh_key or ()], _read(user_data) if user_data else ""
+    client = Client(project)
+    check_known(names, [s["name"] for s in client.items("/servers")])
+    target: Json = {"servers": names, "image": image}
+    plan = client.post("/plans", target)
+    if plan_only:
+        show_json(plan) if json else show(render_plan(plan))
+        return 3 if plan["problems"] else 0
+    say(render_plan(plan))
+    if plan["problems"]:
+        raise Refused("The plan has problems; nothing was sent.")
+    password = read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
+    if fault := find_password_fault(password, user=user_for("Linux")):
+        raise Refused(f"The password {fault}; nothing was sent.")
+    confirm(f"Type  erase {len(names)}  to start: ", f"erase {len(names)}", yes=yes)
+    batch = client.post("/reinstall", target | {"password": password, "ssh_keys": keys, "user_data": data, "plan": plan["id"]})
+    if detach:
+        show_json(batch) if json else show(batch["id"])
+        say("Next: repave watch")
+        return 0
+    say(f"Batch {batch['id']} has begun. Ctrl-C leaves it running.")
+    return follow(client, batch["id"], timeout_s=timeout, as_json=json)
+
+
+def _refuse_unconfirmed(*, yes: bool, expect: int | None) -> None:
+    """Before anything is sent: a script says yes and how many, a person has a terminal to type on."""
+    if yes and expect is None:
+        raise Refused("--yes wants --expect N, the number of servers; nothing was sent.")
+    if not yes and not is_terminal():
+        raise Refused("There is no terminal to confirm on: give --yes --expect N. Nothing was sent.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"{path}: {error}.") from None
+
+
+def render_plan(plan: Json) -> str:
+    """Erased, kept, problems; equal servers share a line."""
+    erased, kept = plan["erased"], plan["kept"]
+    lines = [f"PLAN {plan['id']} · {len(erased)} servers · {plan['image'] or 'the image each has now'} · nothing touched yet"]
+    kinds = dict.fromkeys((e["model"], e["root_disk"], e["os_now"], e["state"], e["image"]) for e in erased)
+    for model, disk, os_now, state, image in kinds:
+        same = [e["server"] for e in erased if (e["model"], e["root_disk"], e["os_now"], e["state"], e["image"]) == (model, disk, os_now, state, image)]
+        lines.append(f"  ERASED   {fold(same)}  {model or 'unknown model'} · one root disk each: {disk}")
+        lines.append(f"           now: {os_now or 'an OS we did not install'}, {state} → {image or '?'}")
+    seen = f"{kept['data_disks_seen']} data disks seen before" if kept["data_disks_seen"] else "all data disks"
+    lines.append(f"  KEPT     {seen} (read-only for the whole run) · {kept['other_servers']} other servers")
+    for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
+        same = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
+        lines.append(f"  PROBLEM  {fold(same)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")
+    return "\n".join(lines)

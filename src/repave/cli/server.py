@@ -1,0 +1,238 @@
+"""Servers: one, a nodeset paired with a nodeset of BMC addresses, or a CSV file. A password never stands in a file or on the command line."""
+
+from __future__ import annotations
+
+import csv as csvlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from repave.cli.client import Client
+from repave.cli.output import Json, Usage, check_known, confirm, exit_code, fold, read_secret, say, show_error, show_json, show_list, unfold
+from repave.errors import RepaveError
+
+app = App(name="server")
+_COLUMNS = ("name", "bmc", "user", "secret_env", "rack", "unit", "mac", "address", "prefix", "gateway", "dns", "vlan", "root_disk", "blank", "tls_verify")
+_NOT_SETTINGS = ("secret_env", "blank")
+_AT_ONCE = 8  # probes; BMCs are slow, and we wait, not compute
+_LIST = {
+    "NAME": "name", "STATE": "instance.state", "IMAGE": "instance.image", "MODEL": "model", "SERIAL": "serial", "RACK": "rack", "UNIT": "unit",
+    "ERROR": "instance.error.code",
+}  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Settings:
+    """What may be said of a server."""
+
+    bmc: str | None = None
+    "Its BMC: https://ADDRESS. With a nodeset of servers, a nodeset too: 'https://10.9.0.[11-60]'."
+    user: str | None = None
+    "User name at the BMC. The password: REPAVE_BMC_PASSWORD, --password-stdin, or asked for."
+    tls_verify: str | None = None
+    "true, false (the certificate seen first is pinned), or a path to a CA bundle on the service's machine."
+    fingerprint: str | None = None
+    "SHA-256 of the BMC's certificate, in hex: nothing else is trusted."
+    system: str | None = None
+    "The ComputerSystem's URI, where the BMC names several."
+    rack: str | None = None
+    "Rack, as on its label."
+    unit: str | None = None
+    "Rack unit."
+    root_disk: str | None = None
+    "Which disk may be erased: serial=S, or wwn, model, size (GiB), hctl, by_path, rotational."
+    mac: str | None = None
+    "NIC with static settings; without it DHCP."
+    address: str | None = None
+    "Its IP address."
+    prefix: int | None = None
+    "Its prefix length."
+    gateway: str | None = None
+    "Its gateway."
+    dns: str | None = None
+    "DNS servers, separated by blanks or commas."
+    vlan: int | None = None
+    "Its tagged VLAN."
+    arch: str | None = None
+    "amd64 or arm64, where the BMC does not say."
+
+    def body(self) -> Json:
+        """The fields given, as the API calls them."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        network: Json = {name: given.pop(name) for name in ("mac", "address", "prefix", "gateway", "vlan") if name in given}
+        if "dns" in given:
+            network["dns"] = given.pop("dns").replace(",", " ").split()
+        if network and {"mac", "address", "prefix"} - network.keys():
+            raise Usage("--mac, --address and --prefix belong together.")
+        renamed = {"bmc": "bmc_url", "user": "bmc_username", "fingerprint": "certificate_sha256", "system": "system_uri"}
+        return {renamed.get(name, name): value for name, value in given.items()} | ({"network": network} if network else {})
+
+
+_NOTHING_SAID = Settings()
+
+
+@app.command
+def add(
+    nodeset: str | None = None,
+    /,
+    *,
+    settings: Settings = _NOTHING_SAID,
+    csv: Path | None = None,
+    blank: bool = False,
+    windows: bool = False,
+    password_stdin: bool = False,
+    project: str | None = None,
+    yes: bool = False,
+    json: bool = False,
+) -> int:
+    """Add servers. Each BMC is asked what it is and its certificate is pinned; nothing is powered or written.
+
+    Parameters
+    ----------
+    nodeset
+        Name, or names: web01, 'web[01-50]'.
+    csv
+        A file with the columns name,bmc,user,secret_env,rack,unit,mac,address,prefix,gateway,dns,vlan,root_disk (blank, tls_verify).
+        secret_env names the environment variable that holds the BMC's password.
+    blank
+        There is no OS yet: the first install is a reinstall.
+    windows
+        A Windows server.
+    """
+    if (csv is None) == (nodeset is None):
+        raise Usage("Name the servers, or give --csv FILE.")
+    common = {"blank": blank, "os_type": "Windows" if windows else "Linux"}
+    bodies = [common | body for body in (_from_csv(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
+    client = Client(project)
+    if len(bodies) > 1:
+        say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, paired in order.")
+        confirm(f"Add {len(bodies)}? [y/N] ", "y", yes=yes)
+
+    def send(body: Json) -> Json | RepaveError:
+        try:
+            return client.post("/servers", body)
+        except RepaveError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        answers = list(pool.map(send, bodies))
+    return _tell_added(bodies, answers, as_json=json)
+
+
+def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_json: bool) -> int:
+    good = [a for a in answers if isinstance(a, dict)]
+    bad = [(b["name"], a) for b, a in zip(bodies, answers, strict=True) if isinstance(a, RepaveError)]
+    for detail in dict.fromkeys(str(error) for _, error in bad):
+        same = [(name, error) for name, error in bad if str(error) == detail]
+        say(f"✗ {fold(name for name, _ in same)}")
+        show_error(same[0][1])
+    if as_json:
+        show_json({"items": good, "next": None})
+    elif good:
+        show_list(good, _LIST, as_json=False)
+    say(f"{len(good)} added{f' · {len(bad)} not' if bad else ''}. Nothing was powered or written." + ("  Next: repave image ls" if good else ""))
+    codes = {exit_code(error) for _, error in bad}
+    if bad and not good:
+        return codes.pop() if len(codes) == 1 and codes & {1, 4, 5} else 3 if len(bad) == 1 else 11
+    return 10 if bad else 0
+
+
+def _paired(nodeset: str, settings: Settings, password_stdin: bool) -> list[Json]:
+    if not settings.bmc or not settings.user:
+        raise Usage("--bmc and --user are needed.")
+    names, body = unfold(nodeset), settings.body()
+    urls = [settings.bmc] if len(names) == 1 else _unfold_url(settings.bmc)
+    if len(names) != len(urls):
+        raise Usage(f"{len(names)} servers and {len(urls)} BMC addresses do not pair.")
+    if len(names) > 1 and "network" in body:
+        raise Usage("--mac and --address are one server's; use --csv for many.")
+    password = read_secret("BMC password", from_stdin=password_stdin, variable="REPAVE_BMC_PASSWORD")
+    return [body | {"name": name, "bmc_url": url, "bmc_password": password} for name, url in zip(names, urls, strict=True)]
+
+
+def _unfold_url(url: str) -> list[str]:
+    """A URL with one bracketed range. NodeSet sees only the range: a path or a port would confuse it."""
+    before, found, rest = url.partition("[")
+    inside, _, after = rest.partition("]")
+    return [f"{before}{name[1:]}{after}" for name in unfold(f"n[{inside}]")] if found else [url]
+
+
+def _from_csv(path: Path) -> list[Json]:
+    """All rows, or Usage naming the line that is wrong: nothing is sent before all are understood."""
+    try:
+        with path.open(newline="") as f:
+            reader = csvlib.DictReader(f)
+            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and isinstance(v, str | None)} for row in reader]
+            columns = list(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Usage(f"{path}: {error}.") from None
+    if unknown := [c for c in columns if c not in _COLUMNS]:
+        raise Usage(f"{path}: unknown column {unknown[0]!r}; known: {', '.join(_COLUMNS)}.")
+    bodies = []
+    for number, row in enumerate(rows, 2):
+        if missing := [c for c in ("name", "bmc", "user", "secret_env") if not row.get(c)]:
+            raise Usage(f"{path}:{number}: {missing[0]} is empty.")
+        if row["secret_env"] not in os.environ:
+            raise Usage(f"{path}:{number}: the environment has no {row['secret_env']}.")
+        try:
+            said: Json = {c: int(row[c]) if c in ("prefix", "vlan") else row[c] for c in _COLUMNS[1:] if row.get(c) and c not in _NOT_SETTINGS}
+            body = Settings(**said).body()
+        except (ValueError, Usage) as error:
+            raise Usage(f"{path}:{number}: {error}.") from None
+        blank = {"blank": row["blank"].lower() in ("1", "yes", "true")} if row.get("blank") else {}
+        bodies.append(body | blank | {"name": row["name"], "bmc_password": os.environ[row["secret_env"]]})
+    if not bodies:
+        raise Usage(f"{path}: no servers.")
+    return bodies
+
+
+@app.command(name="ls")
+def list_servers(*, project: str | None = None, json: bool = False) -> None:
+    """List servers and what runs on them."""
+    show_list(Client(project).items("/servers"), _LIST, as_json=json)
+
+
+@app.command(name="show")
+def show_server(name: str, /, *, project: str | None = None) -> None:
+    """Everything known of one server, as JSON."""
+    show_json(Client(project).get(f"/servers/{name}"))
+
+
+@app.command(name="set")
+def set_servers(
+    nodeset: str,
+    /,
+    *,
+    settings: Settings = _NOTHING_SAID,
+    password_stdin: bool = False,
+    repin: Annotated[bool, Parameter(help="Trust and pin the certificate that the BMC shows now. Compare fingerprints first.")] = False,
+    dhcp: Annotated[bool, Parameter(help="Forget the static network settings.")] = False,
+    project: str | None = None,
+) -> None:
+    """Change what is said of servers. Where it is about the BMC, the BMC is asked first and must be the same server's."""
+    body = settings.body() | ({"repin": True} if repin else {}) | ({"network": None} if dhcp else {})
+    if password_stdin:
+        body["bmc_password"] = read_secret("BMC password", from_stdin=True)
+    if not body:
+        raise Usage("Nothing to change was given.")
+    client, names = Client(project), unfold(nodeset)
+    check_known(names, [s["name"] for s in client.items("/servers")])
+    for name in names:
+        client.patch(f"/servers/{name}", body)
+    say(f"{fold(names)} changed.")
+
+
+@app.command(name="rm")
+def remove_servers(nodeset: str, /, *, yes: bool = False, project: str | None = None) -> None:
+    """Forget servers, their instances and their runs. The servers themselves are not touched."""
+    client, names = Client(project), unfold(nodeset)
+    check_known(names, [s["name"] for s in client.items("/servers")])
+    confirm(f"Forget {fold(names)}? [y/N] ", "y", yes=yes)
+    for name in names:
+        client.delete(f"/servers/{name}")
+    say(f"{fold(names)} forgotten.")

@@ -1,0 +1,199 @@
+"""The site and who may use it: init, serve, whoami, project, key, explain, and what bare `repave` says."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from repave.cli.output import Usage, say, show, show_json, show_list
+from repave.errors import CATALOGUE, RepaveError
+
+project = App(name="project")
+key = App(name="key")
+
+
+def _site_folder(folder: Path | None) -> Path:
+    return folder or Path(os.environ.get("REPAVE_SITE", "."))
+
+
+# ---- the site ----
+
+
+def init(folder: Path | None = None, /, *, api_listen: str | None = None, media_url: str | None = None, agent_url: str | None = None) -> None:
+    """Make a site: settings file, key file, CA, database, project `default` and its first admin key, printed once.
+
+    Parameters
+    ----------
+    folder
+        Where; default REPAVE_SITE, or here.
+    api_listen
+        HOST:PORT of API and pages.
+    media_url
+        The media listener as BMCs see it.
+    agent_url
+        The provisioning listener as servers see it.
+    """
+    from repave.app import init_site
+    from repave.cli.client import ADMIN_FILE
+    from repave.secrets import write_private
+
+    folder = _site_folder(folder)
+    changes = {"api_listen": api_listen, "media_url": media_url, "agent_url": agent_url}
+    made = init_site(folder, **{name: value for name, value in changes.items() if value is not None})
+    admin = {
+        "endpoint": f"http://{api_listen or '127.0.0.1:8470'}", "project_id": made.project.id, "token": made.token,
+        "ak": made.credential.ak, "sk": made.sk,
+    }  # fmt: skip
+    write_private(folder / ADMIN_FILE, json.dumps(admin, indent=2).encode())
+    show_json(admin)
+    say(f"Shown this once; kept in {folder / ADMIN_FILE} (0600), which this command line reads.  Next: repave serve")
+
+
+def serve(folder: Path | None = None, /) -> None:
+    """Run the service of the site in this folder (default REPAVE_SITE, or here), until Ctrl-C or SIGTERM."""
+    from repave.app import serve as serve_site
+    from repave.config import SETTINGS_FILE
+
+    folder = _site_folder(folder)
+    if not (folder / SETTINGS_FILE).exists():
+        raise Usage(f"{folder} is no site: it has no {SETTINGS_FILE}. Make one: repave init")
+    serve_site(folder)
+
+
+def show_overview() -> None:
+    """State and the next command, in a few lines."""
+    from repave.cli.client import Client
+
+    client = Client()
+    try:
+        servers, images, batches = client.items("/servers"), client.items("/images"), client.items("/batches", limit=5)
+    except RepaveError as error:
+        if error.slug == "service-unreachable":
+            show(f"No service at {client.endpoint.url}.")
+            show("Try it here, nothing to configure:  repave rack up 2\nRun it for real servers:            repave init && repave serve")
+        else:
+            show(f"{client.endpoint.url}: {error.problem.title} {error.detail}\nNext:  {error.problem.do}")
+        return
+    states = [s["instance"]["state"] for s in servers]
+    counts = " · ".join(f"{states.count(state)} {state}" for state in ("running", "pending", "error") if state in states)
+    show(f"{client.endpoint.url}   {len(servers)} servers{': ' + counts if counts else ''} · {len(images)} images")
+    live = [b for b in batches if b["state"] == "working"]
+    for batch in live:
+        show(f"Working: batch {batch['id']} · {batch['image'] or 'current image'} · {batch['counts']['working']} of {sum(batch['counts'].values())}")
+    if live:
+        show("Next:  repave watch")
+    elif not servers:
+        show("Next:  repave server add NAME --bmc https://ADDRESS --user USER      or: repave rack up 2")
+    else:
+        show("Next:  repave reinstall NODESET --image IMAGE --plan-only" if images else "Next:  repave image import FILE")
+
+
+def whoami(*, json: bool = False) -> None:
+    """Which key this is, and what it may do."""
+    from repave.cli.client import Client
+
+    me = Client().get("/whoami")
+    if json:
+        show_json(me)
+    else:
+        show(f"{me['name']} · {me['role']} of project {me['project']} ({me['project_id']})")
+
+
+def explain(code: str | None = None, /, *, json: bool = False) -> None:
+    """What an error code means: cause, what to do, what was left untouched. Without a code: all of them."""
+    if code is None:
+        rows = [{"code": p.code, "class": p.slug, "title": p.title} for p in CATALOGUE.values()]
+        show_list(rows, {"CODE": "code", "CLASS": "class", "TITLE": "title"}, as_json=json)
+        return
+    wanted = code.lower().removeprefix("repave.")
+    found = next((p for p in CATALOGUE.values() if wanted in (p.slug, p.code.removeprefix("Repave."))), None)
+    if found is None:
+        raise Usage(f"{code!r} is no code of ours; repave explain lists them.")
+    if json:
+        show_json(RepaveError(found.slug).as_json())
+        return
+    again = "yes" if found.retryable else "not before something has changed"
+    show(f"{found.code}  {found.slug}  {found.title}\nWho        {found.who.value} · worth trying again: {again}")
+    show(f"Why        {found.cause}\nDo         {found.do}\nUntouched  {found.untouched}")
+
+
+# ---- projects and keys ----
+
+
+@project.command(name="add")
+def add_project(name: str, /, *, json: bool = False) -> None:
+    """Add a project."""
+    from repave.cli.client import Client
+
+    made = Client().post("/projects", {"name": name})
+    if json:
+        show_json(made)
+    else:
+        show(f"{made['name']}  {made['id']}")
+        say(f"Next: repave key add NAME --role operator --project {name}")
+
+
+@project.command(name="ls")
+def list_projects(*, json: bool = False) -> None:
+    """List projects."""
+    from repave.cli.client import Client
+
+    show_list(Client().items("/projects"), {"NAME": "name", "ID": "id"}, as_json=json)
+
+
+@key.command(name="add")
+def add_key(
+    name: str,
+    /,
+    *,
+    role: Literal["viewer", "operator", "admin"] = "viewer",
+    expires: str | None = None,
+    project: str | None = None,
+    json: bool = False,
+) -> None:
+    """Add a key. AK, SK and token are printed this once.
+
+    Parameters
+    ----------
+    expires
+        A number of days (30d), or a time (2027-01-31T00:00:00Z). Default: never.
+    """
+    from repave.cli.client import Client
+
+    made = Client(project).post("/keys", {"name": name, "role": role, "expires_at": _expiry(expires)})
+    if json:
+        show_json(made)
+    else:
+        show("\n".join(f"{what:10} {made[what]}" for what in ("id", "project_id", "role", "expires_at", "ak", "sk", "token")))
+        say("SK and token are shown this once.")
+
+
+def _expiry(text: str | None) -> str | None:
+    try:
+        if text and text.endswith("d"):
+            return (datetime.now(UTC) + timedelta(days=int(text[:-1]))).isoformat()
+        return datetime.fromisoformat(text).astimezone(UTC).isoformat() if text else None
+    except ValueError:
+        raise Usage(f"--expires {text!r}: write it as 30d or 2027-01-31T00:00:00Z.") from None
+
+
+@key.command(name="ls")
+def list_keys(*, project: str | None = None, json: bool = False) -> None:
+    """List the keys of a project."""
+    from repave.cli.client import Client
+
+    columns = {"NAME": "name", "ROLE": "role", "AK": "ak", "EXPIRES": "expires_at", "ID": "id"}
+    show_list(Client(project).items("/keys"), columns, as_json=json)
+
+
+@key.command(name="rm")
+def remove_key(key_id: Annotated[str, Parameter(help="Its id (repave key ls).")], /, *, project: str | None = None) -> None:
+    """Remove a key: its token and signatures are refused from now on."""
+    from repave.cli.client import Client
+
+    Client(project).delete(f"/keys/{key_id}")
