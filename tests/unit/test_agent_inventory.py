@@ -122,7 +122,8 @@ def test_our_boot_entry_is_first_and_there_is_only_one_of_it(roots: Roots) -> No
     machine.set_boot_entry("repave", [Partition(1, ESP, uuid.uuid4(), 34, 2047, "")])
     assert "Boot0001" in machine.set_boot_entry("repave", [esp])
     assert boot.order() == [1, 0]
-    assert [(e.label, e.partition_guid) for e in boot.list_entries()][0] == ("repave", esp.guid)
+    first = boot.list_entries()[0]
+    assert (first.label, first.partition_guid) == ("repave", esp.guid)
     assert sorted(p.name[:8] for p in roots.efivars.glob("Boot0*")) == ["Boot0000", "Boot0001"]
 
 
