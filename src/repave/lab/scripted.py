@@ -1,0 +1,303 @@
+"""Scripted machines: many, in one process, without QEMU. What is real in them: the BMC's software and the agent.
+
+Each machine has a BMC of its own at a port of its own: sushy-emulator's fake driver, all ports served by one process.
+The driver keeps boot order and media; power is the machine's, so it reacts at once (the driver by itself waits 1-11 s).
+The machine itself is played: power on with the CD first runs the real `repave-agent` against a file as its disk; power
+on from the disk runs a scripted OS, whose first boot reads the config drive, erases it and calls home with the very
+code that the drive carries. No SSH.
+
+`faults.json` in the rack's folder makes machines misbehave, from the next boot or request on: {"m1": ["no-hello"]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from repave.lab import scripted_os
+from repave.lab.media_slot import find_slot
+from repave.lab.processes import find_free_ports, start_detached, stop_processes, wait_for_port
+from repave.lab.state import STATE_FILE, Machine, RackState, create_disk, create_machine, find_state, write_auth_file, write_private, write_state
+
+ROOT_DISK_BYTES = 512 << 20
+FAULTS_FILE = "faults.json"
+FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override")
+
+# A Python start costs 0.3 s of a core: fifty at once would starve the service under test, which has the same cores.
+_starting = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
+_START_S = 0.7
+
+
+class ScriptedRack:
+    """`count` scripted machines in `folder`, made by `start`, ended by `stop`, also by another process than the starter."""
+
+    def __init__(self, folder: Path, *, count: int = 2) -> None:
+        self.folder = folder.resolve()
+        self.count = count
+        self._state = find_state(self.folder) or RackState(scripted=True)
+
+    @property
+    def machines(self) -> list[Machine]:
+        return self._state.machines
+
+    def is_up(self) -> bool:
+        """Whether the machines' process runs."""
+        return self._state.is_up()
+
+    def start(self, *, root_disk_bytes: int = ROOT_DISK_BYTES) -> list[Machine]:
+        """The machines are powered off, new disks are zeros, and their BMCs answer.
+
+        Raises: RuntimeError when a rack is there already or the process does not start; then nothing of it is left.
+        """
+        if self.machines:
+            raise RuntimeError(f"a rack is in {self.folder} already")
+        (self.folder / "scripted/tmp").mkdir(parents=True, exist_ok=True)
+        ports = find_free_ports(self.count)
+        self._state.machines = [create_machine(self.folder, f"m{i + 1}", bmc_port=port) for i, port in enumerate(ports)]
+        for machine in self.machines:
+            create_disk(machine.root_disk, root_disk_bytes)
+            write_auth_file(self.folder, machine)
+        log = self.folder / "scripted.log"
+        try:
+            write_state(self.folder, self._state)
+            command = [sys.executable, "-m", "repave.lab.scripted", "--folder", str(self.folder)]
+            env = os.environ | {"TMPDIR": str(self.folder / "scripted/tmp")}  # the emulator downloads media here
+            process = start_detached("scripted", command, log=log, env=env, cwd=self.folder)
+            self._state.processes = [process]
+            write_state(self.folder, self._state)
+            for machine in self.machines:
+                wait_for_port(machine.bmc_port, process=process, log=log)
+        except BaseException:
+            self.stop()
+            raise
+        return self.machines
+
+    def stop(self) -> None:
+        """No process of the rack is left; disks and consoles stay. Repeatable."""
+        stop_processes(self._state.processes)
+        shutil.rmtree(self.folder / "scripted", ignore_errors=True)
+        for name in (STATE_FILE, FAULTS_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        self._state = RackState(scripted=True)
+
+
+def set_faults(folder: Path, faults: dict[str, Sequence[str]]) -> None:
+    """These machines misbehave so, all others well. Names of faults: `FAULTS`."""
+    unknown = {f for names in faults.values() for f in names} - set(FAULTS)
+    if unknown:
+        raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
+    write_private(folder / FAULTS_FILE, json.dumps({name: list(of) for name, of in faults.items()}))
+
+
+@contextmanager
+def start_scripted_rack(folder: Path, *, count: int) -> Iterator[ScriptedRack]:
+    """A rack of scripted machines, powered off, for as long as the block runs."""
+    rack = ScriptedRack(folder, count=count)
+    rack.start()
+    try:
+        yield rack
+    finally:
+        rack.stop()
+
+
+class Player:
+    """One machine: what happens when its power, boot order and CD are what they are."""
+
+    def __init__(self, folder: Path, machine: Machine) -> None:
+        self.machine = machine
+        self.cd: Path | None = None
+        self.boot_target = "Hdd"
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._off = threading.Event()  # of this time of being on
+        self._off.set()
+        self._agent: subprocess.Popen[bytes] | None = None
+        self._os_runs = False
+
+    @property
+    def is_on(self) -> bool:
+        return not self._off.is_set()
+
+    def reset(self, kind: str) -> None:
+        """A Redfish ResetType, done at once. A restart is off, then on."""
+        graceful = kind.startswith("Graceful")
+        if graceful and (not self._os_runs or self._has("ignore-graceful")):
+            self._say("the power button was pressed; nobody cares")
+            return
+        if "Off" in kind or "Shutdown" in kind or "Restart" in kind:
+            self._power_off("shut down" if graceful else "power cut")
+        if kind in ("On", "ForceOn") or "Restart" in kind:
+            self._power_on()
+
+    def _power_on(self) -> None:
+        with self._lock:
+            if self.is_on:
+                return
+            self._off = threading.Event()
+            threading.Thread(target=self._boot, args=(self._off,), name=self.machine.name, daemon=True).start()
+
+    def _power_off(self, why: str) -> None:
+        with self._lock:
+            if self.is_on:
+                self._say(why)
+            self._off.set()
+            self._os_runs = False
+            if self._agent is not None:
+                self._agent.kill()
+
+    def _boot(self, off: threading.Event) -> None:
+        """One time of being on. It ends by itself only where the agent switches off; a machine that hangs stays on."""
+        try:
+            if self.boot_target == "Cd" and self.cd is not None and not self._has("ignore-override"):
+                self._say("boot: CD")
+                then = self._run_ramdisk(self.cd, off)
+                if then == "power-off" and not off.is_set():
+                    self._power_off("the agent switched off")
+                if then != "boot-local":
+                    return
+            if not off.is_set():
+                self._boot_disk(off)
+        except Exception as error:  # a machine that crashed hangs; its console says why
+            self._say(f"crashed: {type(error).__name__}: {error}")
+
+    def _run_ramdisk(self, cd: Path, off: threading.Event) -> str | None:
+        """What the agent did at its end, None where it hangs. Media without a live run boot the local disk, as GRUB does."""
+        slot = find_slot(cd)
+        if slot is None:
+            self._say("ramdisk: no run on these media")
+            return "boot-local"
+        if self._has("no-hello"):
+            self._say("ramdisk: hangs")
+            return None
+        slot_file, machine_file, ended = (self._folder / f"scripted/{self.machine.name}.{name}" for name in ("slot", "machine", "ended"))
+        ended.unlink(missing_ok=True)
+        write_private(slot_file, slot)
+        machine_file.write_text(json.dumps(self._describe(ended)))
+        # setpriv: the agent dies with this thread, so that a killed rack leaves none behind.
+        agent = [sys.executable, "-m", "repave.agent.main", "run", "--slot", str(slot_file), "--machine-file", str(machine_file)]
+        with _starting, self.machine.console.open("ab") as console:
+            with self._lock:
+                if off.is_set():
+                    return None
+                self._agent = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *agent], stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+            off.wait(_START_S)
+        status = self._agent.wait()
+        with self._lock:
+            self._agent = None
+        slot_file.unlink(missing_ok=True)
+        if not ended.exists():
+            self._say(f"ramdisk: the agent ended with status {status} and left the machine on")
+            return None
+        return str(json.loads(ended.read_text())["ended"])
+
+    def _boot_disk(self, off: threading.Event) -> None:
+        booted = scripted_os.find_os(self.machine.root_disk)
+        if booted is None:
+            self._say("boot: no bootable disk")
+            return
+        self._say(f"boot: disk, {booted}")
+        self._os_runs = True
+        drive = scripted_os.find_config_drive(self.machine.root_disk)
+        if drive is None:
+            return
+        first_boot = scripted_os.read_first_boot(drive.data)
+        scripted_os.erase_config_drive(self.machine.root_disk, drive)
+        self._say(f"first boot as {first_boot.hostname}; the config drive is erased")
+        if self._has("never-home"):
+            self._say("does not call home")
+            return
+        call = {
+            "boot_id": str(uuid.uuid4()),
+            "root_disk_serial": self.machine.root_serial,
+            "ssh_host_keys": [scripted_os.create_host_key()],
+            "password_usable": first_boot.password_usable,
+        }
+        self._say("home: " + ("taken" if first_boot.call_home(call, off) else "not taken"))
+
+    def _describe(self, ended: Path) -> dict[str, Any]:
+        """The machine as `repave.agent.machine.FileMachine` reads it. A new boot, a new boot id."""
+        disk = {
+            "path": str(self.machine.root_disk),
+            "size_bytes": self.machine.root_disk.stat().st_size,
+            "sector_bytes": 512,
+            "serial": self.machine.root_serial,
+        }
+        m = self.machine
+        return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": [disk | {"transport": "virtio"}], "state_path": str(ended)}
+
+    def _has(self, fault: str) -> bool:
+        path = self._folder / FAULTS_FILE
+        return path.exists() and fault in json.loads(path.read_text()).get(self.machine.name, ())
+
+    def _say(self, line: str) -> None:
+        with self.machine.console.open("a") as console:
+            console.write(line + "\n")
+
+
+def serve(folder: Path) -> None:
+    """All machines of the rack in `folder`, until the process is ended."""
+    from sushy_tools.emulator import main as emulator
+    from sushy_tools.emulator.resources.systems import fakedriver
+    from werkzeug.serving import make_server
+
+    state = find_state(folder)
+    assert state is not None
+    players = {m.uuid: Player(folder, m) for m in state.machines}
+    by_port = {str(m.bmc_port): m.uuid for m in state.machines}
+
+    class ScriptedDriver(fakedriver.FakeDriver):  # type: ignore[misc]
+        """The fake driver, with a machine behind it, and one system for each port."""
+
+        _ports: ClassVar = by_port
+
+        @property
+        def systems(self) -> list[str]:
+            return [self._ports[emulator.flask.request.environ["SERVER_PORT"]]]
+
+        def get_power_state(self, identity: str) -> str:
+            return "On" if players[self.uuid(identity)].is_on else "Off"
+
+        def set_power_state(self, identity: str, state: str) -> None:
+            players[self.uuid(identity)].reset(state)
+
+        def set_boot_device(self, identity: str, boot_source: str) -> None:
+            super().set_boot_device(identity, boot_source)
+            players[self.uuid(identity)].boot_target = boot_source
+
+        def set_boot_image(self, identity: str, device: str, boot_image: str | None = None, write_protected: bool = True) -> None:
+            super().set_boot_image(identity, device, boot_image, write_protected)
+            players[self.uuid(identity)].cd = Path(boot_image) if boot_image else None
+
+    fakedriver.FakeDriver = ScriptedDriver
+    systems = [{"uuid": m.uuid, "name": m.name, "power_state": "Off", "nics": [{"mac": m.mac}]} for m in state.machines]
+    emulator.app.config.update(
+        SUSHY_EMULATOR_FAKE_DRIVER=True, SUSHY_EMULATOR_FAKE_SYSTEMS=systems, SUSHY_EMULATOR_STATE_DIR=str(folder / "scripted"), TESTING=False
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    _ = emulator.app.systems  # made once, before threads race to make it
+    servers = []
+    for m in state.machines:
+        guarded = emulator.RedfishAuthMiddleware(emulator.app, str(folder / f"{m.name}.htpasswd"))
+        servers.append(make_server("127.0.0.1", m.bmc_port, guarded, threaded=True))
+    threads = [threading.Thread(target=server.serve_forever, name=f"bmc-{i}") for i, server in enumerate(servers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    serve(parser.parse_args().folder)
