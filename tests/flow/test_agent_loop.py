@@ -201,7 +201,16 @@ class Rack:
     def run(self) -> int:
         slot = {"run_id": "run-1", "agent_url": self.end.url, "token": TOKEN, "ca_pem": self.ca_pem, "give_up_s": self.give_up_s}
         (self.folder / "slot.json").write_text(json.dumps(slot))
-        command = [sys.executable, "-m", "repave.agent.main", "run", "--slot", self.folder / "slot.json", "--machine-file", self.folder / "machine.json"]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "repave.agent.main",
+            "run",
+            "--slot",
+            self.folder / "slot.json",
+            "--machine-file",
+            self.folder / "machine.json",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         self.output = done.stdout + done.stderr
         assert TOKEN not in self.output and SESSION not in self.output
