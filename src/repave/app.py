@@ -16,18 +16,19 @@ import uvicorn
 from fastapi import FastAPI
 
 from repave.api.agent import MAX_BODY_BYTES, build_agent_router
-from repave.api.asgi import BodyLimit, install_wire
+from repave.api.asgi import BodyLimit, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
-from repave.api.operator import build_operator_router, install_operator_errors
+from repave.api.operator import build_operator_router
 from repave.auth import Authenticator
 from repave.bmc import Bmc, BmcAddress, BmcFacts
 from repave.bmc.redfish import RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
-from repave.domain.model import Credential, Project, Role, Server
+from repave.domain.model import Credential, Image, Project, Role, Server
 from repave.errors import RepaveError
+from repave.images.importer import import_image
 from repave.images.store import ImageStore
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
@@ -51,6 +52,29 @@ class FirstKey:
     credential: Credential
     sk: str
     token: str
+
+
+class ImageDesk:
+    """What the operator's routes ask of images: room, import, sweep."""
+
+    def __init__(self, store: ImageStore, folder: Path, quota_bytes: int) -> None:
+        self.store, self.folder, self.quota_bytes = store, folder, quota_bytes
+
+    def room_bytes(self) -> int:
+        return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes())
+
+    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+        made = import_image(file, self.store, max_bytes=self.quota_bytes)
+        return Image(
+            image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, made.size_bytes, made.sector_bytes,
+            made.stored_bytes, made.data_bytes, created_at,
+        )  # fmt: skip
+
+    def sweep(self, manifests_in_use: list[str]) -> int:
+        unused = [m for m in self.store.list_manifests() if m not in manifests_in_use]
+        for manifest in unused:
+            self.store.remove(manifest, keep=manifests_in_use)
+        return len(unused)
 
 
 @dataclass
@@ -138,11 +162,11 @@ def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
     authenticator = Authenticator(site.store, now=utc_now)
+    desk = ImageDesk(site.images, site.settings.data_dir / "images", site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
-    app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=site.images, authenticate=authenticator.authenticate, probe=probe_bmc))
+    app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc))
     install_wire(app)
-    install_operator_errors(app)
     return app
 
 
@@ -205,7 +229,7 @@ async def _serve(site: Site) -> None:
 def _server(app: FastAPI, listen: str, certificate: Path | None) -> uvicorn.Server:
     host, port = split_listen(listen)
     config = uvicorn.Config(
-        app, host=host, port=port, loop="uvloop", http="httptools", log_config=None, access_log=False, server_header=False,
+        app, host=host, port=port, loop="uvloop", http=WireProtocol, log_config=None, access_log=False, server_header=False,
         ssl_certfile=certificate, timeout_graceful_shutdown=3, timeout_keep_alive=20, lifespan="off",
     )  # fmt: skip
     return uvicorn.Server(config)
