@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from redfish_fake import CORPUS, MACHINES, FakeBmc, start_bmc
+
 from repave.bmc import BmcAddress, Power
 from repave.bmc.redfish import RedfishBmc
 from repave.errors import BMC_CLASSES, BmcError

@@ -200,6 +200,8 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
                 allow_redirects=False, timeout=(min(CONNECT_TIMEOUT_S, left), read_s),
             )  # fmt: skip
             response._content = _read_body(response)
+            if not timer.is_alive():  # cut off by us: http.client takes headers that end early for a whole answer
+                raise requests_errors.ReadTimeout
         except TooLarge:
             raise self._lost(method, "protocol", f"{what}: the answer is larger than {MAX_BODY_BYTES} bytes.") from None
         except requests_errors.SSLError as e:
