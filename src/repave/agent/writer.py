@@ -228,7 +228,7 @@ class _Write:
             self._write_whole("the partition table", offset, data)
             self.disk.flush()
             self.disk.drop_cache()
-            self._verify(self._samples[0], memoryview(mmap.mmap(-1, MIB)), report=False)
+            self._compare(self._samples[0], memoryview(mmap.mmap(-1, MIB)))
             self.report(len(data))
 
     # One chunk.
@@ -302,15 +302,17 @@ class _Write:
         ]
         return gaps[:: max(1, len(gaps) // ZERO_PROBES)]
 
-    def _verify(self, sample: _Sample, buffer: memoryview, *, report: bool = True) -> None:
+    def _verify(self, sample: _Sample, buffer: memoryview) -> None:
         self.may_go_on()
+        self._compare(sample, buffer)
+        self.report(sample.length)
+
+    def _compare(self, sample: _Sample, buffer: memoryview) -> None:
         view = buffer[: sample.length]
         self.disk.read_into(sample.offset, view)
         wanted = sample.sha256 or bytes.fromhex(_zeros_sha256(sample.length))
         if _sha256(view) != wanted:
             raise RunFailed("read-back", f"{sample.what}, at byte {sample.offset} of the disk, is not what was written.")
-        if report:
-            self.report(sample.length)
 
     def _write_whole(self, what: str, offset: int, data: bytes) -> None:
         """Writes `data` and asks for all of it at read-back, in parts that fit a worker's buffer."""
