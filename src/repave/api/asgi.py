@@ -28,7 +28,6 @@ from repave.auth import Presented
 from repave.errors import RepaveError, RequestError
 
 BODY_TIMEOUT_S = 60.0  # 64 KiB in a minute: slower than any link that works
-HEADER_TIMEOUT_S = 30.0  # section 10, "HTTP": cut off within 60 s
 MAX_HEADER_BYTES = 64 * 1024
 MAX_DRAIN_BYTES = 16 * 1024 * 1024  # a too large body is read to its end up to here, so that the client can read its 413
 _log = structlog.get_logger("repave.wire")
@@ -193,6 +192,7 @@ class BodyLimit:
 class WireProtocol(HttpToolsProtocol):
     """uvicorn's httptools protocol, which has neither a limit nor a deadline for headers, with both (uvicorn 0.54)."""
 
+    header_timeout_s = 30.0  # section 10, "HTTP": cut off within 60 s
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
@@ -208,7 +208,7 @@ class WireProtocol(HttpToolsProtocol):
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._await_headers()  # the next request of a kept connection
         if self._deadline is not None:
-            self._header_bytes += min(len(data), MAX_HEADER_BYTES)
+            self._header_bytes += len(data)
         super().data_received(data)
         if self._deadline is not None and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("Headers too large")
@@ -229,7 +229,7 @@ class WireProtocol(HttpToolsProtocol):
 
     def _await_headers(self) -> None:
         self._header_bytes = 0
-        self._deadline = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.abort)
+        self._deadline = self.loop.call_later(self.header_timeout_s, self.transport.abort)
 
     def _headers_are_there(self) -> None:
         if self._deadline is not None:

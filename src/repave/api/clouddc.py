@@ -302,7 +302,7 @@ def _ids(query: dict[str, str], name: str) -> list[str] | None:
     ids = query[name].split(",")
     if len(ids) > MAX_FILTER_IDS:
         raise bad_value(name, f"more than {MAX_FILTER_IDS} ids")
-    return ids
+    return [i for i in ids if UUID.fullmatch(i)]
 
 
 def _one_of(query: dict[str, str], name: str, values: frozenset[str]) -> str | None:
