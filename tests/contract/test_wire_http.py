@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import socket
 import time
 
 import pytest
-from wire_site import PASSWORD, Site, open_site
+from fastapi import FastAPI
+from wire_site import PASSWORD, Site, open_site, serving
 
-from repave.api.asgi import WireProtocol
+from repave.api.asgi import BodyLimit, WireProtocol
 from repave.api.limits import Limiter
 
 
@@ -77,6 +79,50 @@ def test_a_request_id_of_the_client_is_never_repeated(site: Site):
     answers = [site.ask("GET", p, headers=[("X-Request-Id", theirs)]) for p in ("/nowhere", f"{site.path}/instances")]
     assert len({a.headers["x-request-id"] for a in answers}) == 2
     assert not any(theirs in a.headers["x-request-id"] + a.text for a in answers)
+
+
+def test_our_own_routes_answer_with_problems_that_repeat_no_input(site: Site):
+    headers = [("X-Auth-Token", site.operator.token), ("Content-Type", "application/json")]
+    answers = [
+        site.ask("POST", "/repave/v1/things", b'{"password": "hunter2"}', headers),
+        site.ask("POST", "/repave/v1/things", b"{", headers),
+        site.ask("POST", "/repave/v1/things", b" " * 70_000 + b"{}", headers),
+        site.ask("GET", "/repave/v1/nothing", headers=headers),
+        site.ask("DELETE", "/repave/v1/things", headers=headers),
+    ]
+    assert [a.status for a in answers] == [400, 400, 413, 404, 405]
+    assert all(a.headers["content-type"] == "application/problem+json" and a.json["status"] == a.status for a in answers)
+    assert answers[0].json["context"]["field"] == "password" and "hunter2" not in answers[0].text
+
+
+def test_an_image_is_streamed_past_the_cap_for_who_may_send_it(site: Site):
+    octets = ("Content-Type", "application/octet-stream")
+    signed = site.sign("POST", "/repave/v1/images", headers=[("X-Sdk-Content-Sha256", "UNSIGNED-PAYLOAD"), octets])
+    for headers in ([("X-Auth-Token", site.operator.token), octets], signed):
+        assert site.ask("POST", "/repave/v1/images", b"x" * 300_000, headers).json == 300_000
+    assert site.ask("POST", "/repave/v1/images", b"x" * 300_000, [octets]).status == 401
+
+
+def test_a_body_limit_alone_is_a_413(site: Site):
+    app = FastAPI()
+
+    @app.post("/hello")
+    def hello(body: dict[str, str]) -> str:
+        return "hello"
+
+    app.add_middleware(BodyLimit, limit_bytes=100)
+    with serving(app) as port:
+        other = dataclasses.replace(site, port=port)
+        kind = [("Content-Type", "application/json")]
+        assert other.ask("POST", "/hello", b'{"a": "b"}', kind).status == 200
+        assert other.ask("POST", "/hello", b'{"a": "' + b"b" * 200 + b'"}', kind).status == 413
+        chunked = (
+            b"POST /hello HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + b"65\r\n"
+            + b"x" * 0x65
+            + b"\r\n0\r\n\r\n"
+        )
+        assert talk(other, chunked).startswith("HTTP/1.1 413")
 
 
 def test_a_mistake_of_ours_is_a_500_that_says_nothing(site: Site, caplog, capsys):

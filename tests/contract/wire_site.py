@@ -19,7 +19,8 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
 
 from repave.api.asgi import WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
@@ -146,17 +147,26 @@ def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http:
     def broken() -> None:
         raise ValueError("a secret detail")
 
+    @app.post("/repave/v1/things")
+    def things(thing: Thing) -> None: ...
+
+    @app.post("/repave/v1/images")
+    async def images(request: Request) -> int:
+        Authenticator(store, now=now).authenticate(request)
+        return sum([len(piece) async for piece in request.stream()])
+
     install_wire(app)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_config=None, lifespan="off", server_header=False)
     try:
-        with _serving(uvicorn.Server(config)) as site.port:
+        with serving(app, http) as site.port:
             yield site
     finally:
         store.close()
 
 
 @contextlib.contextmanager
-def _serving(server: uvicorn.Server) -> Iterator[int]:
+def serving(app: FastAPI, http: type[WireProtocol] = WireProtocol) -> Iterator[int]:
+    """The app on a loopback port, in a thread that ends with the block."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_config=None, lifespan="off", server_header=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -167,6 +177,10 @@ def _serving(server: uvicorn.Server) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join(timeout=10)
+
+
+class Thing(BaseModel):
+    password: int
 
 
 def _keys(store: Store, project: Project) -> tuple[Key, Key, Key]:
