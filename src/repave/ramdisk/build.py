@@ -1,0 +1,165 @@
+"""Makes the ramdisk from Debian packages: fetched with apt, unpacked, and packed again as one initramfs. No chroot, no root.
+
+Two archives one after the other, as the kernel reads them: the base (drivers, Python, busybox; cached by the digest of its packages and
+of this recipe, it takes half a minute) and the agent (our own code, /init; made anew each time, in milliseconds).
+The slot of a run comes third, from GRUB (repave.ramdisk.media).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import marshal
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+import repave
+from repave.errors import RunFailed
+from repave.ramdisk import base, cpio
+
+PACKAGES = (
+    "busybox-static", "kmod", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "python3-zstandard",
+    "libc6", "libgcc-s1", "zlib1g", "libexpat1", "libssl3", "libzstd1", "liblzma5", "libuuid1",
+    "shim-signed", "grub-efi-amd64-signed",
+)  # fmt: skip
+_KERNEL_META = "linux-image-amd64"  # generic: the cloud kernel has no SATA and few NICs
+
+# What the agent may import of ours (import-linter keeps it so); the rest of the package stays out of the ramdisk.
+_AGENT_SOURCES = ("__init__.py", "errors.py", "images/__init__.py", "images/manifest.py", "agent/*.py")
+_AGENT_ROOT = "usr/lib/repave"
+_PYTHON = (3, 11)
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """What boot media are made of, each a file in the cache."""
+
+    kernel: Path
+    initramfs: Path  # base and agent
+    shim: Path  # signed by Microsoft
+    grub: Path  # gcdx64, signed by Debian
+
+
+def build_ramdisk(cache: Path, *, progress: Callable[[str], None]) -> BootFiles:
+    """Packages come from the machine's own apt sources. Repeatable: what is in `cache` already is not made again.
+
+    Raises: RunFailed where apt has no such package or a tool fails.
+    """
+    (cache / "debs").mkdir(parents=True, exist_ok=True)
+    debs = _fetch_packages(cache / "debs", progress)
+    key = _recipe_key(debs)
+    folder = cache / f"ramdisk-{key}"
+    if not folder.is_dir():
+        _build_base(folder, debs, progress)
+    agent = render_agent_archive()
+    initramfs = folder / f"initramfs-{hashlib.sha256(agent).hexdigest()[:16]}"
+    if not initramfs.exists():
+        packed = (folder / "base.cpio.zst").read_bytes()
+        new = initramfs.with_suffix(".new")
+        new.write_bytes(packed + bytes(-len(packed) % 4) + _compress(agent))
+        new.replace(initramfs)
+    files = BootFiles(folder / "vmlinuz", initramfs, folder / "shimx64.efi", folder / "gcdx64.efi")
+    progress(f"kernel {_mb(files.kernel)}, initramfs {_mb(files.initramfs)}")
+    return files
+
+
+def render_agent_archive() -> bytes:
+    """/init, the DHCP script and our own modules, as a cpio archive. Bytecode where this Python is the ramdisk's, else source."""
+    entries = {
+        "init": cpio.file((_HERE / "init").read_bytes(), mode=0o755),
+        "etc/udhcpc.script": cpio.file((_HERE / "udhcpc.script").read_bytes(), mode=0o755),
+    }
+    package = Path(repave.__file__).parent
+    for source in sorted(path for pattern in _AGENT_SOURCES for path in package.glob(pattern)):
+        name = f"{_AGENT_ROOT}/repave/{source.relative_to(package)}"
+        if sys.version_info[:2] == _PYTHON:
+            entries[f"{name}c"] = cpio.file(_compile(source, f"/{name}"))
+        else:
+            entries[name] = cpio.file(source.read_bytes())
+    return cpio.render_archive(entries)
+
+
+def _compile(source: Path, name: str) -> bytes:
+    """A .pyc whose header says: never compare with a source (PEP 552, unchecked hash)."""
+    code = compile(source.read_bytes(), name, "exec", dont_inherit=True)
+    return importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8) + marshal.dumps(code)
+
+
+def _fetch_packages(debs: Path, progress: Callable[[str], None]) -> list[Path]:
+    """The newest versions that apt knows, downloaded where they are missing. apt checks their digests."""
+    shown = _run(["apt-cache", "show", "--no-all-versions", _KERNEL_META])
+    kernel = re.search(r"^Depends:.*?\b(linux-image-[0-9][^ ,]*)", shown, re.MULTILINE)
+    if kernel is None:
+        raise RunFailed("internal", f"apt knows no {_KERNEL_META}: run apt-get update.")
+    wanted = (kernel.group(1), *PACKAGES)
+    uris = _run(["apt-get", "download", "--print-uris", *(f"{name}:amd64" for name in wanted)])
+    names = re.findall(r"^'[^']*' (\S+\.deb) \d+", uris, re.MULTILINE)
+    by_package = {name.split("_")[0]: name for name in names}
+    missing = [name for name in wanted if name not in by_package]
+    if missing:
+        raise RunFailed("internal", f"apt knows no {', '.join(missing)}: run apt-get update.")
+    to_fetch = [name for name in wanted if not (debs / by_package[name]).exists()]
+    if to_fetch:
+        progress(f"fetching {len(to_fetch)} Debian packages")
+        with tempfile.TemporaryDirectory(dir=debs) as folder:
+            # As root apt would drop to its own user, who may not be able to enter our folder, and warn.
+            _run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *(f"{name}:amd64" for name in to_fetch)], cwd=Path(folder))
+            for deb in Path(folder).iterdir():
+                deb.replace(debs / deb.name)
+    return [debs / by_package[name] for name in wanted]
+
+
+def _recipe_key(debs: Sequence[Path]) -> str:
+    """Of everything the base is made from: packages by name and version, and this recipe."""
+    digest = hashlib.sha256()
+    for deb in debs:
+        digest.update(deb.name.encode())
+    for part in ("base.py", "build.py", "cpio.py", "modules.txt"):
+        digest.update((_HERE / part).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build_base(folder: Path, debs: Sequence[Path], progress: Callable[[str], None]) -> None:
+    """`folder` holds base.cpio.zst, vmlinuz, shimx64.efi, gcdx64.efi; whole or not at all."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacked-") as scratch:
+        tree, new = Path(scratch) / "tree", Path(scratch) / "new"
+        new.mkdir()
+        progress("unpacking")
+        for deb in debs:
+            _run(["dpkg-deb", "-x", str(deb), str(tree)])
+        archive = cpio.render_archive(base.collect(tree, run=_run))
+        progress(f"packing {len(archive) / 1e6:.1f} MB with zstd -19 (half a minute)")
+        (new / "base.cpio.zst").write_bytes(_compress(archive))
+        shutil.copyfile(next((tree / "boot").glob("vmlinuz-*")), new / "vmlinuz")
+        shutil.copyfile(tree / "usr/lib/shim/shimx64.efi.signed", new / "shimx64.efi")
+        shutil.copyfile(tree / "usr/lib/grub/x86_64-efi-signed/gcdx64.efi.signed", new / "gcdx64.efi")
+        new.replace(folder)
+    progress(f"base made in {time.monotonic() - started:.0f} s")
+
+
+def _compress(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=19, threads=2, write_checksum=True).compress(data)
+
+
+def _run(command: Sequence[str], *, cwd: Path | None = None) -> str:
+    """Its standard output. Raises RunFailed with its last line where it fails."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines: Iterator[str] = reversed([*done.stderr.strip().splitlines(), "no message"][-2:-1] or ["no message"])
+        raise RunFailed("internal", f"{Path(command[0]).name} failed: {next(lines)}")
+    return done.stdout
+
+
+def _mb(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
