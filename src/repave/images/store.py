@@ -114,16 +114,18 @@ class ImageStore:
         finally:
             os.close(fd)
 
-    def write_chunk(self, sha256: str, data: bytes) -> int:
-        """The chunk is on disk, whole, whatever was there before (a damaged one is replaced). Returns the bytes added. Needs the lock."""
-        path = self.chunk_path(sha256)
+    def holds(self, sha256: str, data: bytes) -> bool:
+        """The chunk is there and is `data`: a damaged one does not count."""
         try:
-            if path.read_bytes() == data:
-                return 0
+            return self.chunk_path(sha256).read_bytes() == data
         except FileNotFoundError:
-            path.parent.mkdir(exist_ok=True)
+            return False
+
+    def write_chunk(self, sha256: str, data: bytes) -> None:
+        """The chunk is on disk, whole, whatever was there before. Needs the lock."""
+        path = self.chunk_path(sha256)
+        path.parent.mkdir(exist_ok=True)
         self._write(path, data)
-        return len(data)
 
     def write_manifest(self, manifest: Manifest) -> str:
         """The image is listed; the chunks' folders were flushed first. Returns its digest. Needs the lock."""
