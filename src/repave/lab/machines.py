@@ -20,7 +20,7 @@ from pathlib import Path
 
 from repave.lab import domain_xml
 from repave.lab.processes import ProcessRef, find_free_ports, find_process, is_alive, start_detached, stop_processes, wait_for_port
-from repave.lab.state import STATE_FILE, Machine, RackState, create_disk, create_machine, find_state, write_auth_file, write_state
+from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, create_disk, create_machine, find_state, write_auth_file, write_state
 
 ROOT_DISK_BYTES = 4 << 30
 DATA_DISK_BYTES = 1 << 30
@@ -49,7 +49,7 @@ class QemuRack:
         return self._state.is_up()
 
     def start(self, *, root_disk_bytes: int = ROOT_DISK_BYTES) -> list[Machine]:
-        """The machines are defined, powered off, new disks are zeros, and their BMCs answer.
+        """The machines are defined, powered off, and their BMCs answer. Destroys: disks of an earlier rack in this folder.
 
         Raises: RuntimeError when a rack is there already, or libvirt or a BMC does not start; then nothing of it is left.
         Blocks about 4 s.
@@ -61,7 +61,7 @@ class QemuRack:
             self._start_libvirt()
             ports = iter(find_free_ports(2 * self.count))
             for number in range(1, self.count + 1):
-                machine = create_machine(self.folder, f"m{number}", bmc_port=next(ports), ssh_port=next(ports), data_disk=self.data_disk)
+                machine = create_machine(self.folder, f"lab{number:02}", bmc_port=next(ports), ssh_port=next(ports), data_disk=self.data_disk)
                 self._define(machine, root_disk_bytes)
                 self._start_emulator(machine)
             for machine, process in zip(self.machines, self._state.processes[1:], strict=True):
@@ -110,6 +110,7 @@ class QemuRack:
         self._virsh("pool-start", "default")
 
     def _define(self, machine: Machine, root_disk_bytes: int) -> None:
+        clear_machine(self.folder, machine.name)
         create_disk(machine.root_disk, root_disk_bytes)
         if machine.data_disk is not None:
             create_disk(machine.data_disk, DATA_DISK_BYTES)

@@ -6,7 +6,7 @@ The machine itself is played: power on with the CD first runs the real `repave-a
 on from the disk runs a scripted OS, whose first boot reads the config drive, erases it and calls home with the very
 code that the drive carries. No SSH.
 
-`faults.json` in the rack's folder makes machines misbehave, from the next boot or request on: {"m1": ["no-hello"]}.
+`faults.json` in the rack's folder makes machines misbehave, from the next boot or request on: {"lab01": ["no-hello"]}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from repave.lab import scripted_os
 from repave.lab.media_slot import find_slot
 from repave.lab.processes import find_free_ports, start_detached, stop_processes, wait_for_port
-from repave.lab.state import STATE_FILE, Machine, RackState, create_disk, create_machine, find_state, write_auth_file, write_private, write_state
+from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, create_disk, create_machine, find_state, write_auth_file, write_private, write_state
 
 ROOT_DISK_BYTES = 512 << 20
 FAULTS_FILE = "faults.json"
@@ -56,7 +56,7 @@ class ScriptedRack:
         return self._state.is_up()
 
     def start(self, *, root_disk_bytes: int = ROOT_DISK_BYTES) -> list[Machine]:
-        """The machines are powered off, new disks are zeros, and their BMCs answer.
+        """The machines are powered off and their BMCs answer. Destroys: disks of an earlier rack in this folder.
 
         Raises: RuntimeError when a rack is there already or the process does not start; then nothing of it is left.
         """
@@ -64,8 +64,9 @@ class ScriptedRack:
             raise RuntimeError(f"a rack is in {self.folder} already")
         (self.folder / "scripted/tmp").mkdir(parents=True, exist_ok=True)
         ports = find_free_ports(self.count)
-        self._state.machines = [create_machine(self.folder, f"m{i + 1}", bmc_port=port) for i, port in enumerate(ports)]
+        self._state.machines = [create_machine(self.folder, f"lab{i + 1:02}", bmc_port=port) for i, port in enumerate(ports)]
         for machine in self.machines:
+            clear_machine(self.folder, machine.name)
             create_disk(machine.root_disk, root_disk_bytes)
             write_auth_file(self.folder, machine)
         log = self.folder / "scripted.log"

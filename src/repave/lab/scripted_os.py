@@ -5,13 +5,11 @@ The partition table is read by code of our own and not by the agent's, which wro
 
 from __future__ import annotations
 
-import ast
 import base64
 import email
 import hashlib
 import io
 import json
-import re
 import secrets
 import struct
 import threading
@@ -26,7 +24,6 @@ OLD_OS = b"repave lab: the old OS\n"
 CONFIG_LABEL = "config-2"
 _SECTOR = 512
 _HOME_CALL = "000-repave-home"
-_CONFIG_LINE = re.compile(r"^CONFIG: dict\[str, Any\] = json\.loads\((.*)\)$", re.MULTILINE)
 _RETRY_S = 0.5
 
 
@@ -39,22 +36,17 @@ class ConfigDrive:
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """What the config drive tells. `script` is the call home as the drive carries it."""
+    """What the config drive tells. `script` holds the names of the call home's code as the drive carries it, {} where it asks for no call."""
 
     hostname: str
     password_usable: bool
-    settings: dict[str, str] = field(repr=False)
-    script: str = field(repr=False)
+    script: dict[str, Any] = field(repr=False)
 
     def call_home(self, home: dict[str, Any], off: threading.Event) -> bool:
         """Whether the server took the call. Tries until it does, or the power is off. Blocks."""
-        if not self.settings.get("home_url"):
-            return False
-        names: dict[str, Any] = {"__name__": "repave_home"}
-        exec(compile(self.script, _HOME_CALL, "exec"), names)  # noqa: S102 - the code that the drive carries is what is played
-        while not off.is_set():
-            s = self.settings
-            if names["call_home"](home, s["home_url"], s["nonce"], s["ca_pem"], retry_s=0, give_up_s=0) == 0:
+        config = self.script.get("CONFIG", {})
+        while config and not off.is_set():
+            if self.script["call_home"](home, config["home_url"], config["nonce"], config["ca_pem"], retry_s=0, give_up_s=0) == 0:
                 return True
             off.wait(_RETRY_S)
         return False
@@ -116,13 +108,13 @@ def read_first_boot(drive: bytes) -> FirstBoot:
     finally:
         iso.close()
     parts = {part.get_filename(): part for part in email.message_from_bytes(files["user_data"]).walk()}
-    script = _text(parts[_HOME_CALL]) if _HOME_CALL in parts else ""
-    line = _CONFIG_LINE.search(script)
-    settings = json.loads(ast.literal_eval(line[1])) if line else {}
+    script: dict[str, Any] = {}
+    if _HOME_CALL in parts:
+        script["__name__"] = "repave_home"
+        exec(compile(_text(parts[_HOME_CALL]), _HOME_CALL, "exec"), script)  # noqa: S102 - the code that the drive carries is what is played
     return FirstBoot(
         hostname=json.loads(files["meta_data.json"])["hostname"],
-        password_usable=_is_password_usable(parts.get("000-repave.cfg"), settings.get("hash_sha256", "")),
-        settings=settings,
+        password_usable=_is_password_usable(parts.get("000-repave.cfg"), script.get("CONFIG", {}).get("hash_sha256", "")),
         script=script,
     )
 

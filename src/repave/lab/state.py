@@ -81,11 +81,16 @@ def create_machine(folder: Path, name: str, *, bmc_port: int, ssh_port: int = 0,
     )
 
 
+def clear_machine(folder: Path, name: str) -> None:
+    """Nothing of an earlier machine of this name is left. Destroys: its disks, NVRAM and console."""
+    for path in folder.glob(f"{name}.*"):
+        path.unlink()
+
+
 def create_disk(path: Path, size_bytes: int) -> None:
-    """A sparse file of zeros is there; one that is there already keeps its bytes."""
-    if not path.exists():
-        with path.open("wb") as out:
-            out.truncate(size_bytes)
+    """A sparse file of zeros is there."""
+    with path.open("wb") as out:
+        out.truncate(size_bytes)
 
 
 def write_auth_file(folder: Path, machine: Machine) -> Path:
