@@ -136,9 +136,11 @@ def test_the_way_back_sets_boot_next_to_the_local_disk_and_reboots(roots: Roots,
     reboot.write_text(f"#!/bin/sh\ntouch {tmp_path}/rebooted\n")
     reboot.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    RealMachine(roots).boot_local_disk()
+    for _ in range(2):  # a second time uses the same entry again
+        RealMachine(roots).boot_local_disk()
     assert (roots.efivars / f"BootNext-{GLOBAL}").read_bytes() == struct.pack("<IH", 7, 0)
     assert BootVariables(roots.efivars).order() == []
+    assert sorted(p.name[:8] for p in roots.efivars.iterdir()) == ["Boot0000", "BootNext", "BootOrde"]
     assert (tmp_path / "rebooted").exists()
 
 

@@ -7,9 +7,10 @@ Source: UEFI 2.10, 3.1.3 (EFI_LOAD_OPTION), 3.3 (BootOrder, BootNext), 10.3.5.1 
 
 from __future__ import annotations
 
+import re
 import struct
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +64,13 @@ class BootVariables:
 
     def list_entries(self) -> list[BootEntry]:
         """In the firmware's order; entries outside BootOrder are not listed."""
+        return self._parse(self.order())
+
+    def _parse(self, numbers: Iterable[int]) -> list[BootEntry]:
         entries = []
-        for number in self.order():
-            value = self._read(f"Boot{number:04X}")
+        for number in numbers:
             try:
-                entries.append(parse_load_option(number, value))
+                entries.append(parse_load_option(number, self._read(f"Boot{number:04X}")))
             except (ValueError, struct.error, StopIteration):
                 continue
         return entries
@@ -96,9 +99,10 @@ class BootVariables:
 
     def _create(self, label: str, esp: Partition, loader: str) -> tuple[int, list[int]]:
         """Writes the entry to the number our earlier one has, or a free one; returns it and the boot order without entries of that label."""
-        ours = [e.number for e in self.list_entries() if e.label == label]
+        names = (p.name for p in self._folder.glob(f"Boot*-{GLOBAL}"))
+        used = sorted(int(n[4:8], 16) for n in names if re.fullmatch(rf"Boot[0-9A-Fa-f]{{4}}-{GLOBAL}", n))
+        ours = [e.number for e in self._parse(used) if e.label == label]
         order = [n for n in self.order() if n not in ours]
-        used = {int(p.name[4:8], 16) for p in self._folder.glob(f"Boot[0-9A-Fa-f]*-{GLOBAL}") if len(p.name) == 9 + len(GLOBAL)}
         number = ours[0] if ours else next(n for n in range(0x10000) if n not in used)
         for extra in ours[1:]:
             self._path(f"Boot{extra:04X}").unlink(missing_ok=True)
