@@ -5,8 +5,9 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 (the site's admin), the one that ?project= names.
 """
 
+import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -47,7 +48,7 @@ class Images(Protocol):
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
     def sweep(self, manifests_in_use: list[str]) -> int:
-        """Chunks of no manifest in use are removed."""
+        """Manifests not in use are gone, and the chunks that no other needs. How many."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Desk:
     images: Images
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
+    images_lock: threading.Lock = field(default_factory=threading.Lock)  # an image whose row is not there yet must not be swept
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """/repave/v1/images: a file streamed in, list, show, remove.
 
-The body of POST is the file itself. It is hashed while it goes to a temporary file in the image folder, and that file is gone
+The body of POST is the file itself. It is hashed while it goes to a temporary file in the image store's folder, and that file is gone
 whatever happens next: a broken upload, a refused or an imported image.
 """
 
@@ -8,24 +8,23 @@ import asyncio
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
+from starlette.requests import ClientDisconnect
 
-from repave.api.operator import Images, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator import Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.domain.model import Image
 from repave.errors import ImageError, RequestError
 from repave.store import new_id
 
 router = APIRouter(route_class=ProblemRoute, prefix="/images")
 _PIECE_BYTES = 1 << 20  # written and hashed at once, in a thread: fewer hops, and the event loop stays free
-
-
-def _image_json(scope: Scope, image: Image) -> Json:
-    return asdict(image)
+_ABANDONED_S = 3600.0
 
 
 def get_image(scope: Scope, reference: str) -> Image:
@@ -38,7 +37,7 @@ def get_image(scope: Scope, reference: str) -> Image:
 
 @router.get("")
 def list_images(scope: Viewer) -> Json:
-    return render_list([_image_json(scope, i) for i in scope.store.list_images(scope.project_id)])
+    return render_list([asdict(i) for i in scope.store.list_images(scope.project_id)])
 
 
 @router.get("/{reference}")
@@ -46,7 +45,7 @@ def show_image(scope: Viewer, reference: str) -> Json:
     image = get_image(scope, reference)
     names = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
     instances, _ = scope.store.list_instances(scope.project_id)
-    return _image_json(scope, image) | {"servers": sorted(names[i.server_id] for i in instances if i.image_id == image.id)}
+    return asdict(image) | {"servers": sorted(names[i.server_id] for i in instances if i.image_id == image.id)}
 
 
 @router.post("", status_code=201)
@@ -58,61 +57,76 @@ async def add_image(
     x_repave_sha256: Annotated[str | None, Header(pattern="^[0-9a-fA-F]{64}$")] = None,
 ) -> Json:
     """The image is in the store; or nothing of it is."""
-    if any(i.name == name for i in await asyncio.to_thread(scope.store.list_images, scope.project_id)):
-        raise RequestError("conflict", f"An image {name!r} exists already.", field="name")
-    images = scope.desk.images
-    announced = int(request.headers.get("content-length") or 0)
-    _verify_room(images, announced)
-    handle, path = tempfile.mkstemp(prefix="upload-", dir=images.folder)
-    file = Path(path)
+    file, room_bytes = await asyncio.to_thread(_make_room, scope, name, int(request.headers.get("content-length") or 0))
     try:
-        with os.fdopen(handle, "wb") as out:
-            sha256 = await _receive(request.stream(), out.fileno(), images.room_bytes())
+        try:
+            sha256 = await _receive(request.stream(), file, room_bytes)
+        except ClientDisconnect:
+            raise ImageError("image-refused", "The upload broke off.") from None
         if x_repave_sha256 and sha256 != x_repave_sha256.lower():
             raise ImageError("image-refused", f"Its SHA-256 is {sha256}, not the one announced.")
-        return await asyncio.to_thread(_store_image, scope, file, name, os_type)
+        return await asyncio.to_thread(_store_image, scope, file, name=name, os_type=os_type)
     finally:
         file.unlink(missing_ok=True)
 
 
-def _verify_room(images: Images, wanted_bytes: int) -> None:
-    if wanted_bytes > images.room_bytes():
-        raise ImageError("image-quota", f"The file has {wanted_bytes} bytes, there is room for {max(0, images.room_bytes())}.")
+def _make_room(scope: Scope, name: str, announced_bytes: int) -> tuple[Path, int]:
+    """An empty file to receive into, and how long it may become. Uploads of a service that died are gone."""
+    if any(i.name == name for i in scope.store.list_images(scope.project_id)):
+        raise RequestError("conflict", f"An image {name!r} exists already.", field="name")
+    images = scope.desk.images
+    room_bytes = images.room_bytes()
+    if announced_bytes > room_bytes:
+        raise ImageError("image-quota", f"The file has {announced_bytes} bytes, there is room for {max(0, room_bytes)}.")
+    folder = images.folder / "uploads"  # not the store's tmp/: that is emptied by whoever holds its lock
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if time.time() - old.stat().st_mtime > _ABANDONED_S:
+            old.unlink(missing_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    return Path(path), room_bytes
 
 
-async def _receive(stream: AsyncIterator[bytes], descriptor: int, room_bytes: int) -> str:
-    """The body is in the file; returns its SHA-256. A client that goes away raises starlette's ClientDisconnect."""
+async def _receive(stream: AsyncIterator[bytes], file: Path, room_bytes: int) -> str:
+    """The body is in the file; returns its SHA-256. Raises ClientDisconnect when the client goes away."""
     digest, received, pending = hashlib.sha256(), 0, bytearray()
+    with file.open("wb", buffering=0) as out:
 
-    def put(piece: bytes) -> None:
-        digest.update(piece)
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        def put(piece: bytes) -> None:
+            digest.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[out.write(view) :]
 
-    async for data in stream:
-        received += len(data)
-        if received > room_bytes:
-            raise ImageError("image-quota", f"There is room for {room_bytes} bytes.")
-        pending += data
-        if len(pending) >= _PIECE_BYTES:
-            await asyncio.to_thread(put, bytes(pending))
-            pending.clear()
-    await asyncio.to_thread(put, bytes(pending))
+        async for data in stream:
+            received += len(data)
+            if received > room_bytes:
+                raise ImageError("image-quota", f"There is room for {room_bytes} bytes.")
+            pending += data
+            if len(pending) >= _PIECE_BYTES:
+                await asyncio.to_thread(put, bytes(pending))
+                pending.clear()
+        await asyncio.to_thread(put, bytes(pending))
     if not received:
         raise ImageError("image-refused", "The body is empty; it must be the image file.")
     return digest.hexdigest()
 
 
-def _store_image(scope: Scope, file: Path, name: str, os_type: str) -> Json:
-    images, store = scope.desk.images, scope.store
-    image = images.add(file, name=name, os_type=os_type, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
-    store.add_image(image, actor=scope.actor)
-    return _image_json(scope, image)
+def _store_image(scope: Scope, file: Path, *, name: str, os_type: str) -> Json:
+    store, images = scope.store, scope.desk.images
+    with scope.desk.images_lock:
+        image = images.add(file, name=name, os_type=os_type, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
+        try:
+            store.add_image(image, actor=scope.actor)
+        except RequestError:  # the name was taken meanwhile
+            images.sweep([i.manifest_sha256 for p in store.list_projects() for i in store.list_images(p.id)])
+            raise
+    return asdict(image)
 
 
 @router.delete("/{reference}", status_code=204)
 def remove_image(scope: Operator, reference: str) -> None:
-    """Chunks that no other image has are removed too. Refused while a live run needs the image."""
-    in_use = scope.store.remove_image(get_image(scope, reference), actor=scope.actor)
-    scope.desk.images.sweep(in_use)
+    """Chunks that no other image has are removed too. Refused while a live run needs the image. Blocks while an import runs."""
+    with scope.desk.images_lock:
+        scope.desk.images.sweep(scope.store.remove_image(get_image(scope, reference), actor=scope.actor))

@@ -1,0 +1,133 @@
+"""A site for tests of the operator API and the command line: the real store, admission, image store and routes on uvicorn at a
+loopback port. The far ends are fakes: a probe that answers for a BMC, and a queue behind which nothing runs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import requests
+import uvicorn
+from fastapi import FastAPI
+
+from repave.api.asgi import install_wire
+from repave.api.operator import build_operator_router
+from repave.auth import Authenticator
+from repave.bmc import BmcAddress, BmcFacts, Power
+from repave.domain.model import Image, Project, Role
+from repave.errors import BmcError
+from repave.images.importer import import_image
+from repave.images.store import ImageStore
+from repave.secrets import Sealer
+from repave.store import Store, new_id
+from repave.workflow.fleet import Fleet
+
+BMC_PASSWORD = "calvin-and-Hobbes-7"
+NEW_PASSWORD = "Fresh-Start-42"
+
+
+@dataclass
+class Bmcs:
+    """The BMCs out there, by URL: a serial number, or an error's slug for one that does not work."""
+
+    known: dict[str, str] = field(default_factory=dict)
+    asked: list[BmcAddress] = field(default_factory=list)
+
+    def probe(self, address: BmcAddress) -> BmcFacts:
+        self.asked.append(address)
+        what = self.known.get(address.url, "unreachable")
+        if not what.startswith("SN"):
+            raise BmcError(what)
+        if address.password != BMC_PASSWORD:
+            raise BmcError("auth")
+        uuid = f"00000000-0000-0000-0000-{int(what[2:]):012}"
+        return BmcFacts("/redfish/v1/Systems/1", "ACME", "R1", what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
+
+
+class Images:
+    """The image store behind the routes, with a quota."""
+
+    def __init__(self, root: Path, quota_bytes: int) -> None:
+        self.store, self.folder, self.quota_bytes = ImageStore(root), root, quota_bytes
+
+    def room_bytes(self) -> int:
+        return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes())
+
+    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+        made = import_image(file, self.store, max_bytes=self.quota_bytes)
+        sizes = (made.size_bytes, made.sector_bytes, made.stored_bytes, made.data_bytes)
+        return Image(image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, *sizes, created_at)
+
+    def sweep(self, manifests_in_use: list[str]) -> int:
+        unused = [m for m in self.store.list_manifests() if m not in manifests_in_use]
+        for manifest in unused:
+            self.store.remove(manifest, keep=manifests_in_use)
+        return len(unused)
+
+
+@dataclass
+class Site:
+    store: Store
+    images: Images
+    bmcs: Bmcs
+    url: str
+    project: Project
+    other: Project
+    tokens: dict[str, str]  # by role; "other" is an admin of the other project, not of the site
+
+    def ask(self, method: str, path: str, *, as_: str = "admin", **how: Any) -> requests.Response:
+        headers = {"X-Auth-Token": self.tokens[as_]} | how.pop("headers", {})
+        return requests.request(method, f"{self.url}/repave/v1{path}", headers=headers, timeout=20, **how)
+
+    def add_server(self, name: str, *, project: Project | None = None, **more: Any) -> dict[str, Any]:
+        url = f"https://{name}.bmc.invalid"
+        self.bmcs.known.setdefault(url, f"SN{len(self.bmcs.known) + 1}")
+        body = {"name": name, "bmc_url": url, "bmc_username": "root", "bmc_password": BMC_PASSWORD} | more
+        answer = self.ask("POST", "/servers", json=body, params={"project": project.name} if project else {})
+        assert answer.status_code == 201, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
+
+    def add_image(self, name: str, *, arch: str = "amd64") -> Image:
+        """A row only: nothing here reads its chunks."""
+        image = Image(new_id(), self.project.id, name, "Linux", arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
+        self.store.add_image(image)
+        return image
+
+    def files(self) -> list[str]:
+        return sorted(p.name for p in self.images.folder.rglob("*") if p.is_file() and p.name != "lock")
+
+
+@contextlib.contextmanager
+def start_site(folder: Path) -> Iterator[Site]:
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=now)
+    project, other = store.add_project("default"), store.add_project("other")
+    tokens = {role.value: store.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
+    tokens["other"] = store.add_credential(other.id, "elsewhere", Role.ADMIN)[2]
+    images, bmcs, authenticator = Images(folder / "images", 2**26), Bmcs(), Authenticator(store, now=now)
+
+    fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(build_operator_router(store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe))
+    install_wire(app)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Site(store, images, bmcs, f"http://127.0.0.1:{port}", project, other, tokens)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        store.close()
