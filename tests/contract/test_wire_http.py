@@ -100,7 +100,12 @@ def test_an_image_is_streamed_past_the_cap_for_who_may_send_it(site: Site):
     signed = site.sign("POST", "/repave/v1/images", headers=[("X-Sdk-Content-Sha256", "UNSIGNED-PAYLOAD"), octets])
     for headers in ([("X-Auth-Token", site.operator.token), octets], signed):
         assert site.ask("POST", "/repave/v1/images", b"x" * 300_000, headers).json == 300_000
-    assert site.ask("POST", "/repave/v1/images", b"x" * 300_000, [octets]).status == 401
+    start = b"POST /repave/v1/images HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as s:
+        s.sendall(start)
+        assert s.recv(65536).startswith(b"HTTP/1.1 401")  # before the body is there
+        s.sendall(b"x" * 300_000 + f"GET {site.path}/instances HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        assert s.recv(65536).startswith(b"HTTP/1.1 401")  # and the connection is still in step
 
 
 def test_a_body_limit_alone_is_a_413(site: Site):

@@ -195,6 +195,7 @@ class WireProtocol(HttpToolsProtocol):
     header_timeout_s = 30.0  # section 10, "HTTP": cut off within 60 s
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    _in_message = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -205,13 +206,21 @@ class WireProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+        if self._deadline is None and not self._in_message:
             self._await_headers()  # the next request of a kept connection
         if self._deadline is not None:
             self._header_bytes += len(data)
         super().data_received(data)
         if self._deadline is not None and self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("Headers too large")
+
+    def on_message_begin(self) -> None:
+        self._in_message = True
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         self._headers_are_there()
