@@ -75,13 +75,13 @@ class RedfishBmc(Bmc):
     def probe(self) -> BmcFacts:
         with self._call():
             system = self._read_system()
-            slots = self._find_slots(system)
+            slots = self._find_slots()
             return BmcFacts(
                 system_uri=self._system_uri or "",
                 manufacturer=as_text(system.get("Manufacturer")),
                 model=as_text(system.get("Model")),
                 serial=as_text(system.get("SerialNumber")),
-                uuid=as_text(system.get("UUID")).lower(),
+                uuid=as_text(system.get("UUID")),
                 power=_power_of(system),
                 virtual_media=tuple(slots),
                 boot_targets=tuple(self._boot(system)[2]),
@@ -96,9 +96,8 @@ class RedfishBmc(Bmc):
         Raises: no_virtual_media, media_protocol, boot_override_rejected.
         """
         with self._call():
-            system = self._read_system()
-            self._choose_slot(system, urls)
-            self._cd_target(system)
+            self._choose_slot(urls)
+            self._cd_target(self._read_system())
 
     def read_power(self) -> Power:
         with self._call():
@@ -106,22 +105,22 @@ class RedfishBmc(Bmc):
 
     def power_on(self) -> None:
         with self._call():
-            self._reach_power(Power.ON, "On")
+            self._reach_power(self._read_system(), Power.ON, "On")
 
     def power_off(self, *, graceful_s: float = 0) -> bool:
         with self._call(extra_s=graceful_s):
-            if _power_of(self._read_system()) is Power.OFF:
+            system = self._read_system()
+            if _power_of(system) is Power.OFF:
                 return False
-            if graceful_s > 0 and self._asked_to_shut_down() and self._until(self._is(Power.OFF), graceful_s):
+            if graceful_s > 0 and self._asked_to_shut_down(system) and self._until(self._is(Power.OFF), graceful_s):
                 return False
-            self._reach_power(Power.OFF, "ForceOff")
+            self._reach_power(system, Power.OFF, "ForceOff")
             return True
 
     def insert_media(self, urls: Sequence[str]) -> str:
         with self._call():
-            system = self._read_system()
-            slot_uri, way, usable = self._choose_slot(system, urls)
-            self._eject_all(system, must=slot_uri)
+            slot_uri, way, usable = self._choose_slot(urls)
+            self._eject_all(must=slot_uri)
             refused: list[BmcError] = []
             for url in usable:
                 try:
@@ -134,29 +133,48 @@ class RedfishBmc(Bmc):
 
     def eject_media(self) -> None:
         with self._call():
-            self._eject_all(self._read_system(), must=None)
+            self._eject_all(must=None)
 
     def boot_from_media_once(self) -> None:
         with self._call():
-            target = self._cd_target(self._read_system())
-            self._reach_override(
-                {"BootSourceOverrideTarget": target, "BootSourceOverrideEnabled": "Once"},
-                lambda boot: boot.get("BootSourceOverrideTarget") == target and boot.get("BootSourceOverrideEnabled") in ("Once", "Continuous"),
-            )
+            system = self._read_system()
+            target = self._cd_target(system)
+            uri, boot, _ = self._boot(system)
+            wanted = {"BootSourceOverrideTarget": target, "BootSourceOverrideEnabled": "Once"}
+            mode = as_text(boot.get("BootSourceOverrideMode"))
+            # All three together, as AMI wants them (N); the mode shown while Disabled may not be the one in use (iBMC; N).
+            # But not when it is known to be right: OpenStack's emulator rewrites the firmware settings each time.
+            sets_mode = mode and (mode != "UEFI" or boot.get("BootSourceOverrideEnabled") == "Disabled")
+
+            def reached(now: dict[str, Any]) -> bool:
+                once = now.get("BootSourceOverrideEnabled") in ("Once", "Continuous")
+                uefi = not mode or now.get("BootSourceOverrideMode") == "UEFI"
+                return once and uefi and now.get("BootSourceOverrideTarget") == target
+
+            try:
+                self._reach_override(uri, wanted | ({"BootSourceOverrideMode": "UEFI"} if sets_mode else {}), reached)
+            except BmcError as e:
+                if e.slug != "boot_override_rejected" or not sets_mode or mode != "UEFI":
+                    raise
+                self._reach_override(uri, wanted, reached)  # the mode is right, and may be read-only
 
     def boot_from_disk(self) -> None:
         with self._call():
-            _, boot, allowed = self._boot(self._read_system())
+            uri, boot, allowed = self._boot(self._read_system())
             if _boots_disk(boot):
                 return
             ways = [{"BootSourceOverrideTarget": "None", "BootSourceOverrideEnabled": "Disabled"}]
             if "Hdd" in allowed:
                 # OpenStack's emulator knows neither None nor Disabled: its disk comes by naming it.
-                ways.insert(0 if "None" not in allowed else 1, {"BootSourceOverrideTarget": "Hdd", "BootSourceOverrideEnabled": "Once"})
+                by_name = {"BootSourceOverrideTarget": "Hdd", "BootSourceOverrideEnabled": "Once"}
+                ways.insert(0 if "None" not in allowed else 1, by_name)
             for way in ways[:-1]:
-                with contextlib.suppress(BmcError):
-                    return self._reach_override(way, _boots_disk)
-            self._reach_override(ways[-1], _boots_disk)
+                try:
+                    return self._reach_override(uri, way, _boots_disk)
+                except BmcError as e:
+                    if e.slug not in ("boot_override_rejected", "boot_override_ignored"):
+                        raise
+            self._reach_override(uri, ways[-1], _boots_disk)
 
     # Each call
 
@@ -281,6 +299,8 @@ class RedfishBmc(Bmc):
     def _macs(self, system: dict[str, Any]) -> tuple[str, ...]:
         found: dict[str, None] = {}
         for uri in self._members(link_of(system.get("EthernetInterfaces")))[:MAX_NICS]:
+            if self._connector.remaining_s() < self.deadline_s / 3:  # a slow BMC: better some than no answer at all
+                break
             nic = self._find(uri)
             mac = as_text(nic.get("MACAddress")) or as_text(nic.get("PermanentMACAddress"))
             if mac:
@@ -314,8 +334,7 @@ class RedfishBmc(Bmc):
                     values = as_list(as_dict(parameter).get("AllowableValues"))
         return [as_text(v) for v in values]
 
-    def _reach_power(self, wanted: Power, reset_type: str) -> None:
-        system = self._read_system()
+    def _reach_power(self, system: dict[str, Any], wanted: Power, reset_type: str) -> None:
         if _power_of(system) is wanted:
             return
         target, offered = self._reset_types(system)
@@ -326,9 +345,9 @@ class RedfishBmc(Bmc):
         if not self._until(reached, POWER_SETTLE_S):
             raise BmcError("power_failed", f"{reset_type} was sent; the power state is not {wanted}.")
 
-    def _asked_to_shut_down(self) -> bool:
+    def _asked_to_shut_down(self, system: dict[str, Any]) -> bool:
         """Whether GracefulShutdown was sent and not refused; a refusal is no failure, ForceOff follows."""
-        target, offered = self._reset_types(self._read_system())
+        target, offered = self._reset_types(system)
         if offered and "GracefulShutdown" not in offered:
             return False
         try:
@@ -341,13 +360,14 @@ class RedfishBmc(Bmc):
 
     # Virtual media
 
-    def _find_slots(self, system: dict[str, Any]) -> list[str]:
+    def _find_slots(self) -> list[str]:
         """URIs of the slots that take a CD, the one we would use first.
 
         The system's own come before its managers' (iDRAC9 moved them at 6.00 and kept the old ones; N), slots with the
         standard action before those with PATCH or only a vendor's action.
         """
         if self._slots is None:
+            system = self._read_system()
             named = [link_of(m) for m in as_list(as_dict(system.get("Links")).get("ManagedBy"))]
             managers = [m for m in (self._find(uri, needed=True) for uri in named) if m]
             if not managers:  # xFusion names none (N), some name one that is not there (S)
@@ -363,9 +383,9 @@ class RedfishBmc(Bmc):
             self._slots = sorted(found, key=lambda uri: ("action", "patch", "").index(found[uri]))
         return self._slots
 
-    def _choose_slot(self, system: dict[str, Any], urls: Sequence[str]) -> tuple[str, str, list[str]]:
+    def _choose_slot(self, urls: Sequence[str]) -> tuple[str, str, list[str]]:
         """The slot, how to insert, and those of `urls` that it may take, in their order."""
-        for uri in self._find_slots(system)[:1]:
+        for uri in self._find_slots()[:1]:
             slot, headers = self._get(uri)
             way = quirks.insert_way(slot, headers.get("Allow"))
             if not way:
@@ -380,6 +400,8 @@ class RedfishBmc(Bmc):
 
     def _insert(self, slot_uri: str, way: str, url: str) -> str:
         """The image at `url` is in the slot. Raises media_protocol or media_rejected when refused: another URL may do."""
+        is_in = False
+        failure: str | None = None
 
         def send() -> None:
             self._connector.last_accepted = None
@@ -393,8 +415,11 @@ class RedfishBmc(Bmc):
         def shown() -> bool:
             return quirks.shows_image(self._get(slot_uri)[0], url)
 
-        def shown_or_failed() -> bool:
-            return shown() or self._task_failure(task) is not None
+        def settled() -> bool:
+            nonlocal is_in, failure
+            is_in = shown()
+            failure = None if is_in else self._task_failure(task)
+            return is_in or failure is not None
 
         try:
             self._write(send, shown, "media_rejected")
@@ -403,9 +428,9 @@ class RedfishBmc(Bmc):
                 raise BmcError("media_protocol", _hide(e.detail, url)) from None
             raise BmcError(e.slug, _hide(e.detail, url)) from None
         task = self._task_of(self._connector.last_accepted)
-        if self._until(shown_or_failed, INSERT_SETTLE_S) and shown():
+        self._until(settled, INSERT_SETTLE_S)
+        if is_in:
             return url
-        failure = self._task_failure(task)
         if failure is not None:
             slug = "media_protocol" if quirks.refuses_protocol(failure.lower()) else "media_rejected"
             raise BmcError(slug, _hide(failure, url))
@@ -431,9 +456,9 @@ class RedfishBmc(Bmc):
         messages = [as_dict(m) for m in as_list(body.get("Messages"))]
         return " ".join(f"{as_text(m.get('MessageId'))} {as_text(m.get('Message'))}".strip() for m in messages) or "The task failed."
 
-    def _eject_all(self, system: dict[str, Any], *, must: str | None) -> None:
+    def _eject_all(self, *, must: str | None) -> None:
         """No CD slot holds media: a second CD may be the one that boots. With `must`, only that slot's failure counts."""
-        for uri in self._find_slots(system):
+        for uri in self._find_slots():
             try:
                 self._eject(uri)
             except BmcError:
@@ -486,24 +511,17 @@ class RedfishBmc(Bmc):
             raise BmcError("boot_override_rejected", "A CD is not among the boot targets.")
         return target
 
-    def _reach_override(self, wanted: dict[str, str], reached: Callable[[dict[str, Any]], bool]) -> None:
-        """The override in force satisfies `reached`. Sends all properties together: AMI wants the full set (N)."""
-        uri, boot, _ = self._boot(self._read_system())
-        full = wanted | ({"BootSourceOverrideMode": "UEFI"} if boot.get("BootSourceOverrideMode") else {})
+    def _reach_override(self, uri: str, wanted: dict[str, str], reached: Callable[[dict[str, Any]], bool]) -> None:
+        """The override in force satisfies `reached`."""
 
-        def send(body: dict[str, str]) -> None:
+        def send() -> None:
             _, headers = self._get(uri)  # iBMC wants the ETag of a fresh GET (N)
-            self._connector.patch(uri, data={"Boot": body}, etag=headers.get("ETag"))
+            self._connector.patch(uri, data={"Boot": wanted}, etag=headers.get("ETag"))
 
         def shown() -> bool:
             return reached(self._boot(self._read_system())[1])
 
-        try:
-            self._write(lambda: send(full), shown, "boot_override_rejected")
-        except BmcError as e:
-            if e.slug != "boot_override_rejected" or full == wanted or boot.get("BootSourceOverrideMode") != "UEFI":
-                raise
-            self._write(lambda: send(wanted), shown, "boot_override_rejected")  # the mode is right and may be read-only
+        self._write(send, shown, "boot_override_rejected")
         if not self._until(shown, BOOT_SETTLE_S):
             raise BmcError("boot_override_ignored", "It was accepted, but reading back shows another.")
 
