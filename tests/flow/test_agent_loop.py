@@ -327,6 +327,18 @@ def test_a_damaged_manifest_is_found_before_the_line(rack: Rack) -> None:
     assert "POST /agent/v1/cross" not in rack.end.paths
 
 
+def test_a_config_drive_that_is_longer_than_planned_is_not_read_to_its_end(rack: Rack) -> None:
+    rack.end.config_drive += bytes(MIB)
+    assert rack.run() == 1
+    assert rack.untouched() and [r["error"]["class"] for r in rack.end.reports] == ["agent-failed"]
+
+
+def test_a_redirect_is_not_followed(rack: Rack) -> None:
+    rack.end.hello_status, rack.give_up_s = 307, 0.5
+    assert rack.run() == 1
+    assert rack.untouched() and rack.state["ended"] == "boot-local" and set(rack.end.paths) == {"POST /agent/v1/hello"}
+
+
 def test_a_damaged_chunk_ends_the_run_and_the_disk_cannot_boot(rack: Rack) -> None:
     rack.end.damage = {f"/agent/v1/chunks/{list(rack.end.chunks)[7]}"}
     assert rack.run() == 1

@@ -42,7 +42,7 @@ class Answer:
     def json(self) -> dict[str, Any]:
         value = json.loads(self.body or b"{}")
         if not isinstance(value, dict):
-            raise Unreachable("the answer is not a JSON object")
+            raise ValueError("the answer is not a JSON object")
         return value
 
 
@@ -61,7 +61,7 @@ class Client:
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, *, cap_bytes: int = JSON_CAP_BYTES) -> Answer:
         """One try, and one more where a kept connection turns out to be closed: every message may be repeated (protocol.py).
 
-        Raises: Refused on 4xx; Unreachable on no answer, 3xx and 5xx.
+        Raises: Refused on 4xx; Unreachable on no answer, 3xx and 5xx; ValueError on an answer longer than `cap_bytes`.
         """
         kept = getattr(self._local, "connection", None) is not None
         try:
@@ -89,7 +89,7 @@ class Client:
                     raise
 
     def get_bytes(self, path: str, *, sha256: str, cap_bytes: int, while_true: Callable[[], bool]) -> bytes:
-        """The body of `path`. Raises ValueError where it has another digest."""
+        """The body of `path`. Raises ValueError where it is longer than `cap_bytes` or has another digest."""
         body = self.insist("GET", path, while_true=while_true, cap_bytes=cap_bytes).body
         if hashlib.sha256(body).hexdigest() != sha256:
             raise ValueError(f"{path} has another digest than the plan names")
@@ -109,7 +109,7 @@ class Client:
             response = connection.getresponse()
             content = response.read(cap_bytes + 1)
             if len(content) > cap_bytes:
-                raise Unreachable(f"the answer to {path} is longer than {cap_bytes} bytes")
+                raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
             if response.length:  # read(n) does not complain about a body that ends early
                 raise Unreachable(f"the answer to {path} ended early")
             response.read()  # lets the connection be used again
