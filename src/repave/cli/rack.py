@@ -9,7 +9,7 @@ from cyclopts import App
 from repave.cli.output import say, show_json, show_list
 
 app = App(name="rack")
-FOLDER = Path(".repave/rack")
+FOLDER = Path(".repave")
 
 
 @app.command

@@ -24,7 +24,7 @@ from repave.lab.rack import OLD_PASSWORD, rack_down, rack_up
 from repave.lab.ssh import ssh_login
 from repave.secrets import write_private
 
-FOLDER = Path(".repave/rack")
+FOLDER = Path(".repave")
 PASSWORDS = Path(".repave/passwords.json")  # the lab's machines only: what `ssh` needs after a run
 COUNT = 2
 IMAGE = os.environ.get("REPAVE_DEMO_IMAGE", "debian-12")
