@@ -37,7 +37,7 @@ class FarEnd:
     def __init__(self, folder: Path, machine: Machine) -> None:
         self.homes: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
-        self.image = _make_image(folder / "new.img")
+        self.image = scripted_os.build_image(folder / "new.raw", "new")
         self._images = ImageStore(folder / "images")
         self._manifest = import_image(self.image, self._images, max_bytes=64 * MIB).manifest_sha256
         make_ca(folder)
@@ -120,19 +120,6 @@ def _answer_tls(end: FarEnd, request: http.server.BaseHTTPRequestHandler) -> byt
     length = int(request.headers.get("Content-Length") or 0)
     body = json.loads(request.rfile.read(length)) if length else {}
     return end.answer(request.path, request.headers.get("Authorization", "").removeprefix("Bearer "), body)
-
-
-def _make_image(path: Path) -> Path:
-    """A GPT with an ESP that holds the removable path, made by other people's tools."""
-    with path.open("wb") as out:
-        out.truncate(12 * MIB)
-    subprocess.run(["/sbin/sfdisk", "-q", path], input="label: gpt\nstart=2048, size=16384, type=uefi\n", text=True, check=True)
-    esp = f"{path}@@1M"
-    subprocess.run(["/sbin/mkfs.vfat", "--offset=2048", path, "8192"], capture_output=True, check=True)
-    subprocess.run(["mmd", "-i", esp, "::EFI", "::EFI/BOOT"], check=True)
-    (path.parent / "BOOTX64.EFI").write_bytes(b"MZ" + bytes(1000))
-    subprocess.run(["mcopy", "-i", esp, path.parent / "BOOTX64.EFI", "::EFI/BOOT/"], check=True)
-    return path
 
 
 @pytest.fixture(scope="module")

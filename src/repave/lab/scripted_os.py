@@ -12,6 +12,7 @@ import io
 import json
 import secrets
 import struct
+import subprocess
 import threading
 from dataclasses import dataclass, field
 from email.message import Message
@@ -50,6 +51,23 @@ class FirstBoot:
                 return True
             off.wait(_RETRY_S)
         return False
+
+
+def build_image(path: Path, marker: str) -> Path:
+    """A raw image of 12 MiB that a scripted machine boots: a GPT whose ESP has the removable path, and `marker` in its first file.
+
+    Needs fdisk, dosfstools and mtools.
+    """
+    loader = path.with_suffix(".efi")
+    loader.write_bytes(b"MZ" + marker.encode().ljust(64 * 1024, b"\0"))
+    with path.open("wb") as out:
+        out.truncate(12 << 20)
+    table = "label: gpt\nstart=2048, size=16384, type=uefi\n"
+    subprocess.run(["/sbin/sfdisk", "-q", path], input=table, text=True, check=True)
+    subprocess.run(["/sbin/mkfs.vfat", "--offset=2048", path, "8192"], capture_output=True, check=True)
+    subprocess.run(["mmd", "-i", f"{path}@@1M", "::EFI", "::EFI/BOOT"], check=True)
+    subprocess.run(["mcopy", "-i", f"{path}@@1M", loader, "::EFI/BOOT/BOOTX64.EFI"], check=True)
+    return path
 
 
 def write_old_os(disk: Path) -> None:
