@@ -18,7 +18,7 @@ _NOT_WANTED = (
     "doctest.py", "pdb.py", "pydoc.py", "turtle.py", "tarfile.py", "zipapp.py", "imaplib.py", "nntplib.py", "smtplib.py", "smtpd.py",
     "ftplib.py", "poplib.py", "telnetlib.py", "mailbox.py", "pickletools.py", "optparse.py", "cgi.py", "cgitb.py", "aifc.py", "__phello__",
 )  # fmt: skip
-_DYNLOAD = ("_ssl", "_hashlib", "_json", "_uuid", "_multibytecodec", "mmap", "_contextvars", "_queue", "_opcode", "_posixsubprocess")
+_DYNLOAD = ("_ctypes", "_ssl", "_hashlib", "_json", "_uuid", "_multibytecodec", "mmap", "_contextvars", "_queue", "_opcode", "_posixsubprocess")
 _APPLET_DIR = "bin"
 
 
@@ -86,7 +86,7 @@ def _python(tree: Path, python: Callable[[list[str]], str]) -> dict[str, cpio.En
     zstandard = tree / "usr/lib/python3/dist-packages/zstandard"
     # -b: beside the source; -o 2: no docstrings, no asserts; names without our build folder, so that the same packages give the same bytes.
     python([
-        "-I", "-m", "compileall", "-q", "-b", "-f", "-o", "2", "-s", str(tree), "--invalidation-mode", "unchecked-hash",
+        "-I", "-m", "compileall", "-q", "-b", "-f", "-o", "2", "-s", str(tree), "-p", "/", "--invalidation-mode", "unchecked-hash",
         str(library), str(zstandard),
     ])  # fmt: skip
     found = [*library.rglob("*.pyc"), *zstandard.glob("*.pyc"), *zstandard.glob("backend_c.*.so")]

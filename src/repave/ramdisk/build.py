@@ -28,7 +28,7 @@ from repave.ramdisk import base, cpio
 
 PACKAGES = (
     "busybox-static", "kmod", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "python3-zstandard",
-    "libc6", "libgcc-s1", "zlib1g", "libexpat1", "libssl3", "libzstd1", "liblzma5", "libuuid1",
+    "libc6", "libgcc-s1", "zlib1g", "libexpat1", "libssl3", "libzstd1", "liblzma5", "libuuid1", "libffi8",
     "shim-signed", "grub-efi-amd64-signed",
 )  # fmt: skip
 _KERNEL_META = "linux-image-amd64"  # generic: the cloud kernel has no SATA and few NICs

@@ -47,6 +47,8 @@ def build_iso(files: BootFiles, out: Path) -> None:
         work = Path(folder)
         boot = work / "disc/boot"
         (boot / "grub").mkdir(parents=True)
+        (work / "disc/.disk").mkdir()
+        (work / "disc/.disk/info").write_text("Repave\n")  # what gcdx64 searches for where the firmware hides which disc it came from
         shutil.copyfile(files.kernel, boot / "vmlinuz")
         shutil.copyfile(files.initramfs, boot / "initramfs")
         (boot / "grub/grub.cfg").write_text(_grub_config())
