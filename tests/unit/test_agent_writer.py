@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -20,6 +21,7 @@ import pytest
 import zstandard
 from disk_images import MIB, fdisk, make_disk, old_disk
 
+from repave.agent import target
 from repave.agent.gpt import Partition
 from repave.agent.writer import WriteResult, write_image
 from repave.errors import ImageError, RunFailed
@@ -326,12 +328,9 @@ def test_a_disk_that_loses_a_write_is_found_before_it_can_boot(case: Case, monke
 
 
 def test_a_device_that_can_not_make_zeros_gets_them_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file on a file system without holes: punching is refused, BLKZEROOUT is for block devices."""
-    import repave.agent.target as target
+    """The kernel refuses to punch; BLKZEROOUT is for block devices; so zeros are written."""
 
     def refuse(*args: object) -> int:
-        import ctypes
-
         ctypes.set_errno(errno.EOPNOTSUPP)
         return -1
 
