@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,21 +64,30 @@ class TooLarge(Exception):
 
 
 class _Wire:
-    """What one connector knows of its current connection, so that a timer can end it and the pin can be reported."""
+    """The connection of the request under way, so that a timer can end it and the certificate can be told."""
 
     def __init__(self) -> None:
-        self.sock: socket.socket | None = None
+        self.connection: HTTPConnection | None = None  # None until connected, TLS handshake and pin included
         self.certificate_sha256: str | None = None
 
-    def opened(self, sock: Any) -> None:
-        self.sock = sock
-        if hasattr(sock, "getpeercert"):
-            self.certificate_sha256 = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
+    def opened(self, connection: HTTPConnection) -> None:
+        self.connection = connection
+        if isinstance(connection.sock, ssl.SSLSocket):
+            certificate = connection.sock.getpeercert(binary_form=True) or b""
+            self.certificate_sha256 = hashlib.sha256(certificate).hexdigest()
 
     def cut(self) -> None:
-        if self.sock is not None:
+        """From the timer's thread: whoever reads the socket sees its end."""
+        sock = self.connection.sock if self.connection else None
+        if sock is not None:
             with contextlib.suppress(OSError, ValueError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Never used again: some BMCs keep a connection they no longer serve, and a POST on it would look lost."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 class _Adapter(HTTPAdapter):
@@ -94,12 +104,12 @@ class _Adapter(HTTPAdapter):
         class PlainConnection(HTTPConnection):
             def connect(self) -> None:
                 super().connect()
-                wire.opened(self.sock)
+                wire.opened(self)
 
         class TlsConnection(HTTPSConnection):
             def connect(self) -> None:
                 super().connect()
-                wire.opened(self.sock)
+                wire.opened(self)
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = PlainConnection
@@ -190,7 +200,6 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
             raise BmcError("timeout", "The deadline passed.")
         read_s = min(READ_TIMEOUT_S if method == "GET" else WRITE_TIMEOUT_S, left)
         what = f"{method} {urlsplit(url).path}"
-        self._wire.sock = None
         timer = threading.Timer(read_s + CONNECT_TIMEOUT_S if read_s < left else left, self._wire.cut)
         timer.daemon = True
         timer.start()
@@ -205,7 +214,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         except TooLarge:
             raise self._lost(method, "protocol", f"{what}: the answer is larger than {MAX_BODY_BYTES} bytes.") from None
         except requests_errors.SSLError as e:
-            if self._wire.sock is None:  # in the handshake; afterwards it is a broken connection like others
+            if self._wire.connection is None:  # in the handshake; afterwards it is a broken connection like others
                 raise BmcError("tls", _why(e)) from None
             raise LostAnswer("unreachable", f"{what}: the connection broke.") from None
         except requests_errors.Timeout as e:
@@ -216,6 +225,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
             raise LostAnswer(slug, f"{what}: {_why(e)}") from None
         finally:
             timer.cancel()
+            self._wire.close()
         self._observe(f"{what} -> {response.status_code}")
         return response
 

@@ -160,8 +160,9 @@ class RedfishBmc(Bmc):
 
     def boot_from_disk(self) -> None:
         with self._call():
-            uri, boot, allowed = self._boot(self._read_system())
-            if _boots_disk(boot):
+            system = self._read_system()
+            uri, boot, allowed = self._boot(system)
+            if _boots_disk(boot) and _boots_disk(as_dict(system.get("Boot"))):
                 return
             ways = [{"BootSourceOverrideTarget": "None", "BootSourceOverrideEnabled": "Disabled"}]
             if "Hdd" in allowed:
@@ -181,10 +182,11 @@ class RedfishBmc(Bmc):
     @contextlib.contextmanager
     def _call(self, *, extra_s: float = 0) -> Iterator[None]:
         """Lock and deadline around a call; whatever goes wrong inside leaves as BmcError."""
+        deadline = time.monotonic() + self.deadline_s + extra_s
         if not self._lock.acquire(timeout=self.deadline_s):
             raise BmcError("busy", "Another call to this BMC is under way.")
         try:
-            self._connector.deadline = time.monotonic() + self.deadline_s + extra_s
+            self._connector.deadline = deadline
             yield
         except LostAnswer as e:
             raise BmcError(e.slug, e.detail) from e
@@ -505,6 +507,11 @@ class RedfishBmc(Bmc):
             return settings_uri, pending, allowed
         return uri, boot, allowed
 
+    def _shows_override(self, reached: Callable[[dict[str, Any]], bool]) -> bool:
+        """Whether the override waiting in the Settings resource, or the one in force, satisfies `reached`."""
+        system = self._read_system()
+        return reached(self._boot(system)[1]) or reached(as_dict(system.get("Boot")))
+
     def _cd_target(self, system: dict[str, Any]) -> str:
         target = quirks.cd_target(as_text(system.get("Manufacturer")), self._boot(system)[2])
         if target is None:
@@ -512,14 +519,14 @@ class RedfishBmc(Bmc):
         return target
 
     def _reach_override(self, uri: str, wanted: dict[str, str], reached: Callable[[dict[str, Any]], bool]) -> None:
-        """The override in force satisfies `reached`."""
+        """The override satisfies `reached`, read back."""
 
         def send() -> None:
             _, headers = self._get(uri)  # iBMC wants the ETag of a fresh GET (N)
             self._connector.patch(uri, data={"Boot": wanted}, etag=headers.get("ETag"))
 
         def shown() -> bool:
-            return reached(self._boot(self._read_system())[1])
+            return self._shows_override(reached)
 
         self._write(send, shown, "boot_override_rejected")
         if not self._until(shown, BOOT_SETTLE_S):
@@ -551,4 +558,6 @@ def _cause_text(error: BmcError) -> str:
 
 def _hide(text: str, url: str) -> str:
     """BMCs repeat the image's URL in their errors; its path is as good as a password."""
-    return text.replace(url, "<media>").replace(urlsplit(url).path, "<media>")
+    path = urlsplit(url).path
+    text = text.replace(url, "<media>")
+    return text.replace(path, "<media>") if len(path) > 1 else text
