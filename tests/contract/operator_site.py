@@ -106,6 +106,8 @@ class Site:
 
 @contextlib.contextmanager
 def start_site(folder: Path) -> Iterator[Site]:
+    folder.mkdir(exist_ok=True)
+
     def now() -> datetime:
         return datetime.now(UTC)
 

@@ -139,7 +139,7 @@ def step_durations(run: RunRow, events: Sequence[Event], now: datetime) -> dict[
         if event.run_id == run.id and event.type in ("run.step", "run.crossed"):
             began.setdefault(event.data.get("step", Step.WRITE_IMAGE.value), event.at)
     steps = sorted(began.items(), key=lambda item: item[1])
-    ends = [at for _, at in steps[1:]] + [run.ended_at or now]
+    ends = ([at for _, at in steps] + [run.ended_at or now])[1:]
     return {name: round((end - at).total_seconds(), 1) for (name, at), end in zip(steps, ends, strict=True)}
 
 

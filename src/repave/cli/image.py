@@ -20,10 +20,10 @@ _LIST = {"NAME": "name", "OS": "os_type", "ARCH": "arch", "BOOT": "boot", "SIZE"
 
 
 class _Counted:
-    """A file that tells how much of it was read: what `requests` wants of a body, no more."""
+    """A file that reports how much of it was read: what `requests` wants of a body, no more (it would call a `tell`)."""
 
-    def __init__(self, file: IO[bytes], total: int, tell: Callable[[int], None]) -> None:
-        self.file, self.total, self.tell, self.sent = file, total, tell, 0
+    def __init__(self, file: IO[bytes], total: int, report: Callable[[int], None]) -> None:
+        self.file, self.total, self.report, self.sent = file, total, report, 0
 
     def __len__(self) -> int:
         return self.total
@@ -31,7 +31,7 @@ class _Counted:
     def read(self, count: int = -1) -> bytes:
         piece = self.file.read(min(count, 1 << 20) if count > 0 else 1 << 20)
         self.sent += len(piece)
-        self.tell(self.sent)
+        self.report(self.sent)
         return piece
 
 
@@ -60,8 +60,8 @@ def import_image(
     name, total = name or re.sub(r"\.(qcow2|raw|img)$", "", file.name), file.stat().st_size
     headers = {"X-Repave-SHA256": _digest(sha256, file)} if sha256 else {}
     client = Client(project)
-    with file.open("rb") as f, _telling(file.name, total) as tell:
-        made = client.upload("/images", _Counted(f, total, tell), {"name": name, "os_type": os_type}, headers)
+    with file.open("rb") as f, _telling(file.name, total) as report:
+        made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type}, headers)
     if json:
         show_json(made)
         return

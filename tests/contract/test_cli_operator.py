@@ -1,0 +1,246 @@
+"""The command line as a process, against a real service; a pipe on each side, as in a script."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operator_site import BMC_PASSWORD, NEW_PASSWORD, Site, start_site
+
+from repave.cli import docs
+from repave.domain.model import Step
+from repave.domain.states import Ending
+from repave.errors import CATALOGUE, RepaveError
+
+REPAVE = [sys.executable, "-m", "repave.cli.main"]
+
+
+@dataclass
+class Cli:
+    site: Site
+    folder: Path
+
+    def env(self, **more: str) -> dict[str, str]:
+        keep = {k: v for k, v in os.environ.items() if not k.startswith("REPAVE_")}
+        return keep | {"REPAVE_ENDPOINT": self.site.url, "REPAVE_TOKEN": self.site.tokens["admin"]} | more
+
+    def run(self, *argv: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*REPAVE, *argv], input=stdin, capture_output=True, text=True, timeout=60, env=self.env(**more), cwd=self.folder)
+
+    def items(self, *argv: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.run(*argv, "--json").stdout)["items"]
+        return found
+
+    def asked(self) -> int:
+        """How many changes the service has seen."""
+        return len(self.site.ask("GET", "/events").json()["items"])
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    with start_site(tmp_path / "site") as site:
+        yield Cli(site, tmp_path)
+
+
+@pytest.fixture
+def fleet(cli: Cli) -> Cli:
+    """Four servers and an image."""
+    for n in range(1, 5):
+        cli.site.add_server(f"web{n:02}")
+    cli.site.add_image("tiny")
+    return cli
+
+
+def known_bmcs(cli: Cli, count: int) -> None:
+    cli.site.bmcs.known |= {f"https://10.9.0.{10 + n}": f"SN{n}" for n in range(1, count + 1)}
+
+
+# ---- servers ----
+
+
+def test_a_nodeset_of_servers_is_paired_with_a_nodeset_of_bmcs_and_failures_are_named(cli: Cli) -> None:
+    known_bmcs(cli, 2)
+    argv = ("server", "add", "web[01-03]", "--bmc", "https://10.9.0.[11-13]", "--user", "root", "--password-stdin", "--yes")
+    done = cli.run(*argv, stdin=BMC_PASSWORD + "\n")
+    assert done.returncode == 10, done.stderr
+    assert "✗ web03" in done.stderr and "Repave.2101" in done.stderr and "2 added" in done.stderr
+    assert [(s["name"], s["serial"]) for s in cli.items("server", "ls")] == [("web01", "SN1"), ("web02", "SN2")]
+    assert BMC_PASSWORD not in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_csv_file_is_understood_whole_before_anything_is_sent(cli: Cli) -> None:
+    known_bmcs(cli, 2)
+    head = "name,bmc,user,secret_env,rack,unit,mac,address,prefix,gateway,dns,vlan,root_disk\n"
+    good = "web01,https://10.9.0.11,root,BMC_PW,r1,7,aa:bb:cc:00:00:01,10.0.0.5,24,10.0.0.1,10.0.0.2 10.0.0.3,,serial=S1\n"
+    file = cli.folder / "servers.csv"
+    for bad in ("web02,,root,BMC_PW,,,,,,,,,\n", "web02,https://10.9.0.12,root,NO_SUCH,,,,,,,,,\n", "web02,https://10.9.0.12,root,BMC_PW,,,,,x,,,,\n"):
+        file.write_text(head + good + bad)
+        refused = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD)
+        assert (refused.returncode, cli.site.bmcs.asked) == (2, []), refused.stderr
+        assert "servers.csv:3" in refused.stderr
+    file.write_text(head + good + "web02,https://10.9.0.12,root,BMC_PW,r1,8,,,,,,,\n")
+    assert cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).returncode == 0
+    first, second = cli.items("server", "ls")
+    assert first["network"]["dns"] == ["10.0.0.2", "10.0.0.3"] and first["root_disk"] == {"serial": "S1"}
+    assert (second["rack"], second["unit"], second["network"]) == ("r1", "8", None)
+
+
+def test_servers_are_set_and_removed_by_nodeset(fleet: Cli) -> None:
+    assert fleet.run("server", "set", "web[01-02]", "--rack", "r9", "--root-disk", "wwn=W1").returncode == 0
+    assert [s["rack"] for s in fleet.items("server", "ls")] == ["r9", "r9", "", ""]
+    assert fleet.run("server", "rm", "web[01-02]").returncode == 3
+    assert len(fleet.items("server", "ls")) == 4
+    assert fleet.run("server", "rm", "web[01-02]", "--yes").returncode == 0
+    assert [s["name"] for s in fleet.items("server", "ls")] == ["web03", "web04"]
+    missing = fleet.run("server", "rm", "web3", "--yes")
+    assert missing.returncode == 3 and "Did you mean web03?" in missing.stderr
+
+
+# ---- reinstall ----
+
+
+@pytest.mark.parametrize("argv", [(), ("--yes",), ("--yes", "--expect", "3"), ("--expect", "4")])
+def test_a_reinstall_that_nobody_confirmed_exits_3_and_sends_nothing(fleet: Cli, argv: tuple[str, ...]) -> None:
+    before = fleet.asked()
+    done = fleet.run("reinstall", "web[01-04]", "--image", "tiny", "--password-stdin", *argv, stdin=NEW_PASSWORD + "\n")
+    assert done.returncode == 3, done.stderr
+    assert (fleet.asked(), fleet.items("batch", "ls")) == (before, [])
+
+
+def test_a_plan_is_shown_and_touches_nothing(fleet: Cli) -> None:
+    before = fleet.asked()
+    done = fleet.run("reinstall", "web[01-03]", "--image", "tiny", "--plan-only")
+    assert done.returncode == 0
+    assert "web[01-03]" in done.stdout and "1 other servers" in done.stdout and "nothing touched yet" in done.stdout
+    assert json.loads(fleet.run("reinstall", "web01", "--image", "tiny", "--plan-only", "--json").stdout)["erased"][0]["server"] == "web01"
+    assert fleet.asked() == before
+
+
+def end_runs(site: Site, *, fail: str = "") -> None:
+    """What the workflow would do: the runs of the newest batch go through their steps and end."""
+    while not (batches := site.store.list_batches(site.project.id)):
+        time.sleep(0.05)
+    names = {s.id: s.name for s in site.store.list_servers(site.project.id)[0]}
+    for run in site.store.list_runs(batch_id=batches[0].id):
+        site.store.record_step(run.id, Step.BOOT_RAMDISK)
+        bad = names[run.server_id] in fail.split()
+        site.store.record_ending(run.id, Ending.RETURNED if bad else Ending.PROVED, RepaveError("boot_override_ignored").as_json() if bad else None)
+
+
+@pytest.mark.parametrize(("fail", "code"), [("", 0), ("web02 web03", 10), ("web01 web02 web03", 11)])
+def test_a_script_reinstalls_and_learns_from_lines_and_exit_code_how_it_ended(fleet: Cli, fail: str, code: int) -> None:
+    worker = threading.Thread(target=end_runs, args=(fleet.site,), kwargs={"fail": fail})
+    worker.start()
+    argv = ("reinstall", "web[01-03]", "--image", "tiny", "--yes", "--expect", "3", "--password-stdin")
+    done = fleet.run(*argv, stdin=NEW_PASSWORD + "\n")
+    worker.join()
+    assert done.returncode == code, done.stderr + done.stdout
+    assert NEW_PASSWORD not in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
+    if code == 10:
+        assert "✗ web[02-03]  4/8 boot-ramdisk · before the line · Repave.2110" in done.stdout
+        assert done.stdout.index("✗ web[02-03]") < done.stdout.index("✓ web01")
+    shown = json.loads(fleet.run("batch", "show", "--json").stdout)
+    assert shown["counts"]["failed"] == len(fail.split())
+    assert fleet.run("watch").returncode == code
+    events = [json.loads(line) for line in fleet.run("watch", "--json").stdout.splitlines()]
+    assert events[-1]["type"] == "batch.ended"
+
+
+def test_only_the_typed_words_start_it(fleet: Cli) -> None:
+    """On a terminal: 'y' does not, 'erase 2' does."""
+    for words, begun in (("y", 0), ("erase 2", 1)):
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(fleet.folder)
+            os.execve(sys.executable, [*REPAVE, "reinstall", "web[01-02]", "--image", "tiny", "--detach"], fleet.env(REPAVE_NEW_PASSWORD=NEW_PASSWORD))
+        seen = b""
+        while b"to start:" not in seen:
+            seen += os.read(terminal, 4096)
+        os.write(terminal, words.encode() + b"\n")
+        with pytest.raises(OSError):  # EIO: the other end has ended
+            while os.read(terminal, 4096):
+                pass
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if begun else 3)
+        os.close(terminal)
+        assert len(fleet.items("batch", "ls")) == begun
+
+
+def test_a_watcher_that_stops_leaves_the_batch_alone(fleet: Cli) -> None:
+    body = {"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD}
+    batch = fleet.site.ask("POST", "/reinstall", json=body).json()
+    assert fleet.run("watch", "--timeout", "0.5").returncode == 124
+    watcher = subprocess.Popen([*REPAVE, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=fleet.env(), cwd=fleet.folder)
+    try:
+        assert watcher.stdout is not None and "waiting" in watcher.stdout.readline()
+        watcher.send_signal(signal.SIGINT)
+        _, said = watcher.communicate(timeout=20)
+    finally:
+        watcher.kill()
+    assert watcher.returncode == 130 and f"repave watch {batch['id']}" in said
+    assert json.loads(fleet.run("batch", "show", "--json").stdout)["state"] == "working"
+
+
+# ---- the rest ----
+
+
+def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
+    disk = cli.folder / "deb.raw"
+    disk.write_bytes(bytes(8 << 20))
+    subprocess.run(["sfdisk", "-q", disk], input=b"label: gpt\nstart=1MiB, size=4MiB, type=uefi\n", check=True)
+    (cli.folder / "SUMS").write_text(f"{'0' * 64}  deb.raw\n")
+    refused = cli.run("image", "import", "deb.raw", "--sha256", "SUMS")
+    assert refused.returncode == 3 and "Repave.4101" in refused.stderr
+    assert cli.run("image", "import", "deb.raw").returncode == 0
+    assert [i["name"] for i in cli.items("image", "ls")] == ["deb"]
+    again = cli.run("image", "import", "deb.raw")
+    assert again.returncode == 3 and "Repave.1003" in again.stderr
+    assert cli.run("image", "rm", "deb", "--yes").returncode == 0
+    assert cli.items("image", "ls") == []
+
+
+def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
+    assert cli.run("server", "ls", "--colour").returncode == 2
+    assert cli.run("server", "show", "nobody").returncode == 3
+    assert cli.run("server", "ls", REPAVE_TOKEN="wrong").returncode == 4
+    assert cli.run("key", "ls", REPAVE_TOKEN=cli.site.tokens["viewer"]).returncode == 4
+    assert cli.run("server", "ls", REPAVE_ENDPOINT="http://127.0.0.1:9").returncode == 5
+
+
+def test_bare_repave_prints_state_and_a_next_command_that_exists(fleet: Cli) -> None:
+    said = fleet.run().stdout.splitlines()
+    assert len(said) <= 6 and "4 servers: 4 running · 1 images" in said[0]
+    assert said[-1].startswith("Next:  repave reinstall")
+    alone = fleet.run(REPAVE_ENDPOINT="http://127.0.0.1:9")
+    assert alone.returncode == 0 and "repave init && repave serve" in alone.stdout
+
+
+def test_a_key_of_the_command_line_works_and_is_listed_without_its_secrets(cli: Cli) -> None:
+    assert cli.run("project", "add", "gpu").returncode == 0
+    made = json.loads(cli.run("key", "add", "ci", "--role", "operator", "--expires", "30d", "--project", "gpu", "--json").stdout)
+    assert "operator of project gpu" in cli.run("whoami", REPAVE_TOKEN=made["token"]).stdout
+    listed = cli.run("key", "ls", "--project", "gpu", "--json").stdout
+    assert made["ak"] in listed and made["sk"] not in listed
+    assert cli.run("key", "rm", made["id"], "--project", "gpu").returncode == 0
+    assert cli.run("whoami", REPAVE_TOKEN=made["token"]).returncode == 4
+
+
+def test_explain_knows_every_code(tmp_path: Path) -> None:
+    from repave.cli.main import run
+
+    for problem in CATALOGUE.values():
+        assert run(["explain", problem.code]) == run(["explain", problem.slug]) == 0
+    assert run(["explain", "0000"]) == 2
+
+
+def test_the_generated_docs_are_up_to_date() -> None:
+    assert docs.main(["--check"]) == 0

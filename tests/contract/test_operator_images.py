@@ -1,0 +1,76 @@
+import hashlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from operator_site import Site, start_site
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with start_site(tmp_path) as site:
+        yield site
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A GPT disk made by sfdisk, with some data in it."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(6 * MIB) + os.urandom(2 * MIB) + bytes(16 * MIB))
+    subprocess.run(["sfdisk", "-q", path], input=b"label: gpt\nstart=1MiB, size=4MiB, type=uefi\ntype=linux\n", check=True)
+    return path
+
+
+def test_a_streamed_file_becomes_an_image_and_goes_again(site: Site, disk: Path) -> None:
+    sha256 = hashlib.sha256(disk.read_bytes()).hexdigest()
+    with disk.open("rb") as body:
+        answer = site.ask("POST", "/images?name=tiny", data=body, headers={"X-Repave-SHA256": sha256}, as_="operator")
+    assert answer.status_code == 201, answer.text
+    image = answer.json()
+    assert (image["name"], image["size_bytes"], image["os_type"]) == ("tiny", 24 * MIB, "Linux")
+    assert site.ask("GET", "/images/tiny").json()["id"] == image["id"] == site.ask("GET", "/images").json()["items"][0]["id"]
+    assert not any(p.name.startswith("tmp") for p in (site.images.folder / "uploads").iterdir())
+    assert site.ask("DELETE", "/images/tiny").status_code == 204
+    assert site.files() == []
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "body", "status", "slug"),
+    [
+        ("name=tiny", {"X-Repave-SHA256": "0" * 64}, b"disk", 422, "image-refused"),
+        ("name=tiny", {}, b"not a disk" * 1000, 422, "image-refused"),
+        ("name=tiny", {}, b"", 422, "image-refused"),
+        ("name=tiny", {}, bytes(65 * MIB), 507, "image-quota"),
+        ("name=../x", {}, b"disk", 400, "bad-request"),
+        ("name=taken", {}, b"disk", 409, "conflict"),
+    ],
+)
+def test_a_refused_upload_leaves_nothing(site: Site, query: str, headers: dict[str, str], body: bytes, status: int, slug: str) -> None:
+    site.add_image("taken")
+    answer = site.ask("POST", f"/images?{query}", data=body, headers=headers)
+    assert (answer.status_code, answer.json()["class"]) == (status, slug), answer.text
+    assert site.files() == []
+    assert [i["name"] for i in site.ask("GET", "/images").json()["items"]] == ["taken"]
+
+
+def test_an_upload_broken_half_way_leaves_nothing(site: Site) -> None:
+    at = urlsplit(site.url)
+    head = f"POST /repave/v1/images?name=half HTTP/1.1\r\nHost: x\r\nX-Auth-Token: {site.tokens['admin']}\r\nContent-Length: {8 * MIB}\r\n\r\n"
+    with socket.create_connection((at.hostname or "", at.port or 0)) as sock:
+        sock.sendall(head.encode() + bytes(3 * MIB))
+        deadline = time.monotonic() + 10
+        while not site.files() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(site.files()) == 1
+    deadline = time.monotonic() + 10
+    while site.files() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert site.files() == []
+    assert site.ask("GET", "/images").json()["items"] == []
