@@ -18,6 +18,7 @@ import json
 import os
 import re
 import ssl
+import stat
 import struct
 import sys
 import time
@@ -151,7 +152,8 @@ def erase_copies(root: Path, nonce: str, hash_sha256: str) -> list[Path]:
 def list_files(root: Path) -> Iterator[Path]:
     for folder in KEPT_UNDER:
         for where, _, names in os.walk(root / folder):
-            yield from (Path(where, name) for name in names if not Path(where, name).is_symlink())
+            # Regular files alone: /run/cloud-init/hook-hotplug-cmd is a FIFO, and opening it would wait for ever.
+            yield from (Path(where, name) for name in names if stat.S_ISREG(os.lstat(os.path.join(where, name)).st_mode))
 
 
 def disable_cloud_init(root: Path) -> None:

@@ -169,15 +169,14 @@ def test_the_tiny_os_sets_itself_up_calls_home_and_stays_the_same_after_a_reboot
     size, port, disk = 256 * MIB, free_port(), tmp_path / "disk"
     password_hash = hash_password(PASSWORD)
     with start_home_server(tmp_path) as home:
-        first_boot = FirstBoot(
-            hostname="web-1", instance_id="i-1", password_hash=password_hash, home_url=home.url, nonce="nonce-of-run-1", ca_pem=home.ca_pem
-        )
+        first_boot = FirstBoot(hostname="web-1", instance_id="i-1", password_hash=password_hash, home_url=home.url, nonce="nonce-of-run-1", ca_pem=home.ca_pem)
         write_as_the_agent_does(build_tiny(default_cache(), variant="tiny-2"), disk, render_config_drive(first_boot), size_bytes=size)
         with start_machine(disk, port, tmp_path) as press_power_button:
             bearer, call = home.calls.get(timeout=120)
             assert bearer == "Bearer nonce-of-run-1"
             assert (call["path"], call["root_disk_serial"], call["password_usable"]) == ("/home/v1/run-1", SERIAL, True)
-            assert login(port, PASSWORD, "cat /etc/repave-release /etc/hostname /proc/sys/kernel/random/boot_id").split() == ["tiny-2", "web-1", call["boot_id"]]
+            boot = login(port, PASSWORD, "cat /etc/repave-release /etc/hostname /proc/sys/kernel/random/boot_id")
+            assert boot.split() == ["tiny-2", "web-1", call["boot_id"]]
             with pytest.raises(SshRefused):
                 login(port, "Old-Passw0rd!", "true")
             assert login(port, PASSWORD, f"grep -rlF '{password_hash}' /etc /var /run || true").split() == ["/etc/shadow"]

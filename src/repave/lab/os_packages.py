@@ -55,7 +55,7 @@ def copy_modules(modules: Path, names: Iterable[str], target: Path) -> list[str]
         if name in order or name not in paths:
             return
         found = re.search(rb"\0depends=([^\0]*)\0", paths[name].read_bytes())
-        for dependency in (found[1].decode().split(",") if found else []):
+        for dependency in found[1].decode().split(",") if found else []:
             add(dependency.replace("-", "_"))
         order.append(name)
 
@@ -80,7 +80,7 @@ def copy_python(tree: Path, root: Path, *, needed_by: Sequence[str]) -> list[Pat
     )
     library = tree / "usr/lib/python3.11"
     with_tree = {"PYTHONHOME": str(tree / "usr"), "LD_LIBRARY_PATH": ":".join(str(tree / f) for f in _LIBRARY_FOLDERS), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [tree / _LOADER, tree / "usr/bin/python3.11", "-S", "-s", "-c", program]
+    command = [str(tree / _LOADER), str(tree / "usr/bin/python3.11"), "-S", "-s", "-c", program]
     done = subprocess.run(command, env=with_tree, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the unpacked Python failed: {done.stderr[-2000:]}")
@@ -93,7 +93,7 @@ def copy_python(tree: Path, root: Path, *, needed_by: Sequence[str]) -> list[Pat
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
         if path.suffix == ".so":
-            extensions.append(path.relative_to(tree))
+            extensions.append(path)
     (root / "usr/lib/python3.11/lib-dynload").mkdir(parents=True, exist_ok=True)
     # Compiled here, once: the target would compile at each boot. unchecked-hash: the image's times do not matter.
     run(["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", str(root), root / "usr/lib/python3.11"])

@@ -20,9 +20,7 @@ class SshRefused(SshFailed):
     """The server answered and refused this user and password."""
 
 
-def ssh_login(
-    host: str, port: int, password: str, command: str, *, user: str = "root", timeout_s: float = 60, host_keys: Sequence[str] = ()
-) -> str:
+def ssh_login(host: str, port: int, password: str, command: str, *, user: str = "root", timeout_s: float = 60, host_keys: Sequence[str] = ()) -> str:
     """The command's standard output, run on the machine by password login.
 
     Args:
