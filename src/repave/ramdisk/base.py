@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from repave.errors import RunFailed
 from repave.ramdisk import cpio
 
 Run = Callable[[list[str]], str]
@@ -24,17 +25,20 @@ _APPLET_DIR = "bin"
 
 def collect(tree: Path, *, run: Run) -> dict[str, cpio.Entry]:
     """The base archive's entries, from the packages unpacked in `tree` (which is used as a workshop too)."""
-    linker = next((tree / folder / "ld-linux-x86-64.so.2" for folder in ("lib64", "usr/lib64") if (tree / folder / "ld-linux-x86-64.so.2").exists()))
+    # Not lib64/, a link to the absolute path: that would be this machine's own.
+    linker = tree / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
     libraries = ":".join(str(tree / folder) for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
-    start = [str(linker.resolve()), "--library-path", libraries]
+    start = [str(linker), "--library-path", libraries]
 
     entries = _drivers(tree, lambda arguments: run([*start, "--argv0", "depmod", str(tree / "bin/kmod"), *arguments]))
-    python = tree / "usr/bin/python3.11"
-    entries |= _python(tree, lambda arguments: run([*start, str(python), *arguments]))
+    kmod, python = tree / "bin/kmod", tree / "usr/bin/python3.11"
+    library = _list_python_files(tree, lambda arguments: run([*start, str(python), *arguments]))
+    # Debian keeps zstandard in dist-packages, which only its site.py would add to the path.
+    entries |= {str(path.relative_to(tree)).replace("/python3/dist-packages/", "/python3.11/"): cpio.file(path.read_bytes()) for path in library}
     entries |= {
         "usr/bin/python3.11": cpio.file(python.read_bytes(), mode=0o755),
         "usr/bin/python3": cpio.symlink("python3.11"),
-        "usr/bin/kmod": cpio.file((tree / "bin/kmod").read_bytes(), mode=0o755),
+        "usr/bin/kmod": cpio.file(kmod.read_bytes(), mode=0o755),
         "usr/bin/modprobe": cpio.symlink("kmod"),
         "sbin/modprobe": cpio.symlink("/usr/bin/kmod"),  # the kernel calls it by this name
         "dev/console": cpio.Entry(0o020600, device=(5, 1)),  # /init's output before devtmpfs is mounted
@@ -44,7 +48,7 @@ def collect(tree: Path, *, run: Run) -> dict[str, cpio.Entry]:
         "etc/hosts": cpio.file(b"127.0.0.1 localhost\n::1 localhost\n"),
     }  # fmt: skip
     entries |= _busybox(tree, run)
-    programs = [python, tree / "bin/kmod", *(tree / path for path in entries if path.endswith(".so"))]
+    programs = [python, kmod, *(path for path in library if path.suffix == ".so")]
     entries |= _libraries(tree, programs, lambda path: run([*start, "--list", str(path)]))
     entries["lib64/ld-linux-x86-64.so.2"] = cpio.file(linker.read_bytes(), mode=0o755)
     return entries
@@ -77,7 +81,7 @@ def _module_name(path: str) -> str:
     return Path(path).name.removesuffix(".ko").replace("-", "_")
 
 
-def _python(tree: Path, python: Callable[[list[str]], str]) -> dict[str, cpio.Entry]:
+def _list_python_files(tree: Path, python: Callable[[list[str]], str]) -> list[Path]:
     """The standard library and zstandard as .pyc beside no source (compiled by the ramdisk's own Python), and the extension modules wanted."""
     library = tree / "usr/lib/python3.11"
     for pattern in _NOT_WANTED:
@@ -91,11 +95,7 @@ def _python(tree: Path, python: Callable[[list[str]], str]) -> dict[str, cpio.En
     ])  # fmt: skip
     found = [*library.rglob("*.pyc"), *zstandard.glob("*.pyc"), *zstandard.glob("backend_c.*.so")]
     found += [path for path in (library / "lib-dynload").glob("*.so") if path.name.split(".")[0] in _DYNLOAD]
-    entries = {}
-    for path in found:
-        if "__pycache__" not in path.parts:
-            entries[str(path.relative_to(tree)).replace("/python3/dist-packages/", "/python3.11/")] = cpio.file(path.read_bytes())
-    return entries
+    return [path for path in found if "__pycache__" not in path.parts]
 
 
 def _busybox(tree: Path, run: Run) -> dict[str, cpio.Entry]:
@@ -107,15 +107,11 @@ def _busybox(tree: Path, run: Run) -> dict[str, cpio.Entry]:
 
 def _libraries(tree: Path, programs: list[Path], list_needed: Callable[[Path], str]) -> dict[str, cpio.Entry]:
     """What the programs load, by the dynamic linker's own answer, in the one folder it searches by default."""
-
-    def needed() -> Iterator[str]:
-        for program in programs:
-            if not program.exists():
-                program = tree / str(program.relative_to(tree)).replace("/python3.11/zstandard/", "/python3/dist-packages/zstandard/")
-            yield from re.findall(rf"=> ({re.escape(str(tree))}/\S+)", list_needed(program))
-            missing = re.findall(r"(\S+) => not found", list_needed(program))
-            assert not missing, f"{program.name} needs {missing}"
-
-    paths = {Path(path) for path in needed()}
+    paths = set()
+    for program in programs:
+        shown = list_needed(program)
+        if "not found" in shown:
+            raise RunFailed("internal", f"The ramdisk's {program.name} needs a library of a package that is not on the list.")
+        paths |= {Path(path) for path in re.findall(rf"=> ({re.escape(str(tree))}/\S+)", shown)}
     paths |= {tree / "lib/x86_64-linux-gnu/libgcc_s.so.1"}  # dlopened by glibc when a thread ends
     return {f"lib/x86_64-linux-gnu/{path.name}": cpio.file(path.resolve().read_bytes(), mode=0o755) for path in paths if "ld-linux" not in path.name}

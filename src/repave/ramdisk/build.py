@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,8 +156,8 @@ def _run(command: Sequence[str], *, cwd: Path | None = None) -> str:
     """Its standard output. Raises RunFailed with its last line where it fails."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines: Iterator[str] = reversed([*done.stderr.strip().splitlines(), "no message"][-2:-1] or ["no message"])
-        raise RunFailed("internal", f"{Path(command[0]).name} failed: {next(lines)}")
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RunFailed("internal", f"{Path(command[0]).name} failed: {lines[-1]}")
     return done.stdout
 
 
