@@ -1,4 +1,4 @@
-"""The operator API, /repave/v1: projects, keys, servers, images, batches, plans, events. docs/api.md is its reference.
+"""The operator API, /repave/v1: projects, keys, servers, images, batches, plans, events.
 
 Lists are {"items": [...], "next": null}; errors are RFC 9457 problem+json with the fields of RepaveError.as_json. Whoever asks is
 known by the same token or signature as on CloudDC's routes, and sees one project: their own, or, for an admin of project `default`

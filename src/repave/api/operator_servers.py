@@ -68,9 +68,11 @@ class ServerSettings(Body):
     bmc_url: Annotated[str, AfterValidator(_bmc_url)] | None = None
     bmc_username: str | None = Field(default=None, max_length=200)
     bmc_password: str | None = Field(default=None, max_length=200)
-    tls_verify: str | None = None  # true, false (then the certificate seen first is pinned), or a path to a CA bundle
+    tls_verify: str | None = Field(
+        default=None, pattern="^(true|false|/.*)$"
+    )  # true, false (then the certificate seen first is pinned), or a path to a CA bundle
     certificate_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    system_uri: str | None = None
+    system_uri: str | None = Field(default=None, pattern="^/")
     rack: str | None = Field(default=None, max_length=100)
     unit: str | None = Field(default=None, max_length=20)
     root_disk: Annotated[str, AfterValidator(_hints)] | None = None

@@ -190,8 +190,9 @@ def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
     """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
     groups: dict[tuple[int, int, str], list[Json]] = {}
     for run in runs:
-        at = run["step_index"] if run["state"] in ("failed", "working") else 0
-        cause = run["error"]["code"] + run["error"]["cause"] if run["error"] else str(run["past_the_line"])
+        at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "working") else (0, str(run["os_now"]))
+        if run["error"]:
+            cause = run["error"]["code"] + run["error"]["cause"]
         groups.setdefault((_ORDER.index(run["state"]), at, cause), []).append(run)
     return [_row(group) for _, group in sorted(groups.items(), key=lambda item: item[0])]
 

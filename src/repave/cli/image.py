@@ -13,6 +13,7 @@ from cyclopts import App
 
 from repave.cli.client import Client
 from repave.cli.output import Usage, confirm, may_redraw, say, show_json, show_list, size
+from repave.errors import RequestError
 
 app = App(name="image")
 _SAY_EVERY_S = 10.0
@@ -60,6 +61,8 @@ def import_image(
     name, total = name or re.sub(r"\.(qcow2|raw|img)$", "", file.name), file.stat().st_size
     headers = {"X-Repave-SHA256": _digest(sha256, file)} if sha256 else {}
     client = Client(project)
+    if any(image["name"] == name for image in client.items("/images")):  # said before gigabytes are sent
+        raise RequestError("conflict", f"An image {name!r} exists already.")
     with file.open("rb") as f, _telling(file.name, total) as report:
         made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type}, headers)
     if json:

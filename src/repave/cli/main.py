@@ -71,6 +71,7 @@ def run(argv: list[str]) -> int:
         show_error(error)
         return exit_code(error)
     except KeyboardInterrupt:
+        say("\nStopped.")
         return 130
     except BrokenPipeError:
         # The reader has seen enough (`| head`). Python would complain once more when it flushes at its end.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from repave.cli.output import say, show_json, show_list
+from repave.cli.output import fold, say, show_json, show_list
 
 app = App(name="rack")
 FOLDER = Path(".repave")
@@ -29,13 +29,7 @@ def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None
     if json:
         show_json(state)
     else:
-        say("Next: repave reinstall 'lab[01-02]' --image tiny-2" if not state.get("images") else f"Next: {_next(state)}")
-
-
-def _next(state: dict[str, list[dict[str, str]]]) -> str:
-    from repave.cli.output import fold
-
-    return f"repave reinstall '{fold(i['name'] for i in state['instances'])}' --image {state['images'][-1]['name']}"
+        say(f"Next: repave reinstall '{fold(i['name'] for i in state['instances'])}' --image tiny-2")
 
 
 @app.command(name="ls")
