@@ -69,6 +69,7 @@ class _Wire:
     def __init__(self) -> None:
         self.connection: HTTPConnection | None = None  # None until connected, TLS handshake and pin included
         self.certificate_sha256: str | None = None
+        self.was_cut = False
 
     def opened(self, connection: HTTPConnection) -> None:
         self.connection = connection
@@ -78,6 +79,7 @@ class _Wire:
 
     def cut(self) -> None:
         """From the timer's thread: whoever reads the socket sees its end."""
+        self.was_cut = True
         sock = self.connection.sock if self.connection else None
         if sock is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -200,6 +202,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
             raise BmcError("timeout", "The deadline passed.")
         read_s = min(READ_TIMEOUT_S if method == "GET" else WRITE_TIMEOUT_S, left)
         what = f"{method} {urlsplit(url).path}"
+        self._wire.was_cut = False
         timer = threading.Timer(read_s + CONNECT_TIMEOUT_S if read_s < left else left, self._wire.cut)
         timer.daemon = True
         timer.start()
@@ -209,7 +212,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
                 allow_redirects=False, timeout=(min(CONNECT_TIMEOUT_S, left), read_s),
             )  # fmt: skip
             response._content = _read_body(response)
-            if not timer.is_alive():  # cut off by us: http.client takes headers that end early for a whole answer
+            if self._wire.was_cut:  # cut off by us: http.client takes headers that end early for a whole answer
                 raise requests_errors.ReadTimeout
         except TooLarge:
             raise self._lost(method, "protocol", f"{what}: the answer is larger than {MAX_BODY_BYTES} bytes.") from None
@@ -221,7 +224,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
             slug = "unreachable" if isinstance(e, requests_errors.ConnectTimeout) else "timeout"
             raise LostAnswer(slug, f"{what}: no answer in time.") from None
         except (requests_errors.RequestException, OSError, ValueError) as e:
-            slug = "timeout" if self.remaining_s() <= 0 or not timer.is_alive() else "unreachable"
+            slug = "timeout" if self._wire.was_cut or self.remaining_s() <= 0 else "unreachable"
             raise LostAnswer(slug, f"{what}: {_why(e)}") from None
         finally:
             timer.cancel()
