@@ -1,7 +1,7 @@
 """The virtual rack's real machines: QEMU with UEFI firmware behind libvirt, each with sushy-emulator as its BMC.
 
 It owns their processes, disks, NVRAM and consoles in one folder, and nothing outside it but one short folder in /tmp
-for libvirt's sockets (a Unix socket's path has at most 107 bytes, unix(7)). No system libvirt is touched: a libvirtd
+for libvirt's own files: there are sockets among them, and a Unix socket's path has at most 107 bytes (unix(7)). No system libvirt is touched: a libvirtd
 of its own runs in session mode. libvirt refuses session mode to root (`qemu:///session` is then the system's socket),
 so as root everything of it runs as `nobody` in a user namespace; outside, its files stay root's.
 """
@@ -96,10 +96,10 @@ class QemuRack:
     def _start_libvirt(self) -> None:
         self._state.runtime = Path(tempfile.mkdtemp(prefix="repave-", dir="/tmp"))
         home = self.folder / "libvirt"
-        for name in ("conf/libvirt", "cache", "data", "pool", "tmp"):
-            (home / name).mkdir(parents=True, exist_ok=True)
+        for path in (home / "pool", home / "tmp", self._state.runtime / "conf/libvirt"):
+            path.mkdir(parents=True, exist_ok=True)
         # The console goes straight to its file: without this a virtlogd would be started that nobody ends.
-        (home / "conf/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
+        (self._state.runtime / "conf/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
         self._start_process("libvirtd", ["libvirtd"])
         deadline = time.monotonic() + 30  # the first start reads QEMU's capabilities: 4 s on a loaded box (lab-cookbook 0)
         while self._virsh("list", check=False).returncode != 0:
@@ -160,16 +160,16 @@ class QemuRack:
         return [*as_nobody, *command]
 
     def _env(self) -> dict[str, str]:
-        home = self.folder / "libvirt"
+        runtime = str(self._state.runtime)
         return {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "LANG": "C.UTF-8",
-            "HOME": str(home),
-            "XDG_RUNTIME_DIR": str(self._state.runtime),
-            "XDG_CONFIG_HOME": str(home / "conf"),
-            "XDG_CACHE_HOME": str(home / "cache"),
-            "XDG_DATA_HOME": str(home / "data"),
-            "TMPDIR": str(home / "tmp"),  # the emulator downloads media here
+            "HOME": runtime,
+            "XDG_RUNTIME_DIR": runtime,
+            "XDG_CONFIG_HOME": f"{runtime}/conf",  # QEMU's monitor sockets lie under it
+            "XDG_CACHE_HOME": f"{runtime}/cache",
+            "XDG_DATA_HOME": f"{runtime}/data",
+            "TMPDIR": str(self.folder / "libvirt/tmp"),  # the emulator downloads media here
         }
 
     def _log(self, name: str) -> Path:

@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass
 class RackState:
-    """`runtime` is the short folder in /tmp that holds libvirt's sockets; None in a scripted rack."""
+    """`runtime` is the short folder in /tmp that holds libvirt's own files; None in a scripted rack."""
 
     scripted: bool
     machines: list[Machine] = field(default_factory=list)
