@@ -69,7 +69,7 @@ def test_a_lost_answer_is_judged_by_the_state_and_nothing_is_sent_twice(fake: Fa
 
 def test_a_lost_answer_without_effect_is_no_success(fake: FakeBmc) -> None:
     fake.rule("POST", RESET, lambda handler, apply: handler.hang_up())
-    with open_bmc(fake, deadline_s=1.5) as bmc:
+    with open_bmc(fake, deadline_s=2.5) as bmc:
         assert slug_of(bmc.power_off) == "power_failed"
     assert len(fake.sent("POST", RESET)) == 1
 
@@ -101,7 +101,7 @@ def test_graceful_first_then_force(fake: FakeBmc) -> None:
 )
 def test_a_bmc_that_says_yes_and_does_nothing_is_found_out(fake: FakeBmc, method: str, end: str, ask: Callable[[RedfishBmc], object], slug: str) -> None:
     fake.rule(method, end, accept_only)
-    with open_bmc(fake, deadline_s=1.5) as bmc:
+    with open_bmc(fake, deadline_s=2.5) as bmc:
         assert slug_of(lambda: ask(bmc)) == slug
 
 
@@ -112,7 +112,7 @@ def test_another_image_in_the_drive_is_not_ours(fake: FakeBmc) -> None:
         return answer
 
     fake.rule("POST", INSERT, other)
-    with open_bmc(fake, deadline_s=1.5) as bmc:
+    with open_bmc(fake, deadline_s=2.5) as bmc:
         assert slug_of(lambda: bmc.insert_media([ISO])) == "media_not_inserted"
 
 
@@ -267,7 +267,7 @@ def test_a_bmc_that_does_not_answer_is_told_in_time() -> None:
         url = f"http://127.0.0.1:{hole.getsockname()[1]}"
         hole.listen()
         began = time.monotonic()
-        with RedfishBmc(BmcAddress(url, "admin", "secret"), deadline_s=1.5) as bmc:
+        with RedfishBmc(BmcAddress(url, "admin", "secret"), deadline_s=2.5) as bmc:
             assert slug_of(bmc.probe) == "timeout"  # it listens and never answers
         assert time.monotonic() - began < 5
 
