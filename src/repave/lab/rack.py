@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from passlib.hash import sha512_crypt
-
 from repave.bmc import BmcAddress
 from repave.bmc.redfish import RedfishBmc
 from repave.lab import scripted_os
@@ -29,6 +27,7 @@ from repave.lab.scripted import ScriptedRack
 from repave.lab.service import LAB_FILE, Service, import_image, register_machine, restart_service, start_service, write_lab_file
 from repave.lab.ssh import SshFailed, ssh_login
 from repave.lab.state import Machine
+from repave.password_hash import hash_password
 from repave.ramdisk.build import build_ramdisk
 from repave.ramdisk.media import build_iso
 from repave.secrets import write_private
@@ -56,9 +55,10 @@ def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, da
     folder.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("REPAVE_CACHE", folder / "cache"))
     try:
+        if scripted:
+            return _scripted_up(count, folder)
         boot_iso = build_boot_iso(cache, folder)
-        images = build_images(cache, debian=debian and not scripted)
-        return _scripted_up(count, folder, boot_iso, images) if scripted else _qemu_up(count, folder, boot_iso, images, data_disk)
+        return _qemu_up(count, folder, boot_iso, build_images(cache, debian=debian), data_disk)
     except BaseException:
         rack_down(folder)
         raise
@@ -90,7 +90,7 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
     started = time.monotonic()
     rack, other = QemuRack(folder / "rack", count=count, data_disk=data_disk), ScriptedRack(folder / "other", count=1)
     machines = rack.start(root_disk_bytes=ROOT_DISK_BYTES)
-    password_hash = sha512_crypt.using(rounds=5000).hash(OLD_PASSWORD)
+    password_hash = hash_password(OLD_PASSWORD, rounds=5000)
     for machine in machines:
         write_old_os(images["tiny-1"], machine.root_disk, password_hash=password_hash, hostname=machine.name, size_bytes=ROOT_DISK_BYTES)
         power_on(machine)
@@ -108,7 +108,11 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
     return lab
 
 
-def _scripted_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path]) -> Json:
+def _scripted_up(count: int, folder: Path) -> Json:
+    """Nothing is fetched or built but small stand-ins for disc and images, under the real ones' names."""
+    boot_iso = scripted_os.build_disc(folder / "boot.iso")
+    images = {name: scripted_os.build_image(folder / f"{name}.raw", name) for name in ("tiny-1", "tiny-2", "windows-2022")}
+    windows_image = images.pop("windows-2022")
     rack = ScriptedRack(folder / "rack", count=count + 2)
     machines = rack.start()
     for machine in machines:
@@ -116,7 +120,7 @@ def _scripted_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Pat
         power_on(machine)
     service = _start(folder, agent_host="127.0.0.1", boot_iso=boot_iso)
     _import(service, images)
-    import_image(service.client(), images["tiny-2"], name="windows-2022", os_type="Windows")
+    import_image(service.client(), windows_image, name="windows-2022", os_type="Windows")
     mine, windows, other = machines[:count], machines[count], machines[count + 1]
     registered = [(register_machine(service.client(), m, unit=n), 0) for n, m in enumerate(mine, 1)]
     registered.append((register_machine(service.client(), windows, unit=count + 1, os_type="Windows"), 0))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from repave.agent import protocol
+from repave.agent.gpt import minimum_disk_bytes
 from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
 from repave.domain.password import user_for
@@ -98,7 +99,7 @@ class ServerEffects:
         if disk["sector_bytes"] != image.sector_bytes:
             raise RunFailed("sector-size", f"{disk['path']} has {disk['sector_bytes']}, the image {image.sector_bytes} byte sectors.")
         drive = self._render_drive(run, server)
-        room = image.size_bytes + len(drive) + 2 * 2**20
+        room = minimum_disk_bytes(image.size_bytes, len(drive))
         if disk["size_bytes"] < room:
             raise RunFailed("disk-too-small", f"{disk['path']} has {disk['size_bytes']} bytes, {room} are needed.")
         self.store.sealer.keep_for_run(run_id, "config-drive", drive)

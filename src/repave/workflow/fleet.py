@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from passlib.hash import sha512_crypt
-
-from repave.domain.model import Batch, Credential, Image, Instance
+from repave.domain.model import Batch, Credential, Image, Instance, Server
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.states import may_reinstall
 from repave.errors import RequestError
+from repave.password_hash import hash_password
 from repave.secrets import fingerprint
 from repave.store import Enqueue, NewRun, Store, new_id
 
 MAX_BATCH = 50  # ReinstallOS, 2025-07-25
-HASH_ROUNDS = 300_000  # 0.11 s here (design.md 14)
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ class Fleet:
 
         now = self.store.now()
         batch = Batch(new_id(), project_id, image_id, now, credential.name, None)
-        runs = [self._new_run(i, images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data) for i in instances]
+        servers = self.store.get_servers([i.server_id for i in instances])
+        runs = [self._new_run(i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data) for i in instances]
         answer = {"status": 202, "body": {"instances": [{"id": i} for i in instance_ids]}, "batch_id": batch.id}
         try:
             self.store.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
@@ -87,26 +85,20 @@ class Fleet:
         if unknown:
             raise RequestError("bad-request", "image_id is needed: the current image is not known.", field="image_id", ids=unknown)
         images: dict[str, Image] = {}
-        for instance_id, wanted_id in wanted.items():
-            image = self.store.find_image(project_id, wanted_id or "")
+        for wanted_id in {i for i in wanted.values() if i is not None}:
+            image = self.store.find_image(project_id, wanted_id)
             if image is None:
                 raise RequestError("not-found", "", kind="image", ids=[wanted_id])
-            images[instance_id] = image
-        return images
+            images[wanted_id] = image
+        return {instance_id: images[str(wanted_id)] for instance_id, wanted_id in wanted.items()}
 
     def _secret(self, os_type: str, password: str) -> str:
         """Linux: the sha512-crypt hash, once a batch; Windows: the password (cloudbase-init wants it)."""
-        return password if os_type == "Windows" else str(sha512_crypt.using(rounds=HASH_ROUNDS).hash(password))
+        return password if os_type == "Windows" else hash_password(password)
 
-    def _new_run(self, instance: Instance, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
+    def _new_run(self, instance: Instance, server: Server, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
         run_id, sealer = new_id(), self.store.sealer
         sealed = sealer.seal_for_run(run_id, secret)
         token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
         deadline_at = self.store.now() + timedelta(seconds=self.run_timeout_s)
-        server = self.store.get_server(instance.server_id)
         return NewRun(run_id, instance, server, image.id, deadline_at, sealed, token, session, nonce, ssh_keys, user_data)
-
-
-def answer_key(ak: str, date: str, signature: str) -> str:
-    """Names one signed request, so that sent again it gets its stored answer."""
-    return hashlib.sha256(f"{ak}\n{date}\n{signature}".encode()).hexdigest()
