@@ -1,0 +1,186 @@
+"""The boot media in QEMU with UEFI firmware: a live disc brings the agent's hello, an inert one gives the local disk back."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import http.server
+import ipaddress
+import json
+import os
+import queue
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from repave.agent.protocol import Slot
+from repave.ramdisk.build import BootFiles, build_ramdisk
+from repave.ramdisk.media import BootMedia, build_iso, render_slot
+
+CPU = "qemu64,+aes,+pclmulqdq,+sse4.1,+sse4.2,+ssse3,+popcnt"
+MAC, DISK_SERIAL, TOKEN = "52:54:00:12:34:56", "RAMDISK-0001", "one-boot-only"
+STATIC = {"mac": MAC, "address": "10.0.2.77", "prefix": 24, "gateway": "10.0.2.2", "dns": ["10.0.2.3"]}
+MIB = 1024 * 1024
+BOOT_DEADLINE_S = 240  # 25 s on a quiet machine without KVM; others may be using it
+
+
+@pytest.fixture(scope="module")
+def files() -> BootFiles:
+    return build_ramdisk(Path(os.environ.get("REPAVE_CACHE", ".repave/cache")), progress=print)
+
+
+@pytest.fixture(scope="module")
+def media(files: BootFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootMedia]:
+    iso = tmp_path_factory.mktemp("iso") / "boot.iso"
+    build_iso(files, iso)
+    media = BootMedia(iso)
+    yield media
+    media.close()
+
+
+@pytest.mark.parametrize(("network", "secure_boot"), [(None, False), (STATIC, True)], ids=["dhcp", "static-address-and-secure-boot"])
+@pytest.mark.timeout(600)
+def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, network: dict[str, Any] | None, secure_boot: bool) -> None:
+    disk = make_local_disk(tmp_path / "disk.img")
+    with provisioning_listener(tmp_path) as (url, ca_pem, hellos):
+        slot = render_slot(Slot("run-1", url, TOKEN, ca_pem, network))
+        started = time.monotonic()
+        with machine(tmp_path, media.read(0, media.size, slot), disk, secure_boot=secure_boot) as console:
+            path, authorization, hello = wait_for(hellos, console)
+    print(f"hello {time.monotonic() - started:.1f} s after power-on, {hello['uptime_s']} s after kernel start")
+    assert (path, authorization) == ("/agent/v1/hello", f"Bearer {TOKEN}")
+    assert hello["macs"] == [MAC]
+    assert hello["firmware"] == "uefi"
+    assert [(d["path"], d["serial"], d["size_bytes"]) for d in hello["disks"]] == [("/dev/vda", DISK_SERIAL, disk.stat().st_size)]
+    shown = console.read_text(errors="replace")
+    assert TOKEN not in shown
+    if network:
+        assert "10.0.2.77/24" in shown
+
+
+@pytest.mark.timeout(600)
+def test_an_inert_disc_boots_the_local_disk(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
+    disk = make_local_disk(tmp_path / "disk.img", files, says="THE LOCAL DISK BOOTED")
+    with machine(tmp_path, media.read(0, media.size, None), disk) as console:
+        wait_for_line("THE LOCAL DISK BOOTED", console)
+
+
+@pytest.mark.timeout(600)
+def test_an_inert_disc_without_a_bootable_disk_says_so_and_powers_off(media: BootMedia, tmp_path: Path) -> None:
+    disk = make_local_disk(tmp_path / "disk.img")
+    with machine(tmp_path, media.read(0, media.size, None), disk, must_end=True) as console:
+        wait_for_line("no local disk has a UEFI boot loader", console)
+
+
+@contextlib.contextmanager
+def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False) -> Iterator[Path]:
+    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends."""
+    console = folder / "console"
+    console.touch()
+    (folder / "boot.iso").write_bytes(iso)
+    shutil.copyfile("/usr/share/OVMF/OVMF_VARS_4M.ms.fd" if secure_boot else "/usr/share/OVMF/OVMF_VARS_4M.fd", folder / "vars.fd")
+    code = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd" if secure_boot else "/usr/share/OVMF/OVMF_CODE_4M.fd"
+    smm = ["-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
+    command = [
+        "qemu-system-x86_64", *(smm if secure_boot else ["-machine", "q35"]), "-accel", "tcg", "-cpu", CPU, "-m", "512",
+        "-display", "none", "-no-reboot", "-serial", f"file:{console}",
+        "-drive", f"if=pflash,format=raw,readonly=on,file={code}", "-drive", f"if=pflash,format=raw,file={folder / 'vars.fd'}",
+        "-drive", f"if=none,id=cd,media=cdrom,readonly=on,file={folder / 'boot.iso'}", "-device", "ide-cd,drive=cd,bootindex=0",
+        "-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL},bootindex=10",
+        "-nic", "none", "-netdev", "user,id=net", "-device", f"virtio-net-pci,netdev=net,mac={MAC},bootindex=20",
+    ]  # fmt: skip
+    process = subprocess.Popen(command)
+    try:
+        yield console
+        if must_end:
+            assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_local_disk(path: Path, files: BootFiles | None = None, *, says: str = "") -> Path:
+    """A GPT disk with an ESP; with `files`, EFI/BOOT holds shim and a GRUB that says something and stops."""
+    with path.open("wb") as out:
+        out.truncate(64 * MIB)
+    subprocess.run(["sfdisk", "-q", path], input="label: gpt\nstart=1MiB, size=48MiB, type=U\n", text=True, check=True)
+    subprocess.run(["mkfs.vfat", "-F", "32", "--offset", "2048", path, "49152"], check=True, capture_output=True)
+    if files is None:
+        return path
+    config = path.with_suffix(".cfg")
+    config.write_text(f"echo {says}\nhalt\n")
+    esp = f"{path}@@1M"
+    subprocess.run(["mmd", "-i", esp, "::/EFI", "::/EFI/BOOT", "::/boot", "::/boot/grub"], check=True)
+    for source, target in ((files.shim, "EFI/BOOT/BOOTX64.EFI"), (files.grub, "EFI/BOOT/grubx64.efi"), (config, "boot/grub/grub.cfg")):
+        subprocess.run(["mcopy", "-i", esp, source, f"::/{target}"], check=True)
+    return path
+
+
+@contextlib.contextmanager
+def provisioning_listener(folder: Path) -> Iterator[tuple[str, str, queue.Queue[tuple[str, str, Any]]]]:
+    """A TLS server that machines see as 10.0.2.2; it takes every hello down and refuses it. Gives URL, CA, hellos."""
+    ca_pem = make_certificates(folder / "server.pem")
+    hellos: queue.Queue[tuple[str, str, Any]] = queue.Queue()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            hellos.put((self.path, self.headers["Authorization"], body))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"https://10.0.2.2:{server.server_port}", ca_pem, hellos
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def make_certificates(path: Path) -> str:
+    """`path` holds key and certificate of 10.0.2.2; returns the CA that signed it."""
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test CA")])
+    template = x509.CertificateBuilder(issuer_name=ca_name, not_valid_before=now, not_valid_after=now + datetime.timedelta(days=1))
+    ca = template.subject_name(ca_name).public_key(ca_key.public_key()).serial_number(1).add_extension(x509.BasicConstraints(True, None), True)
+    leaf = template.subject_name(x509.Name([])).public_key(key.public_key()).serial_number(2)
+    leaf = leaf.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("10.0.2.2"))]), True)
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(private + leaf.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    return ca.sign(ca_key, hashes.SHA256()).public_bytes(pem).decode()
+
+
+def wait_for(hellos: queue.Queue[tuple[str, str, Any]], console: Path) -> tuple[str, str, Any]:
+    try:
+        return hellos.get(timeout=BOOT_DEADLINE_S)
+    except queue.Empty:
+        pytest.fail(f"no hello; the console's end:\n{console.read_text(errors='replace')[-2000:]}")
+
+
+def wait_for_line(text: str, console: Path) -> None:
+    ends_at = time.monotonic() + BOOT_DEADLINE_S
+    while text not in console.read_text(errors="replace"):
+        if time.monotonic() > ends_at:
+            pytest.fail(f"the console never said {text!r}; its end:\n{console.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.2)
