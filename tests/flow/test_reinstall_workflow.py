@@ -58,6 +58,9 @@ class Machine:
         self.do("probe")
         return BmcFacts("/s/1", "Lab", "M1", "SER-1", "uuid-1", self.power, ("/cd",), ("Cd", "Hdd"))
 
+    def check_media(self, urls) -> None:
+        self.do("check_media")
+
     def read_power(self) -> Power:
         return self.power
 
@@ -274,7 +277,7 @@ def test_killed_after_each_step_it_goes_on_to_the_same_end(tmp_path):
         assert (made.machine.os, made.state().state) == ("new-os", InstanceState.RUNNING), step
 
 
-BEFORE_THE_LINE = ["probe", "insert_media", "boot_from_media_once"]
+BEFORE_THE_LINE = ["probe", "check_media", "insert_media", "boot_from_media_once"]
 
 
 @pytest.mark.parametrize("call", BEFORE_THE_LINE)

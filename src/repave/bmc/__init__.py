@@ -58,6 +58,9 @@ class Bmc(Protocol):
     def probe(self) -> BmcFacts:
         """What the BMC says of itself and its server. Touches nothing."""
 
+    def check_media(self, urls: Sequence[str]) -> None:
+        """The BMC could take one of `urls` and boot it, as far as it says. Touches nothing."""
+
     def read_power(self) -> Power:
         """The power state now."""
 

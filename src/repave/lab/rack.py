@@ -102,9 +102,8 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
         wait_for_ssh(machine, OLD_PASSWORD)
     registered = [(register_machine(service.client(), m, unit=n), m.ssh_port) for n, m in enumerate(machines, 1)]
     lab = write_lab_file(folder, service, instances=registered, other=dataclasses.replace(other_machines[0], name="other01"))
-    say(
-        f"5/6 rack     {', '.join(m.name for m in machines)} run the old OS, its old password works; Repave at {service.endpoint}; {time.monotonic() - started:.0f} s"
-    )
+    took = f"{time.monotonic() - started:.0f} s"
+    say(f"5/6 rack     {', '.join(m.name for m in machines)} run the old OS, its old password works; Repave at {service.endpoint}; {took}")
     return lab
 
 

@@ -7,6 +7,7 @@ The slot of a run comes third, from GRUB (repave.ramdisk.media).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import marshal
@@ -59,8 +60,10 @@ def build_ramdisk(cache: Path, *, progress: Callable[[str], None]) -> BootFiles:
     debs = _fetch_packages(cache / "debs", progress)
     key = _recipe_key(debs)
     folder = cache / f"ramdisk-{key}"
-    if not folder.is_dir():
-        _build_base(folder, debs, progress)
+    with (cache / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builders of one cache: the second finds what the first made
+        if not folder.is_dir():
+            _build_base(folder, debs, progress)
     agent = render_agent_archive()
     initramfs = folder / f"initramfs-{hashlib.sha256(agent).hexdigest()[:16]}"
     if not initramfs.exists():

@@ -52,6 +52,7 @@ class ServerEffects:
         self.images.verify(self.images.read_manifest(image.manifest_sha256))
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
+            bmc.check_media(media_urls(self.places, self.store, run_id))
         for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
             if known and seen and known.lower() != seen.lower():
                 raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
