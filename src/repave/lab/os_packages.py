@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def fetch_packages(names: Iterable[str], target: Path, cache: Path) -> None:
     for line in run(["apt-get", "download", "--print-uris", *names]).splitlines():
         file = line.split()[1]
         if not (debs / file).exists():
-            package = file.split("_")[0]
-            run(["apt-get", "download", "--quiet", package], cwd=debs)
+            with tempfile.TemporaryDirectory(dir=debs) as whole:  # another build may look at the same cache
+                run(["apt-get", "download", "--quiet", file.split("_")[0]], cwd=Path(whole))
+                next(Path(whole).iterdir()).rename(debs / file)
         run(["dpkg-deb", "--extract", debs / file, target])
 
 
