@@ -36,6 +36,7 @@ from repave.store import Store
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
+from repave.workflow.reinstall import Waits
 
 log = structlog.get_logger()
 
@@ -139,7 +140,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
-    engine = Engine(store, settings.database_url, settings.data_dir / "worker.lock")
+    waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s)
+    engine = Engine(store, settings.database_url, settings.data_dir / "worker.lock", waits=waits)
     fleet = Fleet(store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s)
     try:
         yield Site(settings, store, images, engine, fleet, effects, places)

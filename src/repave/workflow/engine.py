@@ -24,7 +24,7 @@ from dbos import DBOS, DBOSClient, Serializer
 from repave.domain.states import Ending
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
-from repave.workflow.reinstall import Effects, reinstall
+from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
 from repave.workflow.run import Json
 
 QUEUE = "reinstalls"
@@ -105,8 +105,8 @@ class DbosRun:
 class Engine:
     """Durable reinstalls in this process. One per process: DBOS is a singleton (pitfall 15)."""
 
-    def __init__(self, store: Store, url: str, lock_path: Path) -> None:
-        self.store, self._url, self._lock_path = store, url, lock_path
+    def __init__(self, store: Store, url: str, lock_path: Path, *, waits: Waits = DEFAULT_WAITS) -> None:
+        self.store, self._url, self._lock_path, self._waits = store, url, lock_path, waits
         self._client: DBOSClient | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -154,11 +154,11 @@ class Engine:
                 "notification_listener_polling_interval_sec": 0.25,
             }
         )
-        pool = self._pool
+        pool, waits = self._pool, self._waits
 
         @DBOS.workflow(name="reinstall", max_recovery_attempts=1000)
         async def reinstall_workflow(run_id: str) -> str:
-            return await reinstall(DbosRun(run_id, pool), effects)
+            return await reinstall(DbosRun(run_id, pool), effects, waits)
 
         DBOS.launch()
         DBOS.register_queue(QUEUE, global_concurrency=CONCURRENT_RUNS, polling_interval_sec=0.1)

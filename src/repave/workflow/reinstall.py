@@ -7,20 +7,30 @@ workflow, not power a server off (engines.md 4, pitfalls 1 and 3).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from repave.domain.states import Ending
 from repave.errors import RunFailed
 from repave.workflow.run import Json, Run
 
-# Large servers spend 5 to 12 minutes in firmware before they look at boot media (peers.md 4); BMC virtual media reads 30 MB at 0.5 MB/s.
-AGENT_READY_S = 30 * 60
-# A 100 GB image at 30 MB/s is 55 minutes; a silent agent is found by its lease long before this.
-WRITTEN_S = 2 * 60 * 60
-# Firmware again, then the OS's own first boot (54 s for Debian in the lab; a relabelling or updating OS takes many minutes).
-PROOF_S = 30 * 60
-# Putting back the old OS: the BMC may just be rebooting itself, which takes up to 3 minutes on iDRAC and iLO.
-RETURN_TRIES, RETURN_PAUSE_S = 4, 60.0
+
+@dataclass(frozen=True)
+class Waits:
+    """How long a run waits, in seconds; settings of the site (config.py) may say otherwise."""
+
+    # Large servers spend 5 to 12 minutes in firmware before they look at boot media (peers.md 4); BMC virtual media reads 30 MB at 0.5 MB/s.
+    agent_ready_s: float = 30 * 60
+    # A 100 GB image at 30 MB/s is 55 minutes; a silent agent is found by its lease long before this.
+    written_s: float = 2 * 60 * 60
+    # Firmware again, then the OS's own first boot (54 s for Debian in the lab; a relabelling or updating OS takes many minutes).
+    proof_s: float = 30 * 60
+    # Putting back the old OS: the BMC may just be rebooting itself, which takes up to 3 minutes on iDRAC and iLO.
+    return_pause_s: float = 60.0
+
+
+DEFAULT_WAITS = Waits()
+RETURN_TRIES = 4
 
 
 class Effects(Protocol):
@@ -39,7 +49,7 @@ class Effects(Protocol):
     def end(self, run_id: str, ending: Ending, error: dict[str, Json] | None) -> Json: ...
 
 
-async def reinstall(run: Run, do: Effects) -> str:
+async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
     """The run has ended, its instance's state says how. Returns the Ending's value."""
     touched = False
     try:
@@ -48,18 +58,18 @@ async def reinstall(run: Run, do: Effects) -> str:
         await run.step("power-off", do.power_off)
         await run.step("insert-media", do.insert_media)
         await run.step("boot-ramdisk", do.boot_ramdisk)
-        await run.wait_for("agent-ready", AGENT_READY_S)
+        await run.wait_for("agent-ready", waits.agent_ready_s)
         await run.step("plan", do.plan)
         # ════ the line: in here the agent asks to cross, and the store commits it ════
-        await run.wait_for("written", WRITTEN_S)
+        await run.wait_for("written", waits.written_s)
     except RunFailed as error:
         if await run.step("close-before-line", do.close_before_line):
-            return await return_what_was_found(run, do, error, touched=touched)
-        return await stop_half_written(run, do, error)
+            return await return_what_was_found(run, do, error, waits, touched=touched)
+        return await stop_half_written(run, do, error, waits)
 
     try:
         await run.step("boot-new-os", do.boot_new_os)
-        await run.wait_for("proof", PROOF_S)
+        await run.wait_for("proof", waits.proof_s)
     except RunFailed as error:
         cause = error if error.slug != "deadline" else RunFailed("no-proof", error.detail)
         return await end(run, do, Ending.UNPROVED, cause)
@@ -67,11 +77,11 @@ async def reinstall(run: Run, do: Effects) -> str:
     try:
         await run.step("verify-proof", do.verify_proof)
     except RunFailed as error:
-        return await stop_half_written(run, do, error)
+        return await stop_half_written(run, do, error, waits)
     return await end(run, do, Ending.PROVED, None)
 
 
-async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, *, touched: bool) -> str:
+async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, waits: Waits, *, touched: bool) -> str:
     """Before the line: the old OS runs again (or, where there was none, the server is off), read back. The disk was never written."""
     if not touched:
         return await end(run, do, Ending.RETURNED, cause)
@@ -82,11 +92,11 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, *, touc
         except RunFailed as error:
             failure = error
         if attempt < RETURN_TRIES:
-            await run.sleep(RETURN_PAUSE_S)
+            await run.sleep(waits.return_pause_s)
     return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"First: {cause} Then: {failure}"))
 
 
-async def stop_half_written(run: Run, do: Effects, cause: RunFailed) -> str:
+async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Waits) -> str:
     """After the line without a verified image, or with a proof from another disk: power off, media out, error."""
     for attempt in range(1, RETURN_TRIES + 1):
         try:
@@ -94,7 +104,7 @@ async def stop_half_written(run: Run, do: Effects, cause: RunFailed) -> str:
             break
         except RunFailed:
             if attempt < RETURN_TRIES:
-                await run.sleep(RETURN_PAUSE_S)
+                await run.sleep(waits.return_pause_s)
     return await end(run, do, Ending.WRITE_FAILED, cause)
 
 
