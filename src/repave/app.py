@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -244,14 +245,18 @@ def _host_of(url: str) -> str:
 
 
 def ensure_boot_iso(settings: Settings) -> None:
-    """The boot media's ISO is there: built from Debian packages where it is missing."""
-    from repave.ramdisk.build import build_ramdisk
+    """The boot media's ISO is there and carries this version's agent: built from Debian packages where it is not."""
+    from repave.ramdisk.build import build_ramdisk, render_agent_archive
     from repave.ramdisk.media import build_iso
 
     assert settings.boot_iso is not None and settings.cache_dir is not None
-    if not settings.boot_iso.exists():
-        files = build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line))
-        build_iso(files, settings.boot_iso)
+    carried = settings.boot_iso.with_suffix(".agent")
+    agent = hashlib.sha256(render_agent_archive()).hexdigest()
+    if settings.boot_iso.exists() and carried.exists() and carried.read_text() == agent:
+        return
+    settings.boot_iso.parent.mkdir(parents=True, exist_ok=True)
+    build_iso(build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line)), settings.boot_iso)
+    carried.write_text(agent)
 
 
 def configure_logging() -> None:

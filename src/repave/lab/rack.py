@@ -48,7 +48,7 @@ def say(text: str) -> None:
 def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, data_disk: bool = False) -> Json:
     """All instances are running; returns what lab.json holds. A live rack of this folder is taken as it is."""
     live = find_live_rack(folder)
-    if live is not None and len(live["instances"]) >= count:
+    if live is not None and live["scripted"] is scripted and len(live["instances"]) >= count:
         say("5/6 rack     the one that runs already")
         return live
     rack_down(folder)
@@ -70,9 +70,8 @@ def build_boot_iso(cache: Path, folder: Path) -> Path:
     files = build_ramdisk(cache, progress=lambda line: say(f"3/6 ramdisk  {line}"))
     iso = folder / "boot.iso"
     build_iso(files, iso)
-    say(
-        f"3/6 ramdisk  {iso.stat().st_size / 1e6:.1f} MB ISO, the system a server boots to be written; {time.monotonic() - started:.0f} s, cached by its recipe"
-    )
+    size, took = f"{iso.stat().st_size / 1e6:.1f} MB", f"{time.monotonic() - started:.0f} s"
+    say(f"3/6 ramdisk  {size} ISO, the system a server boots to be written; {took}, cached by its recipe")
     return iso
 
 
@@ -101,7 +100,7 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
     for machine in machines:
         wait_for_ssh(machine, OLD_PASSWORD)
     registered = [(register_machine(service.client(), m, unit=n), m.ssh_port) for n, m in enumerate(machines, 1)]
-    lab = write_lab_file(folder, service, instances=registered, other=dataclasses.replace(other_machines[0], name="other01"))
+    lab = write_lab_file(folder, service, scripted=False, instances=registered, other=dataclasses.replace(other_machines[0], name="other01"))
     took = f"{time.monotonic() - started:.0f} s"
     say(f"5/6 rack     {', '.join(m.name for m in machines)} run the old OS, its old password works; Repave at {service.endpoint}; {took}")
     return lab
@@ -123,7 +122,7 @@ def _scripted_up(count: int, folder: Path) -> Json:
     mine, windows, other = machines[:count], machines[count], machines[count + 1]
     registered = [(register_machine(service.client(), m, unit=n), 0) for n, m in enumerate(mine, 1)]
     registered.append((register_machine(service.client(), windows, unit=count + 1, os_type="Windows"), 0))
-    lab = write_lab_file(folder, service, instances=registered, other=dataclasses.replace(other, name="other01"))
+    lab = write_lab_file(folder, service, scripted=True, instances=registered, other=dataclasses.replace(other, name="other01"))
     say(f"5/6 rack     {count} scripted machines and one with Windows; Repave at {service.endpoint}")
     return lab
 

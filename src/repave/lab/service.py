@@ -66,7 +66,9 @@ def restart_service(folder: Path) -> ProcessRef:
     return process
 
 
-def register_machine(client: Client, machine: Machine, *, unit: int, os_type: str = "Linux", blank: bool = False, system_uri: str | None = None) -> dict[str, Any]:
+def register_machine(
+    client: Client, machine: Machine, *, unit: int, os_type: str = "Linux", blank: bool = False, system_uri: str | None = None
+) -> dict[str, Any]:
     """The server as `repave server add` makes it; returns it with its instance."""
     body = {
         "name": machine.name, "bmc_url": machine.bmc_url, "bmc_username": machine.bmc_username, "bmc_password": machine.bmc_password,
@@ -93,7 +95,13 @@ def add_key(client: Client, name: str, role: str, *, project: str | None = None,
 
 
 def write_lab_file(
-    folder: Path, service: Service, *, instances: Sequence[tuple[dict[str, Any], int]], other: Machine | None, other_system_uri: str | None = None
+    folder: Path,
+    service: Service,
+    *,
+    scripted: bool,
+    instances: Sequence[tuple[dict[str, Any], int]],
+    other: Machine | None,
+    other_system_uri: str | None = None,
 ) -> dict[str, Any]:
     """lab.json of this rack; keys are made anew each time. `instances`: a server as the API shows it, and its SSH port."""
     client = service.client()
@@ -108,7 +116,7 @@ def write_lab_file(
         "images": [{"id": i["id"], "name": i["name"], "os_type": i["os_type"]} for i in client.items("/images")],
         "expired_token": expired["token"], "readonly_token": reader["token"], "readonly_aksk": {"ak": reader["ak"], "sk": reader["sk"]},
         "rate_limit": {"requests": 200, "per_s": 50, "method": "GET", "path": f"/v1/{service.project_id}/instances"},
-        "reinstall_timeout_s": REINSTALL_TIMEOUT_S,
+        "reinstall_timeout_s": REINSTALL_TIMEOUT_S, "scripted": scripted,
     }  # fmt: skip
     if other is not None:
         project = client.post("/projects", {"name": "other"})
