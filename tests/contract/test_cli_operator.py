@@ -55,7 +55,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
 def fleet(cli: Cli) -> Cli:
     """Four servers and an image."""
     for n in range(1, 5):
-        cli.site.add_server(f"web{n:02}")
+        cli.site.add_server(f"web{n:02}", root_disk=f"serial=S{n}")
     cli.site.add_image("tiny")
     return cli
 
@@ -121,7 +121,7 @@ def test_a_plan_is_shown_and_touches_nothing(fleet: Cli) -> None:
     before = fleet.asked()
     done = fleet.run("reinstall", "web[01-03]", "--image", "tiny", "--plan-only")
     assert done.returncode == 0
-    assert "web[01-03]" in done.stdout and "1 other servers" in done.stdout and "nothing touched yet" in done.stdout
+    assert "web[01-03]  R1 · one root disk each, by its own serial" in done.stdout and "1 other servers" in done.stdout and "nothing touched yet" in done.stdout
     assert json.loads(fleet.run("reinstall", "web01", "--image", "tiny", "--plan-only", "--json").stdout)["erased"][0]["server"] == "web01"
     assert fleet.asked() == before
 
@@ -149,6 +149,8 @@ def test_a_script_reinstalls_and_learns_from_lines_and_exit_code_how_it_ended(fl
     if code == 10:
         assert "✗ web[02-03]  4/8 boot-ramdisk · before the line · Repave.2110" in done.stdout
         assert done.stdout.index("✗ web[02-03]") < done.stdout.index("✓ web01")
+    listed = fleet.run("batch", "ls").stdout.splitlines()
+    assert listed[1].split()[3:7] == [str(3 - len(fail.split())), "0", "0", str(len(fail.split()))]  # RUNNING WORKING WAITING FAILED
     shown = json.loads(fleet.run("batch", "show", "--json").stdout)
     assert shown["counts"]["failed"] == len(fail.split())
     assert fleet.run("watch").returncode == code

@@ -146,7 +146,8 @@ def step_durations(run: RunRow, events: Sequence[Event], now: datetime) -> dict[
 def run_json(run: RunRow, *, server: str, os_now: str | None, durations_s: dict[str, float]) -> Json:
     """The run object of API, CLI and events (ux.md 2)."""
     progress: dict[str, Any] = run.progress or {}
-    done, total = progress.get("bytes_done", 0), progress.get("bytes_total")
+    # A small image is written between two progress messages; then only the report knows.
+    done, total = (run.report or {}).get("bytes_written") or progress.get("bytes_done", 0), progress.get("bytes_total")
     writing_s = (run.seen_at - run.crossed_at).total_seconds() if run.seen_at and run.crossed_at else 0.0
     writing = run.step is Step.WRITE_IMAGE and run.ended_at is None and total
     return {

@@ -22,7 +22,8 @@ _PAGE = 1000
 
 def _event_json(event: Event, servers: dict[str, str]) -> Json:
     named = {"batch": event.batch_id, "run": event.run_id, "server": servers.get(event.server_id or ""), "server_id": event.server_id}
-    return event.data | {"seq": event.seq, "at": event.at, "type": event.type, "actor": event.actor} | {k: v for k, v in named.items() if v}
+    about = {"seq": event.seq, "at": event.at, "type": event.type, "actor": event.actor} | {k: v for k, v in named.items() if v}
+    return about | event.data | about  # first in order, and never overwritten by what an event carries
 
 
 def _read(scope: Scope, after: int, batch: str | None, limit: int) -> list[Json]:

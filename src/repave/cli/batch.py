@@ -39,9 +39,10 @@ def show_batch(batch_id: str | None = None, /, *, project: str | None = None, js
     batch = client.get(f"/batches/{batch_id or _newest(client)}")
     if json:
         show_json(batch)
-        return
-    show(f"{_headline(batch)}\n" + "\n".join("  " + "  ".join(filter(None, row)) for row in folded_rows(batch["runs"])))
-    if batch["state"] != "working":
+    elif batch["state"] == "working":
+        show("\n  ".join([_headline(batch), *("  ".join(filter(None, row)) for row in folded_rows(batch["runs"]))]))
+        say(f"Next: repave watch {batch['id']}")
+    else:
         show_summary(batch)
 
 

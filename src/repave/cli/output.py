@@ -64,7 +64,11 @@ def show_list(items: Sequence[Json], columns: dict[str, str], *, as_json: bool) 
 def _cell(item: Any, key: str) -> str:
     for part in key.split("."):
         item = item.get(part) if isinstance(item, dict) else None
-    return {True: "yes", False: "no", None: "-", "": "-"}.get(item, str(item)) if not isinstance(item, list | dict) else json.dumps(item)
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if isinstance(item, list | dict):
+        return json.dumps(item)
+    return "-" if item in (None, "") else str(item)
 
 
 def show_error(error: RepaveError) -> None:

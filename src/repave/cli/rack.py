@@ -29,7 +29,7 @@ def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None
     if json:
         show_json(state)
     else:
-        say(f"Next: repave reinstall '{fold(i['name'] for i in state['instances'])}' --image tiny-2")
+        say(f"Next: repave reinstall '{fold(i['name'] for i in state['instances'][:count])}' --image tiny-2")
 
 
 @app.command(name="ls")

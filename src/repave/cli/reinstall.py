@@ -99,18 +99,28 @@ def _read(path: Path) -> str:
         raise Usage(f"{path}: {error}.") from None
 
 
+def _alike(erased: list[Json]) -> list[list[Json]]:
+    """Servers with the same model, OS, state, image and kind of root-disk rule."""
+    groups: dict[tuple[object, ...], list[Json]] = {}
+    for e in erased:
+        kind = tuple(part.partition("=")[0] for part in e["root_disk"].split(","))
+        groups.setdefault((e["model"], e["os_now"], e["state"], e["image"], kind), []).append(e)
+    return list(groups.values())
+
+
 def render_plan(plan: Json) -> str:
     """Erased, kept, problems; equal servers share a line."""
     erased, kept = plan["erased"], plan["kept"]
     lines = [f"PLAN {plan['id']} · {len(erased)} servers · {plan['image'] or 'the image each has now'} · nothing touched yet"]
-    kinds = dict.fromkeys((e["model"], e["root_disk"], e["os_now"], e["state"], e["image"]) for e in erased)
-    for model, disk, os_now, state, image in kinds:
-        same = [e["server"] for e in erased if (e["model"], e["root_disk"], e["os_now"], e["state"], e["image"]) == (model, disk, os_now, state, image)]
-        lines.append(f"  ERASED   {fold(same)}  {model or 'unknown model'} · one root disk each: {disk}")
-        lines.append(f"           now: {os_now or 'an OS we did not install'}, {state} → {image or '?'}")
+    for same in _alike(erased):
+        first, rules = same[0], sorted({e["root_disk"] for e in same})
+        own = ", ".join(part.partition("=")[0] for part in rules[0].split(","))
+        disk = f": {rules[0]}" if len(rules) == 1 else f", by its own {own} (--json names them)"
+        lines.append(f"  ERASED   {fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk each{disk}")
+        lines.append(f"           now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}")
     seen = f"{kept['data_disks_seen']} data disks seen before" if kept["data_disks_seen"] else "all data disks"
     lines.append(f"  KEPT     {seen} (read-only for the whole run) · {kept['other_servers']} other servers")
     for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
-        same = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
-        lines.append(f"  PROBLEM  {fold(same)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")
+        names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
+        lines.append(f"  PROBLEM  {fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")
     return "\n".join(lines)
