@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from repave.api.operator import Json, ProblemRoute, Scope, Viewer, render_list
 from repave.domain.model import Event
@@ -64,8 +65,8 @@ async def _follow(scope: Scope, after: int, batch: str | None) -> AsyncIterator[
     yield ": repave\n\n"
     while True:
         # Read before the events: what is there when a batch has ended is all there will be.
-        over = batch is not None and await asyncio.to_thread(_has_ended, scope, batch)
-        events = await asyncio.to_thread(_read, scope, after, batch, _PAGE)
+        over = batch is not None and await run_in_threadpool(_has_ended, scope, batch)
+        events = await run_in_threadpool(_read, scope, after, batch, _PAGE)
         for event in events:
             after = event["seq"]
             yield f"id: {after}\nevent: {event['type']}\ndata: {json.dumps(jsonable_encoder(event))}\n\n"

@@ -4,7 +4,6 @@ The body of POST is the file itself. It is hashed while it goes to a temporary f
 whatever happens next: a broken upload, a refused or an imported image.
 """
 
-import asyncio
 import hashlib
 import os
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from repave.api.operator import Json, Operator, ProblemRoute, Scope, Viewer, render_list
@@ -57,7 +57,7 @@ async def add_image(
     x_repave_sha256: Annotated[str | None, Header(pattern="^[0-9a-fA-F]{64}$")] = None,
 ) -> Json:
     """The image is in the store; or nothing of it is."""
-    file, room_bytes = await asyncio.to_thread(_make_room, scope, name, int(request.headers.get("content-length") or 0))
+    file, room_bytes = await run_in_threadpool(_make_room, scope, name, int(request.headers.get("content-length") or 0))
     try:
         try:
             sha256 = await _receive(request.stream(), file, room_bytes)
@@ -65,7 +65,7 @@ async def add_image(
             raise ImageError("image-refused", "The upload broke off.") from None
         if x_repave_sha256 and sha256 != x_repave_sha256.lower():
             raise ImageError("image-refused", f"Its SHA-256 is {sha256}, not the one announced.")
-        return await asyncio.to_thread(_store_image, scope, file, name=name, os_type=os_type)
+        return await run_in_threadpool(_store_image, scope, file, name=name, os_type=os_type)
     finally:
         file.unlink(missing_ok=True)
 
@@ -105,9 +105,9 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, room_bytes: int) ->
                 raise ImageError("image-quota", f"There is room for {room_bytes} bytes.")
             pending += data
             if len(pending) >= _PIECE_BYTES:
-                await asyncio.to_thread(put, bytes(pending))
+                await run_in_threadpool(put, bytes(pending))
                 pending.clear()
-        await asyncio.to_thread(put, bytes(pending))
+        await run_in_threadpool(put, bytes(pending))
     if not received:
         raise ImageError("image-refused", "The body is empty; it must be the image file.")
     return digest.hexdigest()

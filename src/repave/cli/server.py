@@ -131,6 +131,8 @@ def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_jso
         same = [(name, error) for name, error in bad if str(error) == detail]
         say(f"✗ {fold(name for name, _ in same)}")
         show_error(same[0][1])
+        if same[0][1].slug == "tls":
+            say("  or         --fingerprint SHA256 where you know it; --tls-verify false pins what the BMC shows now")
     if as_json:
         show_json({"items": good, "next": None})
     elif good:
