@@ -14,7 +14,8 @@ from typing import Any
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 
 from repave.api.agent import MAX_BODY_BYTES, build_agent_router
 from repave.api.asgi import BodyLimit, WireProtocol, install_wire
@@ -177,6 +178,11 @@ def build_provisioning(site: Site) -> FastAPI:
     app = _bare_app()
     app.include_router(build_agent_router(site.store, site.images))
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # FastAPI's own answer repeats the input
+
+    app.add_exception_handler(RequestValidationError, refuse)
     return app
 
 
