@@ -138,7 +138,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
 
     @contextlib.contextmanager
     def open_bmc(server: Server) -> Iterator[Bmc]:
-        with RedfishBmc(bmc_address(server, store.get_bmc_password(server.id))) as bmc:
+        with RedfishBmc(BmcAddress.of(server, store.get_bmc_password(server.id))) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
@@ -149,11 +149,6 @@ def open_site(settings: Settings) -> Iterator[Site]:
         yield Site(settings, store, images, engine, fleet, effects, places)
     finally:
         store.close()
-
-
-def bmc_address(server: Server, password: str) -> BmcAddress:
-    verify: bool | str = {"true": True, "false": False}.get(server.bmc_tls_verify, server.bmc_tls_verify)
-    return BmcAddress(server.bmc_url, server.bmc_username, password, verify, server.bmc_certificate_sha256, server.bmc_system_uri)
 
 
 def probe_bmc(address: BmcAddress) -> BmcFacts:

@@ -95,6 +95,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("4103", "image-missing", Who.IMAGE, False, "The image is not there.", "It was removed, or never imported.", "repave image ls; repave image import FILE.", _NOTHING),
     ("4104", "image-quota", Who.IMAGE, False, "The image store is full.", "The quota or the disk would be passed.", "repave image rm IMAGE, or raise images_quota_bytes.", "everything"),
     # 5: new OS
+    ("5001", "blank", Who.NEW_OS, False, "There is no OS yet.", "The server was added with --blank.", "Reinstall it: repave reinstall NAME --image IMAGE.", "everything"),
     ("5101", "no-proof", Who.NEW_OS, True, "The new OS did not prove itself.", "It did not start, has no network, or cloud-init did not run.", "Look at the console; the image is on the disk.", "data disks; the image on the root disk is verified"),
     ("5102", "wrong-disk-booted", Who.NEW_OS, False, "Another disk booted than the one we wrote.", "The proof names another root disk.", "Correct the boot order in the firmware.", "data disks"),
     # 9: us

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from ipaddress import ip_address, ip_interface
+from ipaddress import ip_interface
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -130,11 +130,6 @@ def get_server(scope: Scope, reference: str) -> Server:
     return found
 
 
-def _address(server: Server, password: str) -> BmcAddress:
-    verify: bool | str = {"true": True, "false": False}.get(server.bmc_tls_verify, server.bmc_tls_verify)
-    return BmcAddress(server.bmc_url, server.bmc_username, password, verify, server.bmc_certificate_sha256, server.bmc_system_uri)
-
-
 @router.get("")
 def list_servers(scope: Viewer) -> Json:
     servers, _ = scope.store.list_servers(scope.project_id)
@@ -164,7 +159,7 @@ def add_server(scope: Admin, new: NewServer) -> Json:
         unit=new.unit or "", root_disk=parse_hints(new.root_disk or ""), network=new.network.as_json() if new.network else None,
         created_at=scope.store.now(),
     )  # fmt: skip
-    facts = scope.desk.probe(_address(asked, new.bmc_password))
+    facts = scope.desk.probe(BmcAddress.of(asked, new.bmc_password))
     server = replace(asked, **_seen(asked, facts), arch=new.arch or facts.arch or "amd64")
     instance = scope.store.add_server(server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, actor=scope.actor)
     scope.store.record_power(server.id, facts.power.value)
@@ -206,7 +201,7 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
     if change.repin:
         # The admin has compared fingerprints: whatever it shows now is trusted, and pinned.
         after = replace(after, bmc_certificate_sha256=change.certificate_sha256, bmc_tls_verify="false")
-    facts = scope.desk.probe(_address(after, change.bmc_password or scope.store.get_bmc_password(server.id)))
+    facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or scope.store.get_bmc_password(server.id)))
     for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)):
         if mine and theirs and mine.lower() != theirs.lower():
             raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")

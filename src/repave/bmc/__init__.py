@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from repave.domain.model import Server
+
 
 class Power(enum.StrEnum):
     """Power state as read from the BMC now."""
@@ -33,6 +35,12 @@ class BmcAddress:
 
     def __repr__(self) -> str:
         return f"BmcAddress({self.url!r}, ***)"
+
+    @classmethod
+    def of(cls, server: Server, password: str) -> BmcAddress:
+        """The BMC of a server we know."""
+        verify: bool | str = {"true": True, "false": False}.get(server.bmc_tls_verify, server.bmc_tls_verify)
+        return cls(server.bmc_url, server.bmc_username, password, verify, server.bmc_certificate_sha256, server.bmc_system_uri)
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,7 @@ class Store:
     def add_server(self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave") -> Instance:
         """The server and its one instance: adopted = running with an unknown image, blank = error, no OS yet."""
         now = self.now()
-        error = None
-        if blank:
-            error = {
-                "code": "Repave.5001",
-                "class": "blank",
-                "title": "No OS yet.",
-                "cause": "No OS yet: reinstall it.",
-            }
+        error = RepaveError("blank").as_json() if blank else None
         state = InstanceState.ERROR if blank else InstanceState.RUNNING
         made = Instance(
             new_id(),
