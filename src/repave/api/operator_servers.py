@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
