@@ -246,6 +246,7 @@ apt_preserve_sources_list: true
 END
 rm -f "$root"/etc/ssh/ssh_host_*
 mkdir -p "$root/boot/grub"
+chroot "$root" systemctl --quiet disable e2scrub_reap.service apt-daily.timer apt-daily-upgrade.timer
 chroot "$root" update-initramfs -u -k all
 """
 
