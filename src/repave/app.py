@@ -246,14 +246,14 @@ def _host_of(url: str) -> str:
 
 
 def ensure_boot_iso(settings: Settings) -> None:
-    """The boot media's ISO is there and carries this version's agent: built from Debian packages where it is not."""
+    """The boot media's ISO is there: built from Debian packages, again with each version of the agent. One that others put there stays as it is."""
     from repave.ramdisk.build import build_ramdisk, render_agent_archive
     from repave.ramdisk.media import build_iso
 
     assert settings.boot_iso is not None and settings.cache_dir is not None
     carried = settings.boot_iso.with_suffix(".agent")
     agent = hashlib.sha256(render_agent_archive()).hexdigest()
-    if settings.boot_iso.exists() and carried.exists() and carried.read_text() == agent:
+    if settings.boot_iso.exists() and (not carried.exists() or carried.read_text() == agent):
         return
     settings.boot_iso.parent.mkdir(parents=True, exist_ok=True)
     build_iso(build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line)), settings.boot_iso)
