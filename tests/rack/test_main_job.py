@@ -26,6 +26,8 @@ from repave.lab.rack import OLD_PASSWORD, find_service, rack_down, rack_up, star
 from repave.lab.ssh import SshFailed, SshRefused, ssh_login
 from repave.lab.state import Machine
 
+pytestmark = pytest.mark.timeout(1500)  # the first test waits for the ramdisk and the images to be built
+
 CACHE = Path(os.environ.get("REPAVE_CACHE", Path(__file__).parents[2] / ".repave/cache"))
 BATCH_S = 600  # two tiny reinstalls take 80 s on two quiet cores, four times that beside other work
 PASSWORDS = ["Rack-first-1A", "Rack-second-2B", "Rack-third-3C"]
