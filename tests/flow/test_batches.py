@@ -1,0 +1,209 @@
+"""Whole batches on scripted machines: what a client is told, what is on the disks, what the BMCs show, and that no secret stays."""
+
+from __future__ import annotations
+
+import base64
+import re
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import tomllib
+
+from repave.lab import scripted_os
+from repave.secrets import Sealer
+
+CANARY = "Canary+7/x!9Zq"
+SHORT_S = 20  # on two busy cores an agent says hello after 1 to 8 s
+
+
+# ---- a batch that goes well ----
+
+
+@pytest.fixture(scope="module")
+def batch_of_six(lab):
+    """One PUT for all six; what the first read said, and the runs at their end."""
+    for name in lab.names:
+        lab.scribble(name)
+    accepted = lab.reinstall(lab.names, "tiny-1", password=CANARY)
+    first = {name: lab.status(name) for name in lab.names}
+    return {"accepted": accepted, "first": first, "batch": lab.newest_batch(), "runs": lab.wait_for_end(lab.newest_batch())}
+
+
+def test_the_202_names_the_ids_in_the_order_of_the_request(lab, batch_of_six):
+    assert batch_of_six["accepted"] == [lab.ids[name] for name in lab.names]
+
+
+def test_every_instance_is_pending_on_the_first_read_and_running_at_the_end(lab, batch_of_six):
+    assert {(s["state"], s["operation_state"]) for s in batch_of_six["first"].values()} == {("pending", "reinstall-processing")}
+    for name in lab.names:
+        assert lab.status(name) == {"state": "running", "operation_state": "reinstall-succeed"}
+
+
+def test_every_disk_holds_the_image_also_where_it_is_zero_and_no_config_drive(lab, batch_of_six):
+    for name in lab.names:
+        assert lab.differences(name, lab.folder / "tiny-1.raw") == []
+        assert scripted_os.find_os(lab.machines[name].root_disk) == "new OS"
+        assert scripted_os.find_config_drive(lab.machines[name].root_disk) is None
+        assert lab.console(name).count("first boot as") == 1
+
+
+def test_media_are_out_the_override_is_off_and_the_power_is_on(lab, batch_of_six):
+    for name in lab.names:
+        assert lab.bmc(name) == {"power": "On", "boot": "Hdd", "media": ""}
+
+
+def test_the_proof_names_the_disk_of_the_plan_and_the_host_key_is_kept(lab, batch_of_six):
+    for name, run in batch_of_six["runs"].items():
+        assert run["proof"]["root_disk_serial"] == run["disk_serial"] == lab.machines[name].root_serial
+        assert run["proof"]["ssh_host_keys"][0].startswith("ssh-ed25519 ")
+
+
+def test_no_key_of_an_ended_run_is_left_also_after_a_restart(lab, batch_of_six):
+    assert lab.keys() == []
+    lab.kill_service()
+    lab.start_service()
+    assert lab.keys() == []
+
+
+# ---- no secret leaves ----
+
+
+def encodings_of(secret: str) -> dict[str, bytes]:
+    """How the secret may lie in a file, by name."""
+    raw = secret.encode()
+    found = {"raw": raw, "hex": raw.hex().encode(), "HEX": raw.hex().upper().encode(), "url": urllib.parse.quote(secret, safe="").encode()}
+    found |= {"utf-16-le": secret.encode("utf-16-le"), "utf-16-be": secret.encode("utf-16-be")}
+    for shift in range(3):
+        # The characters of base64 that depend on the secret alone, wherever it begins in what was encoded.
+        inner = base64.b64encode(b"\0" * shift + raw)[(0, 2, 3)[shift] :]
+        inner = inner[: len(inner) - (0, 3, 2)[(len(raw) + shift) % 3]]
+        found |= {f"base64+{shift}": inner, f"base64url+{shift}": inner.translate(bytes.maketrans(b"+/", b"-_"))}
+    return found
+
+
+def find_secret(files: Iterator[Path], secret: str) -> list[str]:
+    """ "file: encoding" for each place."""
+    needles = encodings_of(secret)
+    found = []
+    for path in files:
+        data = path.read_bytes()
+        found += [f"{path.name}: {name}" for name, needle in needles.items() if needle in data]
+    return found
+
+
+def site_files(lab) -> list[Path]:
+    """Everything that Repave wrote, and all that machines and BMCs showed. The images are public, and large."""
+    files = [p for p in (lab.folder / "site").rglob("*") if p.is_file() and "chunks" not in p.parts]
+    return [*files, *lab.folder.glob("*.log"), *(lab.folder / "rack").glob("*.log"), *(m.console for m in lab.machines.values())]
+
+
+@pytest.mark.parametrize("kind", sorted(encodings_of(CANARY)))
+def test_the_scanner_finds_the_secret_however_it_is_encoded(tmp_path, kind):
+    file = tmp_path / "file"
+    text = f'{{"password": "{CANARY}"}}'
+    wholes = {"raw": text.encode(), "hex": text.encode().hex().encode(), "HEX": text.encode().hex().upper().encode(), "url": urllib.parse.quote(text).encode()}
+    wholes |= {"url": urllib.parse.quote(text, safe="").encode(), "utf-16-le": text.encode("utf-16-le"), "utf-16-be": text.encode("utf-16-be")}
+    for shift in range(3):
+        padding = "x" * ((shift - text.index(CANARY)) % 3)
+        wholes[f"base64+{shift}"] = base64.b64encode((padding + text).encode())
+        wholes[f"base64url+{shift}"] = base64.urlsafe_b64encode((padding + text).encode())
+    file.write_bytes(b"\xff\0" * 1000 + wholes[kind] + b"\0" * 1000)
+    assert f"file: {kind}" in find_secret(iter([file]), CANARY)
+
+
+def test_password_its_hash_and_bmc_passwords_are_nowhere_after_the_batch(lab, batch_of_six):
+    files = site_files(lab)
+    names = {p.name for p in files}
+    assert {"repave.db", "repave.db-wal", "service.log", "lab01.console"} <= names
+    for secret in (CANARY, *(lab.machines[name].bmc_password for name in lab.names)):
+        assert find_secret(iter(files), secret) == []
+    assert [p.name for p in files if re.search(rb"\$6\$(rounds=\d+\$)?[./0-9A-Za-z]{8,16}\$", p.read_bytes())] == []
+
+
+# ---- a second request for the same instances ----
+
+
+def test_a_put_for_instances_under_way_is_refused_naming_them_and_starts_nothing(lab):
+    from huaweicloudsdkcore.exceptions.exceptions import ClientRequestException
+
+    busy, idle = ["lab01", "lab02"], "lab03"
+    lab.reinstall(busy, "heavy")
+    batch, batches = lab.newest_batch(), lab.batches()
+    with pytest.raises(ClientRequestException) as refused:
+        lab.reinstall([*busy, idle], "tiny-2")
+    assert (refused.value.status_code, refused.value.error_code) == (400, "iMetal.0201")
+    assert all(lab.ids[name] in refused.value.error_msg for name in busy) and lab.ids[idle] not in refused.value.error_msg
+    assert lab.batches() == batches and lab.status(idle)["state"] == "running"
+    assert {r["state"] for r in lab.wait_for_end(batch).values()} == {"running"}
+    assert lab.differences("lab01", lab.folder / "heavy.raw") == []
+
+
+# ---- batches that go wrong ----
+
+
+@pytest.fixture(scope="module")
+def troubles(lab):
+    """One batch of three: lab01 never says hello, lab02 never calls home, lab03 does well. The waits are short."""
+    lab.set_faults(lab01="no-hello", lab02="never-home")
+    before = {"digest": lab.disk_digest("lab01"), "console": len(lab.console("lab01"))}
+    with lab.short_waits(SHORT_S):
+        lab.reinstall(["lab01", "lab02", "lab03"], "tiny-2")
+        batch = lab.newest_batch()
+        lab.wait_for_event(batch, "run.crossed", server="lab02")
+        run = lab.runs(batch)["lab02"]["id"]
+        # What the config drive carries, and the new OS would show as its proof.
+        nonce = Sealer.open(lab.folder / "site/secret/key").derive_for_run(run, "nonce")
+        lab.wait_for_end(batch)
+        return {"batch": batch, "before": before, "nonce": nonce, "run": run}
+
+
+def test_a_machine_that_never_says_hello_runs_its_old_os_again_and_its_disk_is_untouched(lab, troubles):
+    assert lab.disk_digest("lab01") == troubles["before"]["digest"]
+    assert lab.bmc("lab01") == {"power": "On", "boot": "Hdd", "media": ""}
+    assert lab.console("lab01")[troubles["before"]["console"] :].rstrip().splitlines()[-1].startswith("boot: disk")
+    status = lab.status("lab01")
+    assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("running", "reinstall-failed", "Repave.2110")
+
+
+def test_one_machine_in_trouble_does_not_stop_the_others(lab, troubles):
+    assert lab.status("lab03") == {"state": "running", "operation_state": "reinstall-succeed"}
+    assert lab.differences("lab03", lab.folder / "tiny-2.raw") == []
+
+
+def test_a_new_os_that_never_calls_home_is_an_error_and_its_late_proof_ends_it(lab, troubles):
+    status = lab.status("lab02")
+    assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("error", "reinstall-failed", "Repave.5101")
+    assert lab.bmc("lab02") == {"power": "On", "boot": "Hdd", "media": ""}
+
+    settings = tomllib.loads((lab.folder / "site/repave.toml").read_text())
+    home = {"boot_id": "5e3f", "root_disk_serial": lab.machines["lab02"].root_serial, "ssh_host_keys": [], "password_usable": True}
+    url, ca = f"{settings['agent_url']}/home/v1/{troubles['run']}", lab.folder / "site/secret/ca.pem"
+    assert requests.post(url, json=home, headers={"Authorization": "Bearer wrong"}, verify=ca, timeout=30).status_code == 401
+    assert lab.status("lab02")["state"] == "error"
+    assert requests.post(url, json=home, headers={"Authorization": f"Bearer {troubles['nonce']}"}, verify=ca, timeout=30).status_code == 200
+    assert lab.status("lab02") == {"state": "running", "operation_state": "reinstall-succeed"}
+
+
+def test_a_damaged_chunk_is_never_written_and_the_half_written_disk_can_not_boot(lab):
+    chunk = next(c for c in reversed(lab.heavy_manifest().chunks) if c.extents)
+    path = lab.images.chunk_path(chunk.sha256)
+    good = path.read_bytes()
+    try:
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        lab.reinstall(["lab04"], "heavy")
+        lab.wait_for_end(lab.newest_batch())
+    finally:
+        path.write_bytes(good)
+    status = lab.status("lab04")
+    assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("error", "reinstall-failed", "Repave.4102")
+    assert lab.first_sector("lab04") == bytes(512)
+    assert lab.bmc("lab04") == {"power": "Off", "boot": "Hdd", "media": ""}
+    assert lab.keys() == []
+
+    lab.reinstall(["lab04"], "heavy")
+    lab.wait_for_end(lab.newest_batch())
+    assert lab.status("lab04") == {"state": "running", "operation_state": "reinstall-succeed"}
+    assert lab.differences("lab04", lab.folder / "heavy.raw") == []
