@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
+import tomllib
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
-import tomllib
 
 from repave.lab import scripted_os
 from repave.secrets import Sealer

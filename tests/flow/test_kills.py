@@ -1,0 +1,92 @@
+"""The service is killed with SIGKILL at the worst moments of a batch and started again: every run ends `running`, once, as if nothing had been."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from repave.lab import scripted_os
+
+
+def assert_ended_once(lab, batch: str, names: list[str], image: str, consoles: dict[str, int]) -> None:
+    """Each instance had one run; it crossed the line once, ended once, its machine wrote once and started the new OS once."""
+    runs = lab.wait_for_end(batch)
+    assert sorted(runs) == names and {r["state"] for r in runs.values()} == {"running"}, lab.describe(batch)
+    events = lab.events(batch)
+    for name in names:
+        types = [e["type"] for e in events if e.get("server") == name]
+        assert (types.count("run.accepted"), types.count("run.crossed"), types.count("run.ended")) == (1, 1, 1), types
+        steps = [e["step"] for e in events if e.get("server") == name and e["type"] == "run.step"]
+        assert len(steps) == len(set(steps)), steps
+        since = lab.console(name)[consoles[name] :]
+        assert (since.count("crossed the line"), since.count("first boot as"), since.count("home: taken")) == (1, 1, 1), since
+        assert lab.differences(name, lab.folder / f"{image}.raw") == []
+        assert scripted_os.find_config_drive(lab.machines[name].root_disk) is None
+        assert lab.bmc(name) == {"power": "On", "boot": "Hdd", "media": ""}
+        assert lab.status(name) == {"state": "running", "operation_state": "reinstall-succeed"}
+    assert lab.keys() == []
+
+
+def consoles(lab) -> dict[str, int]:
+    return {name: len(lab.console(name)) for name in lab.names}
+
+
+def test_a_service_killed_right_after_the_202_keeps_what_it_promised(lab):
+    before = consoles(lab)
+    accepted = lab.reinstall(lab.names[:3], "tiny-1")
+    lab.kill_service()
+    lab.start_service()
+    assert accepted == [lab.ids[n] for n in lab.names[:3]]
+    assert_ended_once(lab, lab.newest_batch(), lab.names[:3], "tiny-1", before)
+
+
+def test_a_service_killed_before_the_line_goes_on_and_writes_once(lab):
+    before = consoles(lab)
+    lab.reinstall(["lab01", "lab02"], "tiny-2")
+    batch = lab.newest_batch()
+    lab.wait_for_event(batch, "run.step", server="lab01", step="boot-ramdisk")
+    lab.kill_service()
+    lab.start_service()
+    assert_ended_once(lab, batch, ["lab01", "lab02"], "tiny-2", before)
+
+
+def test_a_service_killed_while_a_disk_is_written_lets_the_agent_finish(lab):
+    before = consoles(lab)
+    lab.reinstall(["lab01", "lab02"], "heavy")
+    batch = lab.newest_batch()
+    lab.wait_for_event(batch, "run.crossed", server="lab01")
+    lab.kill_service()
+    assert lab.first_sector("lab01") == bytes(512), "the service was killed too late for this test: the image was on the disk"
+    lab.start_service()
+    assert_ended_once(lab, batch, ["lab01", "lab02"], "heavy", before)
+
+
+def test_a_service_killed_while_it_starts_the_new_os_does_not_cut_its_first_boot_short(lab):
+    """The bug: the repeated step power-cycled a machine whose first boot had erased the config drive; no proof could ever come."""
+    before = consoles(lab)
+    lab.reinstall(["lab01"], "tiny-1")
+    batch = lab.newest_batch()
+    deadline = time.monotonic() + 60
+    while "boot: disk" not in lab.console("lab01")[before["lab01"] :]:
+        assert time.monotonic() < deadline, lab.console("lab01")
+        time.sleep(0.001)
+    lab.kill_service()
+    lab.start_service()
+    assert_ended_once(lab, batch, ["lab01"], "tiny-1", before)
+
+
+@pytest.mark.parametrize("seed", [20261124])
+def test_a_service_killed_at_five_random_moments_of_a_batch_ends_every_run_once(lab, seed):
+    rng = random.Random(seed)
+    before = consoles(lab)
+    lab.reinstall(lab.names, "tiny-2")
+    moments = []
+    for _ in range(5):
+        moments.append(round(rng.uniform(0, 1.5), 2))
+        time.sleep(moments[-1])
+        lab.kill_service()
+        lab.start_service()
+    print(f"seed {seed}: killed after {moments} s of service")
+    assert_ended_once(lab, lab.newest_batch(), lab.names, "tiny-2", before)
