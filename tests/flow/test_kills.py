@@ -69,7 +69,7 @@ def test_a_service_killed_while_it_starts_the_new_os_does_not_cut_its_first_boot
     lab.reinstall(["lab01"], "tiny-1")
     batch = lab.newest_batch()
     deadline = time.monotonic() + 60
-    while "boot: disk" not in lab.console("lab01")[before["lab01"] :]:
+    while "boot: disk" not in lab.console("lab01")[before["lab01"] :]:  # said while the service's POST is not answered yet
         assert time.monotonic() < deadline, lab.console("lab01")
         time.sleep(0.001)
     lab.kill_service()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,17 +40,19 @@ class ServerEffects:
 
     def __init__(self, store: Store, images: ImageStore, open_bmc: OpenBmc, places: Places) -> None:
         self.store, self.images, self.open_bmc, self.places = store, images, open_bmc, places
+        self._verify_lock, self._verified = threading.Lock(), ("", "")
 
     # ---- before the line ----
 
     def preflight(self, run_id: str) -> Json:
         """Image present and intact, arch and firmware match, the BMC answers and is the machine we know. Touches nothing."""
-        _, server, image = self._about(run_id)
+        run, server, image = self._about(run_id)
+        self._refuse_late(run)
         self.store.record_step(run_id, Step.PREFLIGHT)
         self.store.get_run_secret(run_id)
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
-        self.images.verify(self.images.read_manifest(image.manifest_sha256))
+        self._verify_image(run.batch_id, image.manifest_sha256)
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
             bmc.check_media(media_urls(self.places, self.store, run_id))
@@ -62,6 +65,7 @@ class ServerEffects:
     def power_off(self, run_id: str) -> Json:
         """Off, read back: asked for 60 s, then forced; the event says which."""
         run, server, _ = self._about(run_id)
+        self._refuse_late(run)
         self.store.record_step(run_id, Step.POWER_OFF)
         with self.open_bmc(server) as bmc:
             forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
@@ -80,7 +84,8 @@ class ServerEffects:
 
     def boot_ramdisk(self, run_id: str) -> Json:
         """Power is on; from here the agent speaks."""
-        _, server, _ = self._about(run_id)
+        run, server, _ = self._about(run_id)
+        self._refuse_late(run)
         self.store.record_step(run_id, Step.BOOT_RAMDISK)
         with self.open_bmc(server) as bmc:
             bmc.power_on()
@@ -99,7 +104,8 @@ class ServerEffects:
         disk = choose_root_disk(found["disks"], server.root_disk)
         if disk["sector_bytes"] != image.sector_bytes:
             raise RunFailed("sector-size", f"{disk['path']} has {disk['sector_bytes']}, the image {image.sector_bytes} byte sectors.")
-        drive = self._render_drive(run, server)
+        self._refuse_late(run)
+        drive = self._render_drive(run, server, image)
         room = minimum_disk_bytes(image.size_bytes, len(drive))
         if disk["size_bytes"] < room:
             raise RunFailed("disk-too-small", f"{disk['path']} has {disk['size_bytes']} bytes, {room} are needed.")
@@ -122,10 +128,14 @@ class ServerEffects:
         return self.store.close_before_line(run_id)
 
     def return_what_was_found(self, run_id: str) -> Json:
-        """Media out, override off, and power as it was found: the old OS boots, or where there was none the server is off."""
+        """Media out, override off, and power as it was found: the old OS boots, or where there was none the server is off.
+
+        An OS that may still run is never cut: before boot-ramdisk nothing of ours has powered the server on, later it is asked first.
+        """
         run, server, _ = self._about(run_id)
         with self.open_bmc(server) as bmc:
-            bmc.power_off()
+            if run.step is Step.BOOT_RAMDISK or run.found_state is not InstanceState.RUNNING:
+                bmc.power_off(graceful_s=self.places.graceful_s)
             bmc.eject_media()
             bmc.boot_from_disk()
             if run.found_state is InstanceState.RUNNING:
@@ -150,16 +160,18 @@ class ServerEffects:
     def boot_new_os(self, run_id: str) -> Json:
         """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone."""
         run, server, _ = self._about(run_id)
-        if run.step is Step.FIRST_BOOT or run.proof is not None:
+        if run.proof is not None:
             return None
-        self.store.record_step(run_id, Step.BOOT_NEW_OS)
         with self.open_bmc(server) as bmc:
-            bmc.power_off()
-            bmc.eject_media()
-            bmc.boot_from_disk()
+            if run.step is not Step.FIRST_BOOT:
+                self.store.record_step(run_id, Step.BOOT_NEW_OS)
+                bmc.power_off()
+                bmc.eject_media()
+                bmc.boot_from_disk()
+                # Recorded before power is on: killed after it, we must not cut short a first boot that has erased its config drive.
+                self.store.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
         self.store.record_power(server.id, Power.ON.value)
-        self.store.record_step(run_id, Step.FIRST_BOOT)
         return None
 
     def verify_proof(self, run_id: str) -> Json:
@@ -170,10 +182,23 @@ class ServerEffects:
         return None
 
     def end(self, run_id: str, ending: Ending, error: dict[str, Json] | None) -> Json:
-        """The first ending stands; the run's keys are destroyed."""
+        """The first ending stands; the run's keys are destroyed. A proof that came while it was written down still counts."""
         self.store.record_ending(run_id, ending, error)
+        record_late_proof(self.store, run_id)
         self.store.sealer.destroy_run(run_id)
         return None
+
+    def _verify_image(self, batch_id: str, manifest_sha256: str) -> None:
+        """Every chunk has its digest: read once a batch, not once a run."""
+        with self._verify_lock:
+            if self._verified != (batch_id, manifest_sha256):
+                self.images.verify(self.images.read_manifest(manifest_sha256), deep=True)
+                self._verified = (batch_id, manifest_sha256)
+
+    def _refuse_late(self, run: RunRow) -> None:
+        """No forward motion past a run's deadline: a row that slept in a backup or in a stopped service powers nothing off."""
+        if self.store.now() > run.deadline_at:
+            raise RunFailed("deadline", "The run's deadline passed before this step.")
 
     def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
         run = self.store.get_run(run_id)
@@ -183,17 +208,18 @@ class ServerEffects:
             raise RunFailed("image-missing")
         return run, server, image
 
-    def _render_drive(self, run: RunRow, server: Server) -> bytes:
+    def _render_drive(self, run: RunRow, server: Server, image: Image) -> bytes:
         instance = self.store.find_instance(run.project_id, run.instance_id)
         assert instance is not None
+        secret = self.store.get_run_secret(run.id)
         return render_config_drive(
             FirstBoot(
                 hostname=instance.name,
                 instance_id=run.id,  # a new id a run: cloud-init must see another instance than the old OS's
-                user=user_for(instance.os_type),
-                password_hash=self.store.get_run_secret(run.id),
+                user=user_for(image.os_type),
+                password_hash=secret["password"],
                 ssh_keys=run.ssh_keys,
-                user_data=run.user_data,
+                user_data=secret["user_data"],
                 network=server.network,
                 home_url=f"{self.places.agent_url}/home/v1/{run.id}",
                 nonce=self.store.sealer.derive_for_run(run.id, "nonce"),
@@ -228,3 +254,15 @@ def verify_proof(run: RunRow) -> None:
         raise RunFailed("no-proof", "The proof came from the ramdisk's own boot.")
     if proof.get("password_usable") is False:
         raise RunFailed("no-proof", "The new OS runs, but the password was not set.")
+
+
+def record_late_proof(store: Store, run_id: str) -> None:
+    """A run that ended `unproved` and has a valid proof now becomes `running`, unless a new run began. Repeatable."""
+    run = store.get_run(run_id)
+    if run.outcome != Ending.UNPROVED.value or run.proof is None or not store.is_latest_run(run):
+        return
+    try:
+        verify_proof(run)
+    except RunFailed:
+        return
+    store.record_ending(run_id, Ending.LATE_PROOF, None)
