@@ -18,6 +18,7 @@ import zstandard
 
 from repave.bmc import BmcFacts, Power
 from repave.domain.model import Image, InstanceState, Role, Server
+from repave.domain.states import Ending
 from repave.errors import BmcError, DeadlinePassed, RunFailed
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
@@ -155,7 +156,9 @@ class Journal:
         return self._record(event, message)
 
     async def sleep(self, seconds):
-        self._replay("sleep")
+        found, _ = self._replay("sleep")
+        if not found:
+            self._record("sleep", None)
 
     async def now(self):
         return datetime.now(UTC)
@@ -215,7 +218,7 @@ class World:
             store.record_hello(self.run_id, "boot-ramdisk", inventory)
         if event == "written" and m.os == "ramdisk":
             run = store.get_run(self.run_id)
-            if store.record_crossing(self.run_id, run.plan["plan_id"], lease_until=datetime.now(UTC) + timedelta(60)):
+            if store.record_crossing(self.run_id, run.plan["plan_id"]):
                 m.disk = "half-written"
                 if "report" not in m.silent:
                     m.disk = "new-os"
@@ -290,10 +293,47 @@ def test_a_bmc_that_fails_for_good_before_the_line_leaves_the_old_os_running(wor
     assert after.error["code"].startswith("Repave.2")
 
 
-def test_a_bmc_that_can_not_power_off_ends_in_error_with_the_disk_untouched(world):
+def test_an_os_that_still_runs_is_not_cut_by_the_return(world):
     world.machine.refuses = {"power_off"}
+    assert world.play(world.journal()) == "returned"
+    assert (world.state().state, world.machine.os, world.machine.power) == (InstanceState.RUNNING, "old-os", Power.ON)
+    assert world.machine.actions.count("power_off") == 1
+
+
+def test_a_bmc_that_takes_nothing_back_ends_in_error_with_the_disk_untouched(world):
+    world.machine.refuses = {"insert_media", "eject_media"}
     assert world.play(world.journal()) == "return-failed"
-    assert (world.state().state, world.machine.disk) == (InstanceState.ERROR, "old-os")
+    after = world.state()
+    assert (after.state, world.machine.disk, after.error["untouched"]) == (InstanceState.ERROR, "old-os", "the root disk was not written")
+
+
+def test_a_bmc_that_fails_after_the_write_does_not_make_the_disk_unverified(world):
+    world.machine.refuses = {"eject_media"}
+    assert world.play(world.journal()) == "unproved"
+    assert world.state().error["untouched"] == "data disks; the image on the root disk is verified"
+
+
+def test_a_run_that_slept_past_its_deadline_powers_nothing_off(world):
+    world.effects.store.now = lambda: datetime.now(UTC) + timedelta(days=1)
+    assert world.play(world.journal()) == "returned"
+    assert world.machine.actions == []
+
+
+def test_a_stop_that_began_is_not_overtaken_by_a_late_report(world):
+    world.machine.silent = {"report"}
+    world.play(world.journal())
+    report = {"epoch": 1, "verified": True, "disk_serial": "DISK-1", "error": None}
+    assert not world.store.record_report(world.run_id, report)
+    assert world.store.get_run(world.run_id).verified_at is None
+
+
+def test_a_proof_that_came_while_unproved_was_written_down_counts(world):
+    world.machine.silent = {"proof"}
+    proof = {"boot_id": "boot-new", "root_disk_serial": "DISK-1", "ssh_host_keys": [], "password_usable": True}
+    world.play(world.journal())
+    world.store.record_proof(world.run_id, proof)
+    world.effects.end(world.run_id, Ending.UNPROVED, None)  # the process died after the ending was written, and the step is done again
+    assert world.state().state is InstanceState.RUNNING
 
 
 @pytest.mark.parametrize("event", ["agent-ready", "written"])
@@ -341,7 +381,7 @@ def test_who_commits_first_wins_at_the_line(world):
     world.machine.silent = {"written"}
     world.play(world.journal())
     run = world.store.get_run(world.run_id)
-    assert not world.store.record_crossing(world.run_id, run.plan["plan_id"], lease_until=datetime.now(UTC))
+    assert not world.store.record_crossing(world.run_id, run.plan["plan_id"])
 
 
 def test_no_secret_stays_after_the_end_and_none_was_ever_in_clear(world):

@@ -161,9 +161,11 @@ def test_a_flipped_chunk_is_never_written_and_the_disk_can_not_boot(site: Site) 
     chunk = store.chunk_path(largest.sha256)
     good = chunk.read_bytes()
     middle = len(good) // 2
+    batch = site.put(PASSWORDS[2], "lab02")
+    site.wait(batch, lambda runs: runs["lab02"]["step"] == "boot-ramdisk", "boot-ramdisk was not reached")  # preflight has seen it whole
     chunk.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     try:
-        runs = site.wait_for_end(site.put(PASSWORDS[2], "lab02"))
+        runs = site.wait_for_end(batch)
     finally:
         chunk.write_bytes(good)
     error = runs["lab02"]["error"]

@@ -23,6 +23,8 @@ class Lease:
 
     def extend(self, asked_at: float, lease_s: float) -> None:
         with self._lock:
+            if boot_clock() >= self._until:  # somebody may act on our silence already
+                self._ended = True
             self._until = max(self._until, asked_at + lease_s)
 
     def end(self) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -13,11 +12,10 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from repave.agent import protocol
 from repave.domain.model import RunRow
-from repave.domain.states import Ending
 from repave.errors import CATALOGUE, RunFailed
 from repave.images.store import ImageStore
 from repave.store import Store
-from repave.workflow.effects import verify_proof
+from repave.workflow.effects import record_late_proof
 
 LEASE_S = 60.0
 MAX_BODY_BYTES = 1024 * 1024
@@ -58,16 +56,16 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         run = still_open(session_run(request))
         if store.is_closed(run.id):
             raise HTTPException(410)
+        store.record_seen(run)
         return JSONResponse(run.plan) if run.plan else Response(status_code=204)
 
     @router.post("/agent/v1/cross")
     def cross(request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """THE LINE: committed before it is answered; asked again by the same session, it is answered again."""
         run = still_open(session_run(request))
-        named = (body.get("serial"), body.get("wwn", ""))
-        if not run.plan or named[0] != run.plan["disk_serial"]:
+        if not run.plan or body.get("serial") != run.plan["disk_serial"]:
             raise HTTPException(409)
-        if not store.record_crossing(run.id, str(body.get("plan_id")), lease_until=store.now() + timedelta(seconds=LEASE_S)):
+        if not store.record_crossing(run.id, str(body.get("plan_id"))):
             raise HTTPException(410)
         return {"epoch": run.epoch, "lease_s": LEASE_S}
 
@@ -101,7 +99,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         if body.get("epoch") != run.epoch:
             raise HTTPException(410)
         kept = {name: body.get(name) for name in ("epoch", "stage", "bytes_done", "bytes_total")}
-        if not store.record_progress(run.id, kept, lease_until=store.now() + timedelta(seconds=LEASE_S)):
+        if not store.record_progress(run.id, kept):
             raise HTTPException(410)
         return {"lease_s": LEASE_S}
 
@@ -132,12 +130,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         }
         if run.proof is None:
             store.record_proof(run.id, proof)
-        if run.outcome == Ending.UNPROVED.value:
-            try:
-                verify_proof(store.get_run(run.id))
-            except RunFailed:
-                return {}
-            store.record_ending(run.id, Ending.LATE_PROOF, None)
+        record_late_proof(store, run.id)
         return {}
 
     return router

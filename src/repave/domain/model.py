@@ -173,7 +173,6 @@ class RunRow:
     outcome: str | None  # an Ending of domain/states.py
     error: dict[str, Any] | None
     ssh_keys: tuple[str, ...]
-    user_data: str
     inventory: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     progress: dict[str, Any] | None = None

@@ -59,8 +59,8 @@ def choose_root_disk(disks: Sequence[Disk], hints: Mapping[str, Any]) -> Disk:
 
 
 def _identified(disk: Disk) -> Disk:
-    if not (disk["serial"] or disk["wwn"]):
-        raise RunFailed("no-root-disk", f"{disk['path']} has neither serial nor WWN, so it can not be named in a plan.")
+    if not disk["serial"]:
+        raise RunFailed("no-root-disk", f"{disk['path']} has no serial, so no plan and no proof can name it.")
     return disk
 
 

@@ -6,6 +6,7 @@ compare-and-set: they return False where another fact came first. Every change w
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 import uuid
@@ -46,7 +47,6 @@ from repave.store.tables import (
     PROJECTS,
     RUNS,
     SERVERS,
-    SETTINGS,
 )
 
 Enqueue = Callable[[sa.Connection, Sequence["NewRun"]], None]
@@ -55,7 +55,7 @@ Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection,
 
 @dataclass(frozen=True)
 class NewRun:
-    """One run about to be stored. `secret_sealed` holds the password hash (Windows: the password)."""
+    """One run about to be stored. `secret_sealed` holds the password's hash (Windows: the password) and the user data."""
 
     id: str
     instance: Instance
@@ -67,7 +67,6 @@ class NewRun:
     session_sha256: str
     nonce_sha256: str
     ssh_keys: tuple[str, ...] = ()
-    user_data: str = ""
 
 
 def new_id() -> str:
@@ -86,7 +85,7 @@ class Store:
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:
         """The store at a SQLAlchemy URL, its tables made or brought up to date."""
-        engine = sa.create_engine(url, pool_size=32, max_overflow=32)
+        engine = sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             _prepare_sqlite(engine)
         META.create_all(engine)
@@ -327,7 +326,7 @@ class Store:
                 conn.execute(sa.insert(RUNS).values(
                     id=run.id, batch_id=batch.id, project_id=batch.project_id, instance_id=run.instance.id, server_id=run.server.id,
                     image_id=run.image_id, epoch=epoch, found_state=run.instance.state.value, found_image_id=run.instance.image_id,
-                    step=Step.PREFLIGHT.value, created_at=now, deadline_at=run.deadline_at, ssh_keys=list(run.ssh_keys), user_data=run.user_data,
+                    step=Step.PREFLIGHT.value, created_at=now, deadline_at=run.deadline_at, ssh_keys=list(run.ssh_keys),
                     secret_sealed=run.secret_sealed, token_sha256=run.token_sha256, session_sha256=run.session_sha256,
                     nonce_sha256=run.nonce_sha256,
                 ))  # fmt: skip
@@ -379,10 +378,11 @@ class Store:
         row = self._row(sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.nonce_sha256 == fingerprint(nonce)))
         return rows.run(row) if row else None
 
-    def get_run_secret(self, run_id: str) -> str:
-        """The password hash (Windows: the password). Raises RunFailed password-gone once the run's key is destroyed."""
+    def get_run_secret(self, run_id: str) -> dict[str, str]:
+        """`password` (Linux: its hash) and `user_data`. Raises RunFailed password-gone once the run's key is destroyed."""
         row = self._row(sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == run_id))
-        return self.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else "")
+        secret: dict[str, str] = json.loads(self.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else ""))
+        return secret
 
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
         query = sa.select(RUNS).order_by(RUNS.c.id)
@@ -437,6 +437,12 @@ class Store:
             self.tell(conn, run_id, "agent-ready", {})
             return True
 
+    def record_seen(self, run: RunRow) -> None:
+        """The agent asked again; written down every ten seconds, not at each of its polls."""
+        if run.seen_at is None or (self.now() - run.seen_at).total_seconds() > 10:
+            with self._write() as conn:
+                conn.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(seen_at=self.now()))
+
     def record_plan(self, run_id: str, plan: dict[str, Any]) -> None:
         with self._write() as conn:
             conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None)).values(plan=plan))
@@ -451,25 +457,28 @@ class Store:
             )
 
     def close_before_line(self, run_id: str) -> bool:
-        """A rollback has begun: nobody crosses any more. False where the line was crossed first. Repeatable."""
+        """The run is closed: nobody crosses, writes or reports success any more. False where the line was crossed first. Repeatable."""
         with self._write() as conn:
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None)).values(closed_at=self.now()))
+            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.closed_at.is_(None)).values(closed_at=self.now()))
             return conn.execute(sa.select(RUNS.c.crossed_at).where(RUNS.c.id == run_id)).scalar_one() is None
 
-    def record_crossing(self, run_id: str, plan_id: str, *, lease_until: datetime) -> bool:
+    def record_crossing(self, run_id: str, plan_id: str) -> bool:
         """THE LINE. True when this run may write, now or already before (an answer may have been lost)."""
         now = self.now()
         with self._write() as conn:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
-            if row.closed_at or row.ended_at or row.report or not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
+            if not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
+                return False
+            # Decided by the update itself, so that it holds on every database: a rollback that committed first wins.
+            may = sa.and_(RUNS.c.id == run_id, RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.report.is_(None))
+            values = {"crossed_at": row.crossed_at or now, "seen_at": now, "step": Step.WRITE_IMAGE.value}
+            if conn.execute(sa.update(RUNS).where(may).values(**values)).rowcount == 0:
                 return False
             if row.crossed_at is None:
-                values = {"crossed_at": now, "lease_until": lease_until, "seen_at": now, "step": Step.WRITE_IMAGE.value}
-                conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(**values))
                 self._run_event(conn, "run.crossed", row, plan_id=plan_id)
             return True
 
-    def record_progress(self, run_id: str, progress: dict[str, Any], *, lease_until: datetime) -> bool:
+    def record_progress(self, run_id: str, progress: dict[str, Any]) -> bool:
         """The lease is renewed. False: stop writing."""
         live = sa.and_(
             RUNS.c.id == run_id,
@@ -479,7 +488,7 @@ class Store:
             RUNS.c.deadline_at > self.now(),
         )
         with self._write() as conn:
-            values = {"progress": progress, "lease_until": lease_until, "seen_at": self.now()}
+            values = {"progress": progress, "seen_at": self.now()}
             return conn.execute(sa.update(RUNS).where(live).values(**values)).rowcount == 1
 
     def record_report(self, run_id: str, report: dict[str, Any]) -> bool:
@@ -488,8 +497,11 @@ class Store:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
             if row.report is not None or row.ended_at is not None:
                 return row.report is not None
-            verified = self.now() if report.get("verified") and not report.get("error") and row.crossed_at else None
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(report=report, verified_at=verified, seen_at=self.now()))
+            good = report.get("verified") and not report.get("error") and row.crossed_at and not row.closed_at
+            verified = self.now() if good else None
+            first = sa.and_(RUNS.c.id == run_id, RUNS.c.report.is_(None), RUNS.c.closed_at.is_(None) if good else sa.true())
+            if conn.execute(sa.update(RUNS).where(first).values(report=report, verified_at=verified, seen_at=self.now())).rowcount == 0:
+                return False
             self._run_event(
                 conn,
                 "run.report",
@@ -525,8 +537,12 @@ class Store:
             instance = rows.instance(conn.execute(sa.select(INSTANCES).where(INSTANCES.c.id == row.instance_id)).one()._mapping)
             good = ending in (Ending.PROVED, Ending.LATE_PROOF)
             also: dict[str, Any] = {"error": None if good else error}
+            if error is not None and not good:
+                error = error | {"untouched": _untouched(ending, crossed=row.crossed_at is not None)}
+                also["error"] = error
             if good:
                 proof = row.proof or {}
+                also["os_type"] = conn.execute(sa.select(IMAGES.c.os_type).where(IMAGES.c.id == row.image_id)).scalar_one()
                 also |= {"image_id": row.image_id, "launched_at": now, "ssh_host_keys": proof.get("ssh_host_keys", [])}
             elif row.crossed_at is not None:
                 also |= {"image_id": row.image_id if ending is Ending.UNPROVED else None}
@@ -558,20 +574,18 @@ class Store:
         row = self._row(sa.select(SERVERS.c.epoch).where(SERVERS.c.id == run.server_id))
         return row is not None and row["epoch"] == run.epoch
 
-    # ---- events and settings ----
+    # ---- events ----
 
     def list_events(self, project_id: str, *, after: int = 0, batch_id: str | None = None, limit: int = 1000) -> list[Event]:
         query = sa.select(EVENTS).where(EVENTS.c.project_id == project_id, EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(limit)
         return [rows.event(r) for r in self._rows(query.where(EVENTS.c.batch_id == batch_id) if batch_id else query)]
 
-    def find_setting(self, name: str) -> str | None:
-        row = self._row(sa.select(SETTINGS.c.value).where(SETTINGS.c.name == name))
-        return row["value"] if row else None
 
-    def set_setting(self, name: str, value: str) -> None:
-        with self._write() as conn:
-            conn.execute(sa.delete(SETTINGS).where(SETTINGS.c.name == name))
-            conn.execute(sa.insert(SETTINGS).values(name=name, value=value))
+def _untouched(ending: Ending, *, crossed: bool) -> str:
+    """What is true of the disks at this ending: the line decides, not the kind of error."""
+    if not crossed:
+        return "the root disk was not written"
+    return "data disks; the image on the root disk is verified" if ending is Ending.UNPROVED else "data disks; the root disk is erased"
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -85,10 +85,10 @@ RUNS = sa.Table(
     _ref("server_id", "servers"), _text("image_id"), Column("epoch", Integer, nullable=False),
     _text("found_state"), _text("found_image_id", null=True), _text("step"),
     _at("created_at", null=False), _at("started_at"), _at("deadline_at", null=False), _at("ready_at"), _at("crossed_at"),
-    _at("verified_at"), _at("closed_at"), _at("ended_at"), _text("outcome", null=True), _json("error"), _json("ssh_keys"), _text("user_data"),
+    _at("verified_at"), _at("closed_at"), _at("ended_at"), _text("outcome", null=True), _json("error"), _json("ssh_keys"),
     _text("secret_sealed", null=True), _text("token_sha256", null=True), _text("session_sha256", null=True),
     _text("boot_id", null=True), _text("nonce_sha256", null=True), _json("inventory"), _json("plan"), _json("progress"), _json("report"),
-    _json("proof"), _at("seen_at"), _at("lease_until"),
+    _json("proof"), _at("seen_at"),
 )  # fmt: skip
 sa.Index("runs_token", RUNS.c.token_sha256)
 sa.Index("runs_session", RUNS.c.session_sha256)
@@ -101,5 +101,3 @@ EVENTS = sa.Table(
 sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
 
 ANSWERS = sa.Table("answers", META, Column("key", Text, primary_key=True), _json("answer"), _at("at", null=False))
-
-SETTINGS = sa.Table("settings", META, Column("name", Text, primary_key=True), _text("value"))

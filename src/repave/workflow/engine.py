@@ -32,6 +32,7 @@ APPLICATION_VERSION = "1"  # changes only with the order or names of the workflo
 CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
+_DATABASE_PAUSES_S = (1, 5, 15, 60)  # a locked file or a failover is no reason to end a run; effects may be repeated
 _DEAD = ("ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 log = structlog.get_logger()
@@ -55,7 +56,7 @@ class JsonSerializer(Serializer):
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, RepaveError):
+    if isinstance(value, RunFailed):
         return {"!error": type(value).__name__, "value": value.as_json(), "detail": value.detail}
     if isinstance(value, BaseException):
         return {"!error": "RecordedBug", "value": type(value).__name__}
@@ -79,7 +80,13 @@ class DbosRun:
 
     async def step(self, name: str, effect: Callable[[str], Json]) -> Json:
         async def call() -> Json:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, effect, self.run_id)
+            for pause_s in (*_DATABASE_PAUSES_S, None):
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(self._pool, effect, self.run_id)
+                except (sa.exc.OperationalError, sa.exc.TimeoutError):
+                    if pause_s is None:
+                        raise
+                    await asyncio.sleep(pause_s)
 
         return await DBOS.run_step_async({"name": name}, call)
 
@@ -166,8 +173,7 @@ class Engine:
     def stop(self) -> None:
         """Nothing of the engine runs any more; what was under way goes on at the next start."""
         self._stop.set()
-        self.store.tell = lambda conn, run_id, event, message: None
-        DBOS.destroy()
+        DBOS.destroy()  # from here on a fact can not be told: its transaction fails, and who reported it asks again
         if self._client is not None:
             self._client.destroy()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -186,7 +192,6 @@ class Engine:
                     "queue_name": QUEUE,
                     "workflow_id": run.id,
                     "workflow_id_reuse_policy": "reject",
-                    "deduplication_id": run.server.id,  # a second run for the same server is refused by the engine too
                     "priority": 10,
                 },
                 run.id,
@@ -215,7 +220,7 @@ class Engine:
                 cause = RepaveError("internal", "The run's workflow died; its server was left as it was.")
                 if self.store.record_ending(run.id, ending, cause.as_json()):
                     log.error("run ended by the reconciler", run_id=run.id, status=statuses.get(run.id))
-            elif run.past_the_line and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
+            elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
                 self.store.tell_silence(run.id)
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():

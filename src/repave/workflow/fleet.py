@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,7 +99,7 @@ class Fleet:
 
     def _new_run(self, instance: Instance, server: Server, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
         run_id, sealer = new_id(), self.store.sealer
-        sealed = sealer.seal_for_run(run_id, secret)
+        sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": user_data}))
         token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
         deadline_at = self.store.now() + timedelta(seconds=self.run_timeout_s)
-        return NewRun(run_id, instance, server, image.id, deadline_at, sealed, token, session, nonce, ssh_keys, user_data)
+        return NewRun(run_id, instance, server, image.id, deadline_at, sealed, token, session, nonce, ssh_keys)

@@ -7,6 +7,7 @@ workflow, not power a server off (engines.md 4, pitfalls 1 and 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class Waits:
 
 
 DEFAULT_WAITS = Waits()
-RETURN_TRIES = 4
+TRIES = 4
 
 
 class Effects(Protocol):
@@ -67,17 +68,16 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
             return await return_what_was_found(run, do, error, waits, touched=touched)
         return await stop_half_written(run, do, error, waits)
 
+    # The image is verified on the disk: from here on the server stays on, whatever happens, unless another disk booted.
     try:
-        await run.step("boot-new-os", do.boot_new_os)
+        await insist(run, "boot-new-os", do.boot_new_os, waits)
         await run.wait_for("proof", waits.proof_s)
-    except RunFailed as error:
-        cause = error if error.slug != "deadline" else RunFailed("no-proof", error.detail)
-        return await end(run, do, Ending.UNPROVED, cause)
-
-    try:
         await run.step("verify-proof", do.verify_proof)
     except RunFailed as error:
-        return await stop_half_written(run, do, error, waits)
+        if error.slug == "wrong-disk-booted":
+            return await stop_half_written(run, do, error, waits)
+        cause = error if error.slug != "deadline" else RunFailed("no-proof", error.detail)
+        return await end(run, do, Ending.UNPROVED, cause)
     return await end(run, do, Ending.PROVED, None)
 
 
@@ -85,27 +85,31 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, waits: 
     """Before the line: the old OS runs again (or, where there was none, the server is off), read back. The disk was never written."""
     if not touched:
         return await end(run, do, Ending.RETURNED, cause)
-    for attempt in range(1, RETURN_TRIES + 1):
-        try:
-            await run.step(f"return-{attempt}", do.return_what_was_found)
-            return await end(run, do, Ending.RETURNED, cause)
-        except RunFailed as error:
-            failure = error
-        if attempt < RETURN_TRIES:
-            await run.sleep(waits.return_pause_s)
-    return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"First: {cause} Then: {failure}"))
+    try:
+        await insist(run, "return", do.return_what_was_found, waits)
+    except RunFailed as failure:
+        return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"First: {cause} Then: {failure}"))
+    return await end(run, do, Ending.RETURNED, cause)
 
 
 async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Waits) -> str:
     """After the line without a verified image, or with a proof from another disk: power off, media out, error."""
-    for attempt in range(1, RETURN_TRIES + 1):
-        try:
-            await run.step(f"stop-{attempt}", do.power_off_and_eject)
-            break
-        except RunFailed:
-            if attempt < RETURN_TRIES:
-                await run.sleep(waits.return_pause_s)
+    try:
+        await insist(run, "stop", do.power_off_and_eject, waits)
+    except RunFailed as failure:
+        cause = RunFailed(cause.slug, f"{cause.detail} It could not be powered off: {failure}".strip(), **cause.context)
     return await end(run, do, Ending.WRITE_FAILED, cause)
+
+
+async def insist(run: Run, name: str, effect: Callable[[str], Json], waits: Waits) -> None:
+    """The step is done; a BMC that is busy or away for some minutes is waited for. Raises the last RunFailed."""
+    for attempt in range(1, TRIES):
+        try:
+            await run.step(f"{name}-{attempt}", effect)
+            return
+        except RunFailed:
+            await run.sleep(waits.return_pause_s)
+    await run.step(f"{name}-{TRIES}", effect)
 
 
 async def end(run: Run, do: Effects, ending: Ending, error: RunFailed | None) -> str:
