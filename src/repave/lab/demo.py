@@ -131,7 +131,7 @@ def watch(client: Client, batch_id: str) -> None:
 
 
 def _tenth(run: Json) -> int | None:
-    return 10 * run["bytes_written"] // run["bytes_total"] if run.get("bytes_total") and run.get("bytes_written") else None
+    return 10 * run["bytes_written"] // run["bytes_total"] if run["stage"] == "write" and run["bytes_total"] else None
 
 
 def _percent(run: Json) -> str:

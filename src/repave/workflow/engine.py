@@ -21,6 +21,7 @@ import sqlalchemy as sa
 import structlog
 from dbos import DBOS, DBOSClient, Serializer
 
+from repave.domain.model import RunRow
 from repave.domain.states import Ending
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
@@ -33,7 +34,7 @@ CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
 _DATABASE_PAUSES_S = (1, 5, 15, 60)  # a locked file or a failover is no reason to end a run; effects may be repeated
-_DEAD = ("ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+_OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
 log = structlog.get_logger()
 
@@ -214,19 +215,27 @@ class Engine:
         live = {run.id: run for run in self.store.list_runs(live=True)}
         statuses = self._workflow_statuses()
         for run in live.values():
-            grace = run.created_at < now - timedelta(seconds=60)
-            if statuses.get(run.id) in _DEAD or (grace and run.id not in statuses):
-                ending = Ending.WRITE_FAILED if run.past_the_line else Ending.RETURN_FAILED
-                cause = RepaveError("internal", "The run's workflow died; its server was left as it was.")
-                if self.store.record_ending(run.id, ending, cause.as_json()):
-                    log.error("run ended by the reconciler", run_id=run.id, status=statuses.get(run.id))
-            elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
-                self.store.tell_silence(run.id)
+            try:
+                self._reconcile_run(run, statuses.get(run.id), now)
+            except Exception as error:  # one run's trouble is not the others'
+                log.error("reconcile failed", run_id=run.id, error=type(error).__name__)
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():
             ended = self.store.find_run(orphan)
             if ended is None or ended.ended_at is not None:
                 self.store.sealer.destroy_run(orphan)
+
+    def _reconcile_run(self, run: RunRow, status: str | None, now: datetime) -> None:
+        never_was = status is None and run.created_at < now - timedelta(seconds=60)
+        if status in _OVER or never_was:
+            if self.store.get_run(run.id).ended_at is not None:  # it ended while we looked
+                return
+            ending = Ending.WRITE_FAILED if run.past_the_line else Ending.RETURN_FAILED
+            cause = RepaveError("internal", "The run's workflow died; its server was left as it was.")
+            if self.store.record_ending(run.id, ending, cause.as_json()):
+                log.error("run ended by the reconciler", run_id=run.id, status=status)
+        elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
+            self.store.tell_silence(run.id)
 
     def _workflow_statuses(self) -> dict[str, str]:
         schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None
