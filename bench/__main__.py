@@ -1,0 +1,16 @@
+"""`python -m bench [NAME [COUNT]]`; without a name, all of them."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import scripted_batch
+
+BENCHES = {"scripted": scripted_batch.main}
+
+if __name__ == "__main__":
+    name, *counts = sys.argv[1:] or ["all"]
+    if name != "all" and name not in BENCHES:
+        sys.exit(f"usage: python -m bench [{'|'.join(BENCHES)} [COUNT]]")
+    for bench in BENCHES.values() if name == "all" else [BENCHES[name]]:
+        bench(*map(int, counts))
