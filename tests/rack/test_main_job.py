@@ -39,7 +39,11 @@ class Site:
     def __init__(self, folder: Path, lab: dict[str, Any]) -> None:
         self.folder, self.lab = folder, lab
         self.machines: dict[str, Machine] = {m.name: m for m in QemuRack(folder / "rack").machines}
-        self.client = Client(None, Endpoint(lab["endpoint"], lab["token"]))
+
+    @property
+    def client(self) -> Client:
+        """A new one each time: the service is killed between two questions, and a kept connection would be dead."""
+        return Client(None, Endpoint(self.lab["endpoint"], self.lab["token"]))
 
     def put(self, password: str, *names: str, image: str = "tiny-2") -> str:
         """One PUT of the official SDK; returns the batch's id."""
