@@ -18,11 +18,11 @@ from fastapi import FastAPI
 
 from repave.api.asgi import install_wire
 from repave.api.operator import build_operator_router
+from repave.app import ImageDesk
 from repave.auth import Authenticator
 from repave.bmc import BmcAddress, BmcFacts, Power
 from repave.domain.model import Image, Project, Role
 from repave.errors import BmcError
-from repave.images.importer import import_image
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
 from repave.store import Store, new_id
@@ -50,31 +50,10 @@ class Bmcs:
         return BmcFacts("/redfish/v1/Systems/1", "ACME", "R1", what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
 
 
-class Images:
-    """The image store behind the routes, with a quota."""
-
-    def __init__(self, root: Path, quota_bytes: int) -> None:
-        self.store, self.folder, self.quota_bytes = ImageStore(root), root, quota_bytes
-
-    def room_bytes(self) -> int:
-        return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes())
-
-    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
-        made = import_image(file, self.store, max_bytes=self.quota_bytes)
-        sizes = (made.size_bytes, made.sector_bytes, made.stored_bytes, made.data_bytes)
-        return Image(image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, *sizes, created_at)
-
-    def sweep(self, manifests_in_use: list[str]) -> int:
-        unused = [m for m in self.store.list_manifests() if m not in manifests_in_use]
-        for manifest in unused:
-            self.store.remove(manifest, keep=manifests_in_use)
-        return len(unused)
-
-
 @dataclass
 class Site:
     store: Store
-    images: Images
+    images: ImageDesk
     bmcs: Bmcs
     url: str
     project: Project
@@ -115,7 +94,7 @@ def start_site(folder: Path) -> Iterator[Site]:
     project, other = store.add_project("default"), store.add_project("other")
     tokens = {role.value: store.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
     tokens["other"] = store.add_credential(other.id, "elsewhere", Role.ADMIN)[2]
-    images, bmcs, authenticator = Images(folder / "images", 2**26), Bmcs(), Authenticator(store, now=now)
+    images, bmcs, authenticator = ImageDesk(ImageStore(folder / "images"), folder / "images", 2**26), Bmcs(), Authenticator(store, now=now)
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
