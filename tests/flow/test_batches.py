@@ -7,6 +7,7 @@ import re
 import tomllib
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -187,16 +188,35 @@ def test_a_new_os_that_never_calls_home_is_an_error_and_its_late_proof_ends_it(l
     assert lab.status("lab02") == {"state": "running", "operation_state": "reinstall-succeed"}
 
 
-def test_a_damaged_chunk_is_never_written_and_the_half_written_disk_can_not_boot(lab):
-    chunk = next(c for c in reversed(lab.heavy_manifest().chunks) if c.extents)
-    path = lab.images.chunk_path(chunk.sha256)
+@contextmanager
+def damaged_chunk(lab) -> Iterator[None]:
+    """One bit of the heavy image's last chunk is wrong in the store; its size is right."""
+    path = lab.images.chunk_path(next(c for c in reversed(lab.heavy_manifest().chunks) if c.extents).sha256)
     good = path.read_bytes()
     try:
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-        lab.reinstall(["lab04"], "heavy")
-        lab.wait_for_end(lab.newest_batch())
+        yield
     finally:
         path.write_bytes(good)
+
+
+def test_a_chunk_damaged_before_the_batch_is_found_before_a_machine_is_touched(lab):
+    before = (lab.console("lab05"), lab.disk_digest("lab05"))
+    with damaged_chunk(lab):
+        lab.reinstall(["lab05"], "heavy")
+        lab.wait_for_end(lab.newest_batch())
+    status = lab.status("lab05")
+    assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("running", "reinstall-failed", "Repave.4102")
+    assert (lab.console("lab05"), lab.disk_digest("lab05")) == before
+    assert lab.bmc("lab05")["power"] == "On"
+
+
+def test_a_chunk_damaged_after_preflight_is_never_written_and_the_half_written_disk_can_not_boot(lab):
+    lab.reinstall(["lab04"], "heavy")
+    batch = lab.newest_batch()
+    lab.wait_for_event(batch, "run.step", step="power-off")
+    with damaged_chunk(lab):
+        lab.wait_for_end(batch)
     status = lab.status("lab04")
     assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("error", "reinstall-failed", "Repave.4102")
     assert lab.first_sector("lab04") == bytes(512)

@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+from conftest import wait_until
 
 from repave.lab import scripted_os
 
@@ -56,10 +57,11 @@ def test_a_service_killed_while_a_disk_is_written_lets_the_agent_finish(lab):
     before = consoles(lab)
     lab.reinstall(["lab01", "lab02"], "heavy")
     batch = lab.newest_batch()
-    lab.wait_for_event(batch, "run.crossed", server="lab01")
+    wait_until(lambda: lab.first_sector("lab01") == bytes(512), deadline_s=60, what=lambda: lab.describe(batch))
     lab.kill_service()
-    assert lab.first_sector("lab01") == bytes(512), "the service was killed too late for this test: the image was on the disk"
+    torn = lab.first_sector("lab01") == bytes(512)
     lab.start_service()
+    assert torn, "the service was killed too late for this test: the image was on the disk"
     assert_ended_once(lab, batch, ["lab01", "lab02"], "heavy", before)
 
 
