@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from repave.cli.client import Client, Endpoint
 from repave.lab.processes import ProcessRef, find_free_ports, start_detached, wait_for_port
@@ -63,7 +66,20 @@ def restart_service(folder: Path) -> ProcessRef:
     command = [sys.executable, "-m", "repave.cli.main", "serve", str(site)]
     process = start_detached("repave-serve", command, log=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     wait_for_port(port, process=process, log=log, deadline_s=60)
+    _wait_for_answer(f"http://127.0.0.1:{port}/", log)
     return process
+
+
+def _wait_for_answer(url: str, log: Path, *, deadline_s: float = 60) -> None:
+    """It answers. An open port is not enough: a killed process that is still dying holds its own open for a moment."""
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        try:
+            requests.get(url, timeout=5)
+            return
+        except requests.RequestException:
+            time.sleep(0.1)
+    raise RuntimeError(f"the service does not answer; see {log}")
 
 
 def register_machine(

@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,7 @@ QUEUE = "reinstalls"
 APPLICATION_VERSION = "1"  # changes only with the order or names of the workflow's steps
 CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
+LOCK_S = 10.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
 _DATABASE_PAUSES_S = (1, 5, 15, 60)  # a locked file or a failover is no reason to end a run; effects may be repeated
 _OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
@@ -110,6 +112,19 @@ class DbosRun:
         return datetime.fromisoformat(await DBOS.run_step_async({"name": "now"}, read))
 
 
+def _take_lock(descriptor: int) -> bool:
+    """The kernel frees the lock when its holder is gone; a killed process may take seconds to finish its last fsync."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+
 class Engine:
     """Durable reinstalls in this process. One per process: DBOS is a singleton (pitfall 15)."""
 
@@ -123,10 +138,8 @@ class Engine:
     def start(self, effects: Effects) -> None:
         """Workflows run, those of an earlier life go on. Raises RepaveError conflict when another worker holds the lock."""
         self._lock = self._lock_path.open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process dies
-        except BlockingIOError:
-            raise RepaveError("conflict", "Another repave serve works on this database.") from None
+        if not _take_lock(self._lock.fileno()):
+            raise RepaveError("conflict", "Another repave serve works on this database.")
         launched = threading.Event()
         failure: list[BaseException] = []
 
