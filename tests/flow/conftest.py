@@ -227,7 +227,7 @@ def build_heavy_image(path: Path) -> Path:
         for _ in range(10, 90):
             out.write(os.urandom(MIB))
     table = f"label: gpt\nstart=2048, size=16384, type=uefi\nstart={10 * MIB // SECTOR}, size={80 * MIB // SECTOR}, type=linux\n"
-    subprocess.run(["/sbin/sfdisk", "-q", "--wipe=never", "--wipe-partitions=never", path], input=table, text=True, check=True)
+    subprocess.run(["/sbin/sfdisk", "-q", "--wipe=never", "--wipe-partitions=never", path], input=table, text=True, capture_output=True, check=True)
     return path
 
 

@@ -124,6 +124,14 @@ def test_password_its_hash_and_bmc_passwords_are_nowhere_after_the_batch(lab, ba
     assert [p.name for p in files if re.search(rb"\$6\$(rounds=\d+\$)?[./0-9A-Za-z]{8,16}\$", p.read_bytes())] == []
 
 
+def test_a_windows_password_which_is_kept_whole_while_its_run_lasts_is_nowhere_after_it(lab):
+    lab.reinstall(["lab07"], "windows-2022", password=CANARY)
+    lab.wait_for_end(lab.newest_batch())  # however it ended: the scripted OS knows no Windows
+    assert find_secret(iter(site_files(lab)), CANARY) == []
+    assert scripted_os.find_config_drive(lab.machines["lab07"].root_disk) is None
+    assert lab.keys() == []
+
+
 # ---- a second request for the same instances ----
 
 
