@@ -1,7 +1,6 @@
 import json
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site
     run = site.ask("GET", f"/batches/{batch['id']}").json()["runs"][0]
     assert (run["state"], run["step"], run["step_index"], run["steps"], run["past_the_line"]) == ("working", "boot-ramdisk", 4, 8, False)
     site.store.record_plan(run_id, {"plan_id": "p1", "disk_path": "/dev/vda", "disk_serial": "D1"})
-    assert site.store.record_crossing(run_id, "p1", lease_until=now + timedelta(minutes=1))
-    site.store.record_progress(run_id, {"stage": "write", "bytes_done": 25, "bytes_total": 100}, lease_until=now + timedelta(minutes=1))
+    assert site.store.record_crossing(run_id, "p1")
+    site.store.record_progress(run_id, {"stage": "write", "bytes_done": 25, "bytes_total": 100})
     run = site.ask("GET", f"/batches/{batch['id']}").json()["runs"][0]
     assert (run["past_the_line"], run["percent"], run["bytes_written"], run["bytes_total"], run["disk_serial"]) == (True, 25, 25, 100, "D1")
     site.store.record_proof(run_id, {"root_disk_serial": "D1"})
