@@ -68,7 +68,7 @@ def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site
     site.add_server("web01")
     image = site.add_image("tiny")
     batch = reinstall(site, ["web01"])
-    run_id, now = batch["runs"][0]["id"], site.store.now()
+    run_id = batch["runs"][0]["id"]
     site.store.record_step(run_id, Step.PREFLIGHT)
     site.store.record_step(run_id, Step.BOOT_RAMDISK)
     run = site.ask("GET", f"/batches/{batch['id']}").json()["runs"][0]
