@@ -105,8 +105,8 @@ def init_site(folder: Path, **changes: Any) -> FirstKey:
     write_private(path, render_settings(changes).encode())
     settings = load_settings(folder)
     with open_site(settings) as site:
-        project = site.store.add_project("default")
-        credential, sk, token = site.store.add_credential(project.id, "admin", Role.ADMIN)
+        project = site.store.access.add_project("default")
+        credential, sk, token = site.store.access.add_credential(project.id, "admin", Role.ADMIN)
     return FirstKey(project, credential, sk, token)
 
 
@@ -138,7 +138,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
 
     @contextlib.contextmanager
     def open_bmc(server: Server) -> Iterator[Bmc]:
-        with RedfishBmc(BmcAddress.of(server, store.get_bmc_password(server.id))) as bmc:
+        with RedfishBmc(BmcAddress.of(server, store.servers.get_bmc_password(server.id))) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
@@ -160,7 +160,7 @@ def probe_bmc(address: BmcAddress) -> BmcFacts:
 def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
-    authenticator = Authenticator(site.store, now=utc_now)
+    authenticator = Authenticator(site.store.access, now=utc_now)
     desk = ImageDesk(site.images, site.settings.data_dir / "images", site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))

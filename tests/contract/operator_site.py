@@ -76,7 +76,7 @@ class Site:
     def add_image(self, name: str, *, arch: str = "amd64") -> Image:
         """A row only: nothing here reads its chunks."""
         image = Image(new_id(), self.project.id, name, "Linux", arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
-        self.store.add_image(image)
+        self.store.images.add_image(image)
         return image
 
     def files(self) -> list[str]:
@@ -91,10 +91,10 @@ def start_site(folder: Path) -> Iterator[Site]:
         return datetime.now(UTC)
 
     store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=now)
-    project, other = store.add_project("default"), store.add_project("other")
-    tokens = {role.value: store.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
-    tokens["other"] = store.add_credential(other.id, "elsewhere", Role.ADMIN)[2]
-    images, bmcs, authenticator = ImageDesk(ImageStore(folder / "images"), folder / "images", 2**26), Bmcs(), Authenticator(store, now=now)
+    project, other = store.access.add_project("default"), store.access.add_project("other")
+    tokens = {role.value: store.access.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
+    tokens["other"] = store.access.add_credential(other.id, "elsewhere", Role.ADMIN)[2]
+    images, bmcs, authenticator = ImageDesk(ImageStore(folder / "images"), folder / "images", 2**26), Bmcs(), Authenticator(store.access, now=now)
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

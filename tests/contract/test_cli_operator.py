@@ -78,21 +78,69 @@ def test_a_nodeset_of_servers_is_paired_with_a_nodeset_of_bmcs_and_failures_are_
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_a_csv_file_is_understood_whole_before_anything_is_sent(cli: Cli) -> None:
-    known_bmcs(cli, 2)
-    head = "name,bmc,user,secret_env,rack,unit,mac,address,prefix,gateway,dns,vlan,root_disk\n"
-    good = "web01,https://10.9.0.11,root,BMC_PW,r1,7,aa:bb:cc:00:00:01,10.0.0.5,24,10.0.0.1,10.0.0.2 10.0.0.3,,serial=S1\n"
+CSV_HEAD = "name,bmc,user,secret_env,rack,unit,mac,address,prefix,gateway,dns,vlan,root_disk\n"
+CSV_GOOD = "web01,https://10.9.0.11,root,BMC_PW,r1,7,aa:bb:cc:00:00:01,10.0.0.5,24,10.0.0.1,10.0.0.2 10.0.0.3,,serial=S1\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "column"),
+    [
+        ("web02,,root,BMC_PW,,,,,,,,,\n", "bmc"),
+        ("web02,https://10.9.0.12,root,NO_SUCH,,,,,,,,,\n", "secret_env"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,,,x,,,,\n", "prefix"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,aa:bb:cc:00:00:02,10.0.0.999,24,,,,\n", "address"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,aa:bb:cc:00:00:02,10.0.0.6,33,,,,\n", "prefix"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,aa:bb:cc:00:00:02,10.0.0.6,24,10.1.0.1,,,\n", "gateway"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,aa:bb:cc:00:00:02,10.0.0.6,24,,,4095,\n", "vlan"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,,,,,,,colour=red\n", "root_disk"),
+        ("web02,10.9.0.12,root,BMC_PW,,,,,,,,,\n", "bmc"),
+        ("web 2,https://10.9.0.12,root,BMC_PW,,,,,,,,,\n", "name"),
+        ("web01,https://10.9.0.12,root,BMC_PW,,,,,,,,,\n", "name"),
+        ("web02,https://10.9.0.11,root,BMC_PW,,,,,,,,,\n", "bmc"),
+        ("web02,https://10.9.0.12,root,BMC_PW,,,,,,,,,,more\n", "root_disk"),
+    ],
+)
+def test_a_csv_file_with_a_mistake_is_refused_whole_naming_line_and_column(cli: Cli, line: str, column: str) -> None:
     file = cli.folder / "servers.csv"
-    for bad in ("web02,,root,BMC_PW,,,,,,,,,\n", "web02,https://10.9.0.12,root,NO_SUCH,,,,,,,,,\n", "web02,https://10.9.0.12,root,BMC_PW,,,,,x,,,,\n"):
-        file.write_text(head + good + bad)
-        refused = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD)
-        assert (refused.returncode, cli.site.bmcs.asked) == (2, []), refused.stderr
-        assert "servers.csv:3" in refused.stderr
-    file.write_text(head + good + "web02,https://10.9.0.12,root,BMC_PW,r1,8,,,,,,,\n")
-    assert cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).returncode == 0
+    file.write_text(CSV_HEAD + CSV_GOOD + line)
+    refused = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD)
+    assert (refused.returncode, cli.site.bmcs.asked, cli.items("server", "ls")) == (2, [], []), refused.stderr
+    assert f"servers.csv:3: {column}: " in refused.stderr and "Traceback" not in refused.stderr
+    assert BMC_PASSWORD not in refused.stderr
+
+
+def test_all_mistakes_of_a_csv_file_are_told_at_once(cli: Cli) -> None:
+    file = cli.folder / "servers.csv"
+    file.write_text(CSV_HEAD + "web01,,root,BMC_PW,,,,,,,,,\n" + CSV_GOOD.replace("web01", "web02").replace(",24,", ",x,"))
+    said = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).stderr
+    assert "servers.csv:2: bmc: is empty" in said and "servers.csv:3: prefix: " in said
+    file.write_text(CSV_HEAD.replace("bmc,", "bcm,") + CSV_GOOD)
+    assert "servers.csv:1: unknown column 'bcm'" in cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).stderr
+
+
+def test_a_csv_file_whose_bmcs_do_not_all_answer_says_which_and_the_same_file_again_adds_the_rest(cli: Cli) -> None:
+    known_bmcs(cli, 1)
+    file = cli.folder / "servers.csv"
+    file.write_text("\ufeff" + CSV_HEAD + CSV_GOOD + "web02,https://10.9.0.12,root,BMC_PW,r1,8,,,,,,,\n")
+    half = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD)
+    assert half.returncode == 10 and "1 added, 1 not: web02." in half.stderr, half.stderr
+    known_bmcs(cli, 2)
+    rest = cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD)
+    assert rest.returncode == 0 and "web01: there already" in rest.stderr and "1 added." in rest.stderr
     first, second = cli.items("server", "ls")
     assert first["network"]["dns"] == ["10.0.0.2", "10.0.0.3"] and first["root_disk"] == {"serial": "S1"}
     assert (second["rack"], second["unit"], second["network"]) == ("r1", "8", None)
+    asked = len(cli.site.bmcs.asked)
+    assert cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).returncode == 0
+    assert len(cli.site.bmcs.asked) == asked
+
+
+def test_show_is_for_people_and_whole_with_json(fleet: Cli) -> None:
+    assert "root_disk.serial           S1\n" in fleet.run("server", "show", "web01").stdout
+    assert json.loads(fleet.run("server", "show", "web01", "--json").stdout)["root_disk"] == {"serial": "S1"}
+    assert "sector_bytes               512\n" in fleet.run("image", "show", "tiny").stdout
+    assert json.loads(fleet.run("image", "show", "tiny", "--json").stdout)["sector_bytes"] == 512
+    assert fleet.run("image", "ls").stdout.splitlines()[0].split()[:5] == ["NAME", "OS", "ARCH", "BOOT", "SECTOR"]
 
 
 def test_servers_are_set_and_removed_by_nodeset(fleet: Cli) -> None:
@@ -121,20 +169,22 @@ def test_a_plan_is_shown_and_touches_nothing(fleet: Cli) -> None:
     before = fleet.asked()
     done = fleet.run("reinstall", "web[01-03]", "--image", "tiny", "--plan-only")
     assert done.returncode == 0
-    assert "web[01-03]  R1 · one root disk each, by its own serial" in done.stdout and "1 other servers" in done.stdout and "nothing touched yet" in done.stdout
+    assert (
+        "web[01-03]  R1 · one root disk each, by its own serial" in done.stdout and "1 other server\n" in done.stdout and "nothing touched yet" in done.stdout
+    )
     assert json.loads(fleet.run("reinstall", "web01", "--image", "tiny", "--plan-only", "--json").stdout)["erased"][0]["server"] == "web01"
     assert fleet.asked() == before
 
 
 def end_runs(site: Site, *, fail: str = "") -> None:
     """What the workflow would do: the runs of the newest batch go through their steps and end."""
-    while not (batches := site.store.list_batches(site.project.id)):
+    while not (batches := site.store.runs.list_batches(site.project.id)):
         time.sleep(0.05)
-    names = {s.id: s.name for s in site.store.list_servers(site.project.id)[0]}
-    for run in site.store.list_runs(batch_id=batches[0].id):
-        site.store.record_step(run.id, Step.BOOT_RAMDISK)
+    names = {s.id: s.name for s in site.store.servers.list_servers(site.project.id)[0]}
+    for run in site.store.runs.list_runs(batch_id=batches[0].id):
+        site.store.runs.record_step(run.id, Step.BOOT_RAMDISK)
         bad = names[run.server_id] in fail.split()
-        site.store.record_ending(run.id, Ending.RETURNED if bad else Ending.PROVED, RepaveError("boot_override_ignored").as_json() if bad else None)
+        site.store.runs.record_ending(run.id, Ending.RETURNED if bad else Ending.PROVED, RepaveError("boot_override_ignored").as_json() if bad else None)
 
 
 @pytest.mark.parametrize(("fail", "code"), [("", 0), ("web02 web03", 10), ("web01 web02 web03", 11)])
@@ -220,8 +270,8 @@ def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
 
 def test_bare_repave_prints_state_and_a_next_command_that_exists(fleet: Cli) -> None:
     said = fleet.run().stdout.splitlines()
-    assert len(said) <= 6 and "4 servers: 4 running · 1 images" in said[0]
-    assert said[-1].startswith("Next:  repave reinstall")
+    assert len(said) <= 6 and "4 servers: 4 running · 1 image" in said[0]
+    assert said[-1] == "Next:  repave reinstall 'web[01-04]' --image tiny --plan-only"
     alone = fleet.run(REPAVE_ENDPOINT="http://127.0.0.1:9")
     assert alone.returncode == 0 and "repave init && repave serve" in alone.stdout
 
@@ -241,6 +291,7 @@ def test_explain_knows_every_code(tmp_path: Path) -> None:
 
     for problem in CATALOGUE.values():
         assert run(["explain", problem.code]) == run(["explain", problem.slug]) == 0
+    assert run(["explain", "iMetal.0201"]) == 0
     assert run(["explain", "0000"]) == 2
 
 

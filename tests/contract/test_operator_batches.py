@@ -69,17 +69,17 @@ def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site
     image = site.add_image("tiny")
     batch = reinstall(site, ["web01"])
     run_id = batch["runs"][0]["id"]
-    site.store.record_step(run_id, Step.PREFLIGHT)
-    site.store.record_step(run_id, Step.BOOT_RAMDISK)
+    site.store.runs.record_step(run_id, Step.PREFLIGHT)
+    site.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
     run = site.ask("GET", f"/batches/{batch['id']}").json()["runs"][0]
     assert (run["state"], run["step"], run["step_index"], run["steps"], run["past_the_line"]) == ("working", "boot-ramdisk", 4, 8, False)
-    site.store.record_plan(run_id, {"plan_id": "p1", "disk_path": "/dev/vda", "disk_serial": "D1"})
-    assert site.store.record_crossing(run_id, "p1")
-    site.store.record_progress(run_id, {"stage": "write", "bytes_done": 25, "bytes_total": 100})
+    site.store.runs.record_plan(run_id, {"plan_id": "p1", "disk_path": "/dev/vda", "disk_serial": "D1"})
+    assert site.store.runs.record_crossing(run_id, "p1")
+    site.store.runs.record_progress(run_id, {"stage": "write", "bytes_done": 25, "bytes_total": 100})
     run = site.ask("GET", f"/batches/{batch['id']}").json()["runs"][0]
     assert (run["past_the_line"], run["percent"], run["bytes_written"], run["bytes_total"], run["disk_serial"]) == (True, 25, 25, 100, "D1")
-    site.store.record_proof(run_id, {"root_disk_serial": "D1"})
-    site.store.record_ending(run_id, Ending.PROVED, None)
+    site.store.runs.record_proof(run_id, {"root_disk_serial": "D1"})
+    site.store.runs.record_ending(run_id, Ending.PROVED, None)
     ended = site.ask("GET", f"/batches/{batch['id']}").json()
     run = ended["runs"][0]
     assert (ended["state"], run["state"], run["os_now"], run["proof"]["root_disk_serial"]) == ("succeeded", "running", "tiny", "D1")
@@ -98,8 +98,8 @@ def test_events_are_listed_and_followed_from_any_point_to_the_end_of_the_batch(s
 
     def end_all() -> None:
         for run in batch["runs"]:
-            site.store.record_step(run["id"], Step.PREFLIGHT)
-            site.store.record_ending(run["id"], Ending.RETURNED, None)
+            site.store.runs.record_step(run["id"], Step.PREFLIGHT)
+            site.store.runs.record_ending(run["id"], Ending.RETURNED, None)
 
     threading.Timer(0.5, end_all).start()
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(listed["next"])}

@@ -95,7 +95,7 @@ def test_filters(site: Site):
 
     sdk, a, b, busy = client(site), site.add_instance(), site.add_instance(), site.add_instance()
     sdk.reinstall_os(reinstall_request([busy]))
-    server = site.store.find_instance(site.project.id, b).server_id
+    server = site.store.servers.find_instance(site.project.id, b).server_id
     nobody = str(uuid.uuid4())
     assert ids(instance_id=f"{a},{b}") == sorted([a, b])
     assert ids(server_id=server) == [b]
@@ -118,7 +118,7 @@ def test_every_field_that_the_sdk_calls_mandatory_is_there(site: Site):
     [instance] = client(site).list_instances(ListInstancesRequest(instance_id=adopted)).instances
     assert (instance.image.id, instance.image.name, instance.image.os_type) == ("", "", "Linux")
 
-    site.store.record_power(instance.server_id, "On")
+    site.store.servers.record_power(instance.server_id, "On")
     server = client(site).show_server(ShowServerRequest(id=instance.server_id))
     assert (server.project_id, server.domain_id) == (site.project.id, site.project.domain_id)
     assert (server.manage_state, server.power_state, server.tags) == ("in-use", "on", [])

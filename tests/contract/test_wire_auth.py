@@ -95,7 +95,7 @@ def test_a_viewer_may_not_reinstall(site: Site, how):
     headers = [] if how == "token" else site.sign("PUT", path, body, key=key)
     answer = site.reinstall(body, [*headers, *([] if how == "signature" else [token(site.viewer.token)])])
     assert (answer.status, answer.json["error_code"]) == (403, "iMetal.0004")
-    assert site.store.find_instance(site.project.id, instance_id).state.value == "running"
+    assert site.store.servers.find_instance(site.project.id, instance_id).state.value == "running"
 
 
 def test_a_signed_reinstall_sent_again_gets_its_stored_202_and_never_a_second_run(site: Site):

@@ -25,7 +25,7 @@ def target(site):
     """One instance that every refused request names; at the end it was never touched."""
     instance_id = site.add_instance()
     yield instance_id
-    assert site.store.find_instance(site.project.id, instance_id).state.value == "running"
+    assert site.store.servers.find_instance(site.project.id, instance_id).state.value == "running"
 
 
 def body(target: str, **changes: Any) -> dict[str, Any]:

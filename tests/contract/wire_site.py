@@ -86,7 +86,7 @@ class Site:
             str(uuid.uuid4()), name, owner.id, "https://bmc.invalid", "admin", "true", None, None, "ACME", "R1", name, str(uuid.uuid4()), (),
             "x86_64", "uefi", "R07", "12", {}, None, now,
         )  # fmt: skip
-        made = self.store.add_server(server, bmc_password="bmc-secret", blank=False, os_type=os_type)
+        made = self.store.servers.add_server(server, bmc_password="bmc-secret", blank=False, os_type=os_type)
         with self.store.engine.begin() as conn:
             conn.execute(sa.update(INSTANCES).where(INSTANCES.c.id == made.id).values(image_id=self.image if image == "" else image))
         return made.id
@@ -133,7 +133,7 @@ class Site:
 def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http: type[WireProtocol] = WireProtocol) -> Iterator[Site]:
     now = lambda: datetime.now(UTC)  # noqa: E731
     store = Store.open(f"sqlite:///{folder}/wire.db", sealer=Sealer.open(folder / "key"), now=now)
-    ours, other = store.add_project("default"), store.add_project("other")
+    ours, other = store.access.add_project("default"), store.access.add_project("other")
     site = Site(store, 0, ours, *_keys(store, ours), other, _key(store, other, Role.ADMIN), "", "", "")
     site.image, site.windows_image = (_image(store, ours, os_type) for os_type in ("Linux", "Windows"))
     site.other_instance = site.add_instance(other)
@@ -141,7 +141,7 @@ def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http:
     app = FastAPI()
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=600)
     limiter = Limiter(per_s, burst)
-    app.include_router(build_clouddc_router(store, fleet, authenticate=Authenticator(store, now=now), limiter=limiter))
+    app.include_router(build_clouddc_router(store, fleet, authenticate=Authenticator(store.access, now=now), limiter=limiter))
 
     @app.get("/v1/broken")
     def broken() -> None:
@@ -152,7 +152,7 @@ def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http:
 
     @app.post("/repave/v1/images")
     async def images(request: Request) -> int:
-        Authenticator(store, now=now).authenticate(request)
+        Authenticator(store.access, now=now).authenticate(request)
         return sum([len(piece) async for piece in request.stream()])
 
     install_wire(app)
@@ -189,11 +189,11 @@ def _keys(store: Store, project: Project) -> tuple[Key, Key, Key]:
 
 
 def _key(store: Store, project: Project, role: Role, expires_at: datetime | None = None) -> Key:
-    made, sk, token = store.add_credential(project.id, role.value, role, expires_at=expires_at)
+    made, sk, token = store.access.add_credential(project.id, role.value, role, expires_at=expires_at)
     return Key(made.ak, sk, token)
 
 
 def _image(store: Store, project: Project, os_type: str) -> str:
     image = Image(str(uuid.uuid4()), project.id, os_type, os_type, "x86_64", "uefi", "0" * 64, 1, 512, 1, 1, datetime.now(UTC))
-    store.add_image(image)
+    store.images.add_image(image)
     return image.id

@@ -174,8 +174,8 @@ class World:
         self.inbox: dict[str, dict] = {}
         self.store.tell = lambda conn, run_id, event, message: self.inbox.setdefault(event, message)
         self.images = ImageStore(folder / "images")
-        project = self.store.add_project("default")
-        self.credential, _, _ = self.store.add_credential(project.id, "op", Role.OPERATOR)
+        project = self.store.access.add_project("default")
+        self.credential, _, _ = self.store.access.add_credential(project.id, "op", Role.OPERATOR)
         raw = bytes(1024 * 1024)
         packed = zstandard.ZstdCompressor().compress(raw)
         sha256 = hashlib.sha256(packed).hexdigest()
@@ -184,12 +184,12 @@ class World:
         digest = self.images.write_manifest(manifest)
         now = datetime.now(UTC)
         self.image = Image(new_id(), project.id, "img", "Linux", "amd64", "uefi", digest, len(raw), 512, len(packed), 0, now)
-        self.store.add_image(self.image)
+        self.store.images.add_image(self.image)
         server = Server(
             new_id(), "lab01", project.id, "https://bmc.invalid", "admin", "true", None, None, "Lab", "M1", "SER-1", "uuid-1", ("52:54:00:00:00:01",),
             "amd64", "uefi", "r1", "1", {}, None, now,
         )  # fmt: skip
-        self.instance = self.store.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
+        self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
         def open_bmc(_):
@@ -199,7 +199,7 @@ class World:
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
         fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
         admitted = fleet.admit(credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password=PASSWORD)
-        self.run_id = self.store.list_runs(batch_id=admitted.batch_id)[0].id
+        self.run_id = self.store.runs.list_runs(batch_id=admitted.batch_id)[0].id
 
     def machine_turn(self, event: str) -> None:
         """What the machine does of itself before `event` would come."""
@@ -215,17 +215,17 @@ class World:
                 "boot_id": "boot-ramdisk", "serial": "SER-1", "uuid": "uuid-1", "macs": ["52:54:00:00:00:01"], "arch": "amd64",
                 "firmware": "uefi", "memory_bytes": 2**30, "disks": [disk], "uptime_s": 1.0,
             }  # fmt: skip
-            store.record_hello(self.run_id, "boot-ramdisk", inventory)
+            store.runs.record_hello(self.run_id, "boot-ramdisk", inventory)
         if event == "written" and m.os == "ramdisk":
-            run = store.get_run(self.run_id)
-            if store.record_crossing(self.run_id, run.plan["plan_id"]):
+            run = store.runs.get_run(self.run_id)
+            if store.runs.record_crossing(self.run_id, run.plan["plan_id"]):
                 m.disk = "half-written"
                 if "report" not in m.silent:
                     m.disk = "new-os"
-                    store.record_report(self.run_id, {"epoch": run.epoch, "verified": True, "disk_serial": "DISK-1", "error": None})
+                    store.runs.record_report(self.run_id, {"epoch": run.epoch, "verified": True, "disk_serial": "DISK-1", "error": None})
         if event == "proof" and m.os == "new-os":
             proof = {"boot_id": "boot-new", "root_disk_serial": m.proof_serial, "ssh_host_keys": ["ssh-ed25519 A"], "password_usable": True}
-            store.record_proof(self.run_id, proof)
+            store.runs.record_proof(self.run_id, proof)
 
     def journal(self, **how) -> Journal:
         return Journal(self.run_id, self.inbox, self.machine_turn, **how)
@@ -234,7 +234,7 @@ class World:
         return asyncio.run(reinstall(journal, self.effects))
 
     def state(self):
-        return self.store.find_instance(self.credential.project_id, self.instance.id)
+        return self.store.servers.find_instance(self.credential.project_id, self.instance.id)
 
 
 @pytest.fixture
@@ -323,15 +323,15 @@ def test_a_stop_that_began_is_not_overtaken_by_a_late_report(world):
     world.machine.silent = {"report"}
     world.play(world.journal())
     report = {"epoch": 1, "verified": True, "disk_serial": "DISK-1", "error": None}
-    assert not world.store.record_report(world.run_id, report)
-    assert world.store.get_run(world.run_id).verified_at is None
+    assert not world.store.runs.record_report(world.run_id, report)
+    assert world.store.runs.get_run(world.run_id).verified_at is None
 
 
 def test_a_proof_that_came_while_unproved_was_written_down_counts(world):
     world.machine.silent = {"proof"}
     proof = {"boot_id": "boot-new", "root_disk_serial": "DISK-1", "ssh_host_keys": [], "password_usable": True}
     world.play(world.journal())
-    world.store.record_proof(world.run_id, proof)
+    world.store.runs.record_proof(world.run_id, proof)
     world.effects.end(world.run_id, Ending.UNPROVED, None)  # the process died after the ending was written, and the step is done again
     assert world.state().state is InstanceState.RUNNING
 
@@ -380,8 +380,8 @@ def test_a_damaged_image_is_found_before_any_power_action(world):
 def test_who_commits_first_wins_at_the_line(world):
     world.machine.silent = {"written"}
     world.play(world.journal())
-    run = world.store.get_run(world.run_id)
-    assert not world.store.record_crossing(world.run_id, run.plan["plan_id"])
+    run = world.store.runs.get_run(world.run_id)
+    assert not world.store.runs.record_crossing(world.run_id, run.plan["plan_id"])
 
 
 def test_no_secret_stays_after_the_end_and_none_was_ever_in_clear(world):
@@ -391,4 +391,4 @@ def test_no_secret_stays_after_the_end_and_none_was_ever_in_clear(world):
     assert b"Canary-bmc-password" not in kept
     assert b"$6$" not in kept
     with pytest.raises(RunFailed):
-        world.store.get_run_secret(world.run_id)
+        world.store.runs.get_run_secret(world.run_id)

@@ -32,7 +32,7 @@ def image_head(sector: int, image_bytes: int, *, partitions: int = 2, entries: i
     crc = zlib.crc32(struct.pack(pack, b"EFI PART", 0x10000, 92, 0, 0, *fields))
     head = bytearray(MIB)
     head[:440] = b"\xeb" * 440
-    struct.pack_into("<B3sB3sII", head, 446, 0, b"\0\2\0", 0xEE, b"\xff" * 3, 1, sectors - 1)
+    struct.pack_into("<B3sB3sII", head, 446, 0, b"\0\2\0", 0xEE, b"\xff" * 3, 1, min(sectors - 1, 0xFFFFFFFF))
     head[510:512] = b"\x55\xaa"
     head[sector : sector + 92] = struct.pack(pack, b"EFI PART", 0x10000, 92, crc, 0, *fields)
     head[2 * sector : 2 * sector + len(table)] = table
@@ -110,6 +110,13 @@ def test_a_flipped_byte_in_header_or_entries_is_refused(at: int) -> None:
     head = bytearray(image_head(512, 40 * MIB))
     head[at] ^= 1
     with pytest.raises(ValueError, match="checksum is wrong"):
+        refit(bytes(head))
+
+
+def test_an_image_that_is_a_cd_too_is_refused_because_firmware_would_boot_it_without_lba_0() -> None:
+    head = bytearray(image_head(512, 40 * MIB))
+    head[32769:32774] = b"CD001"
+    with pytest.raises(ValueError, match="CD image"):
         refit(bytes(head))
 
 

@@ -26,7 +26,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
     router = APIRouter()
 
     def session_run(request: Request) -> RunRow:
-        run = store.find_run_by_session(_bearer(request))
+        run = store.runs.find_run_by_session(_bearer(request))
         if run is None:
             raise HTTPException(401)
         return run
@@ -39,7 +39,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
     @router.post("/agent/v1/hello")
     def hello(request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """The media token is exchanged for the session token, once: for any other boot it is spent."""
-        run = store.find_run_by_token(_bearer(request))
+        run = store.runs.find_run_by_token(_bearer(request))
         if run is None:
             raise HTTPException(401)
         try:
@@ -47,16 +47,16 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         except (KeyError, TypeError, ValueError):
             raise HTTPException(400) from None
         still_open(run)
-        if not store.record_hello(run.id, inventory["boot_id"], inventory):
+        if not store.runs.record_hello(run.id, inventory["boot_id"], inventory):
             raise HTTPException(410)
         return {"session": store.sealer.derive_for_run(run.id, "session"), "poll_s": 0.5}
 
     @router.get("/agent/v1/plan")
     def plan(request: Request) -> Response:
         run = still_open(session_run(request))
-        if store.is_closed(run.id):
+        if store.runs.is_closed(run.id):
             raise HTTPException(410)
-        store.record_seen(run)
+        store.runs.record_seen(run)
         return JSONResponse(run.plan) if run.plan else Response(status_code=204)
 
     @router.post("/agent/v1/cross")
@@ -65,7 +65,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         run = still_open(session_run(request))
         if not run.plan or body.get("serial") != run.plan["disk_serial"]:
             raise HTTPException(409)
-        if not store.record_crossing(run.id, str(body.get("plan_id"))):
+        if not store.runs.record_crossing(run.id, str(body.get("plan_id"))):
             raise HTTPException(410)
         return {"epoch": run.epoch, "lease_s": LEASE_S}
 
@@ -99,7 +99,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         if body.get("epoch") != run.epoch:
             raise HTTPException(410)
         kept = {name: body.get(name) for name in ("epoch", "stage", "bytes_done", "bytes_total")}
-        if not store.record_progress(run.id, kept):
+        if not store.runs.record_progress(run.id, kept):
             raise HTTPException(410)
         return {"lease_s": LEASE_S}
 
@@ -110,17 +110,17 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
             raise HTTPException(410)
         kept = {name: body.get(name) for name in protocol.Report.__dataclass_fields__}
         kept["error"] = _known_error(body.get("error"))
-        if not store.record_report(run.id, kept):
+        if not store.runs.record_report(run.id, kept):
             raise HTTPException(410)
         return {"then": "power-off"}
 
     @router.post("/home/v1/{run_id}")
     def home(request: Request, run_id: str, body: dict[str, Any]) -> dict[str, Any]:
         """The new OS's own proof. One that comes after `unproved` counts until a new run begins."""
-        run = store.find_run_by_nonce(run_id, _bearer(request))
+        run = store.runs.find_run_by_nonce(run_id, _bearer(request))
         if run is None:
             raise HTTPException(401)
-        if run.verified_at is None or not store.is_latest_run(run):
+        if run.verified_at is None or not store.runs.is_latest_run(run):
             raise HTTPException(410)
         proof = {
             "boot_id": str(body.get("boot_id"))[:64],
@@ -129,7 +129,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
             "password_usable": bool(body.get("password_usable", False)),
         }
         if run.proof is None:
-            store.record_proof(run.id, proof)
+            store.runs.record_proof(run.id, proof)
         record_late_proof(store, run.id)
         return {}
 

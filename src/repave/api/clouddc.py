@@ -160,10 +160,10 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
 
     def check_passwords(project_id: str, wanted: ReinstallOptions) -> None:
         """The image is there, and the password is good for the user it will be set for; ids that are not known come later."""
-        image = store.find_image(project_id, wanted.image_id) if wanted.image_id else None
+        image = store.images.find_image(project_id, wanted.image_id) if wanted.image_id else None
         if wanted.image_id and image is None:
             raise bad_value("image_id", "there is no such image")
-        known = [] if image else store.list_instances(project_id, ids=wanted.instance_ids)[0]
+        known = [] if image else store.servers.list_instances(project_id, ids=wanted.instance_ids)[0]
         for os_type in sorted({image.os_type} if image else {i.os_type for i in known} or {"Linux"}):
             if fault := find_password_fault(wanted.password, user=user_for(os_type)):
                 raise bad_value("password", fault)
@@ -173,7 +173,7 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
         caller, sent = admit_caller(request, project_id, Role.OPERATOR, "change"), incoming(request)
         if sent.too_large:
             raise from_status(413)
-        if caller.replay_key and (answer := store.find_answer(caller.replay_key)):
+        if caller.replay_key and (answer := store.access.find_answer(caller.replay_key)):
             return _accepted(answer["body"], answer.get("batch_id"))
         check_content_type(sent.presented.values("content-type"), sent.presented.values("content-encoding"))
         wanted = parse_reinstall(sent.body)
@@ -185,7 +185,7 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
             )  # fmt: skip
         except RepaveError:
             # Two copies of one signed request at once: the second finds the first's instances busy, and its answer stored.
-            answer = store.find_answer(caller.replay_key) if caller.replay_key else None
+            answer = store.access.find_answer(caller.replay_key) if caller.replay_key else None
             if answer is None:
                 raise
             return _accepted(answer["body"], answer.get("batch_id"))
@@ -194,7 +194,7 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
     @router.get("/instances/{instance_id}/status", response_model_exclude_none=True)
     def show_instance_status(request: Request, project_id: str, instance_id: str) -> InstanceStatus:
         admit_caller(request, project_id, Role.VIEWER, "read")
-        found = store.find_instance(project_id, instance_id) if UUID.fullmatch(instance_id) else None
+        found = store.servers.find_instance(project_id, instance_id) if UUID.fullmatch(instance_id) else None
         if found is None:
             raise no_instance([instance_id] if UUID.fullmatch(instance_id) else [])
         return _status(found)
@@ -207,8 +207,8 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
         if ids is not None and server_ids is not None:
             raise bad_value("server_id", "not together with instance_id")
         state, limit = _one_of(query, "instance_state", INSTANCE_STATES), _limit(query)
-        found, total = store.list_instances(project_id, state=state, ids=ids, server_ids=server_ids, after=_marker(query), limit=limit + 1)
-        images = {image.id: image for image in store.list_images(project_id)}
+        found, total = store.servers.list_instances(project_id, state=state, ids=ids, server_ids=server_ids, after=_marker(query), limit=limit + 1)
+        images = {image.id: image for image in store.images.list_images(project_id)}
         views = [_instance_view(i, images.get(i.image_id or "")) for i in found[:limit]]
         return InstancePage(instances=views, page_info=_page_info([v.id for v in views], len(found) > limit), count=total)
 
@@ -217,18 +217,18 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
         admit_caller(request, project_id, Role.VIEWER, "read")
         query = _query(request)
         state, after, limit = _one_of(query, "manage_state", MANAGE_STATES), _marker(query), _limit(query)
-        found, total = store.list_servers(project_id, after=after, limit=limit + 1) if state in (None, "in-use") else ([], 0)
-        project = store.find_project(project_id)
-        views = [_server_view(s, project, store.read_power_seen(s.id)) for s in found[:limit]]
+        found, total = store.servers.list_servers(project_id, after=after, limit=limit + 1) if state in (None, "in-use") else ([], 0)
+        project = store.access.find_project(project_id)
+        views = [_server_view(s, project, store.servers.read_power_seen(s.id)) for s in found[:limit]]
         return ServerPage(servers=views, page_info=_page_info([v.id for v in views], len(found) > limit), count=total)
 
     @router.get("/physicalservers/{server_id}", response_model_exclude_none=True)
     def show_server(request: Request, project_id: str, server_id: str) -> ServerView:
         admit_caller(request, project_id, Role.VIEWER, "read")
-        found = store.find_server(project_id, server_id) if UUID.fullmatch(server_id) else None
+        found = store.servers.find_server(project_id, server_id) if UUID.fullmatch(server_id) else None
         if found is None:
             raise no_server([server_id] if UUID.fullmatch(server_id) else [])
-        return _server_view(found, store.find_project(project_id), store.read_power_seen(server_id))
+        return _server_view(found, store.access.find_project(project_id), store.servers.read_power_seen(server_id))
 
     return router
 

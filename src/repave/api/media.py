@@ -27,7 +27,7 @@ def build_media_router(store: Store, places: Places, media: Callable[[], BootMed
     @router.api_route("/media/{run_id}/{key}/boot.iso", methods=["GET", "HEAD"])
     def boot_iso(request: Request, run_id: str, key: str) -> Response:
         """GET, HEAD and one Range, as BMCs ask."""
-        run = store.find_run(run_id)
+        run = store.runs.find_run(run_id)
         if run is None or not _is_key(store, run, key):
             raise HTTPException(404)
         slot = render_slot(_slot(store, run, places)) if _is_live(store, run) else None
@@ -58,12 +58,12 @@ def _is_key(store: Store, run: RunRow, key: str) -> bool:
 
 
 def _is_live(store: Store, run: RunRow) -> bool:
-    return run.ended_at is None and not store.is_closed(run.id) and not run.past_the_line and run.deadline_at > store.now()
+    return run.ended_at is None and not store.runs.is_closed(run.id) and not run.past_the_line and run.deadline_at > store.now()
 
 
 def _slot(store: Store, run: RunRow, places: Places) -> Slot:
     token = store.sealer.derive_for_run(run.id, "agent")
-    return Slot(run.id, places.agent_url, token, places.ca_pem, store.get_server(run.server_id).network)
+    return Slot(run.id, places.agent_url, token, places.ca_pem, store.servers.get_server(run.server_id).network)
 
 
 def _range(header: str | None, size: int) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class Body(BaseModel):
 
 
 def _is_site_admin(credential: Credential, store: Store) -> bool:
-    site = store.find_project(SITE_PROJECT)
+    site = store.access.find_project(SITE_PROJECT)
     return site is not None and credential.project_id == site.id and credential.role is Role.ADMIN
 
 
@@ -105,7 +105,7 @@ def _needs(role: Role) -> Callable[[Request, str | None], Scope]:
             raise RequestError("not-allowed", f"This needs the role {role.value}; this key is {credential.role.value}.", role=role.value)
         if project is None:
             return Scope(credential, desk)
-        named = desk.store.find_project(project)
+        named = desk.store.access.find_project(project)
         if named is not None and named.id == credential.project_id:
             return Scope(credential, desk)
         if not _is_site_admin(credential, desk.store):
@@ -170,7 +170,7 @@ def _credential_json(credential: Credential) -> Json:
 
 @router.get("/whoami")
 def whoami(scope: Viewer) -> Json:
-    project = scope.store.find_project(scope.project_id)
+    project = scope.store.access.find_project(scope.project_id)
     assert project is not None
     return {
         "name": scope.actor, "role": scope.credential.role.value, "project": project.name, "project_id": project.id,
@@ -182,7 +182,7 @@ def whoami(scope: Viewer) -> Json:
 def list_projects(scope: Viewer) -> Json:
     """All projects for the site's admin, one's own for the others."""
     everything = _is_site_admin(scope.credential, scope.store)
-    return render_list([asdict(p) for p in scope.store.list_projects() if everything or p.id == scope.project_id])
+    return render_list([asdict(p) for p in scope.store.access.list_projects() if everything or p.id == scope.project_id])
 
 
 class NewProject(Body):
@@ -193,7 +193,7 @@ class NewProject(Body):
 def add_project(scope: Admin, new: NewProject) -> Json:
     if not _is_site_admin(scope.credential, scope.store):
         raise RequestError("not-allowed", "Projects are added by an admin of project default.", role="admin")
-    return asdict(scope.store.add_project(new.name))
+    return asdict(scope.store.access.add_project(new.name))
 
 
 class NewKey(Body):
@@ -204,7 +204,7 @@ class NewKey(Body):
 
 @router.get("/keys")
 def list_keys(scope: Admin) -> Json:
-    return render_list([_credential_json(c) for c in scope.store.list_credentials(scope.project_id)])
+    return render_list([_credential_json(c) for c in scope.store.access.list_credentials(scope.project_id)])
 
 
 @router.post("/keys", status_code=201)
@@ -212,13 +212,13 @@ def add_key(scope: Admin, new: NewKey) -> Json:
     """SK and token are in this answer and never again."""
     if new.expires_at is not None and new.expires_at.tzinfo is None:
         raise RequestError("bad-request", "expires_at: needs a time zone, as in 2027-01-31T00:00:00Z.", field="expires_at")
-    made, sk, token = scope.store.add_credential(scope.project_id, new.name, new.role, expires_at=new.expires_at)
+    made, sk, token = scope.store.access.add_credential(scope.project_id, new.name, new.role, expires_at=new.expires_at)
     return _credential_json(made) | {"sk": sk, "token": token}
 
 
 @router.delete("/keys/{key_id}", status_code=204)
 def remove_key(scope: Admin, key_id: str) -> None:
-    scope.store.remove_credential(scope.project_id, key_id)
+    scope.store.access.remove_credential(scope.project_id, key_id)
 
 
 def build_operator_router(

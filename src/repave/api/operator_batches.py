@@ -46,13 +46,13 @@ def _resolve(scope: Scope, target: Target) -> list[tuple[Server, Instance]]:
         raise RequestError("bad-request", "servers: none were named; empty never means all.", field="servers")
     servers = [get_server(scope, name) for name in target.servers]
     for instance_id in target.instance_ids:
-        instance = scope.store.find_instance(scope.project_id, instance_id)
+        instance = scope.store.servers.find_instance(scope.project_id, instance_id)
         if instance is None:
             raise RequestError("not-found", f"There is no instance {instance_id!r} in this project.", kind="instance")
-        servers.append(scope.store.get_server(instance.server_id))
+        servers.append(scope.store.servers.get_server(instance.server_id))
     if len({s.id for s in servers}) != len(servers):
         raise RequestError("bad-request", "servers: one is named twice.", field="servers")
-    by_server = {i.server_id: i for i in scope.store.list_instances(scope.project_id, server_ids=[s.id for s in servers])[0]}
+    by_server = {i.server_id: i for i in scope.store.servers.list_instances(scope.project_id, server_ids=[s.id for s in servers])[0]}
     return [(s, by_server[s.id]) for s in servers]
 
 
@@ -60,7 +60,7 @@ def _plan(scope: Scope, target: Target) -> Json:
     """What would be erased and what kept. Reads the store only. Its id changes when image, servers, states or disk rules do."""
     pairs = _resolve(scope, target)
     asked = get_image(scope, target.image) if target.image else None
-    images = {i.id: i for i in scope.store.list_images(scope.project_id)}
+    images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
     disks = _known_disks(scope, [s.id for s, _ in pairs])
     erased, problems, facts = [], [], []
     for server, instance in pairs:
@@ -74,7 +74,7 @@ def _plan(scope: Scope, target: Target) -> Json:
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(server, instance, image)]
         facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])
-    total = scope.store.list_servers(scope.project_id, limit=1)[1]
+    total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
     data_disks = sum(max(0, len(disks.get(s.id, [])) - 1) for s, _ in pairs)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return {
@@ -86,7 +86,7 @@ def _plan(scope: Scope, target: Target) -> Json:
 def _known_disks(scope: Scope, server_ids: Sequence[str]) -> dict[str, list[Json]]:
     """Disks by server, as the agent saw them in the newest run that got so far."""
     seen: dict[str, list[Json]] = {}
-    for run in scope.store.list_runs(project_id=scope.project_id):
+    for run in scope.store.runs.list_runs(project_id=scope.project_id):
         if run.server_id in server_ids and run.inventory:
             seen[run.server_id] = [d for d in run.inventory.get("disks", []) if is_candidate(d)]
     return seen
@@ -174,21 +174,21 @@ def _batch_json(batch: Batch, runs: Sequence[RunRow], image: str | None) -> Json
 @router.get("/batches")
 def list_batches(scope: Viewer, limit: int = 100) -> Json:
     """Newest first."""
-    names = {i.id: i.name for i in scope.store.list_images(scope.project_id)}
-    batches = scope.store.list_batches(scope.project_id, limit=max(1, min(limit, 1000)))
-    return render_list([_batch_json(b, scope.store.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches])
+    names = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
+    batches = scope.store.runs.list_batches(scope.project_id, limit=max(1, min(limit, 1000)))
+    return render_list([_batch_json(b, scope.store.runs.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches])
 
 
 @router.get("/batches/{batch_id}")
 def show_batch(scope: Viewer, batch_id: str) -> Json:
-    batch = scope.store.find_batch(scope.project_id, batch_id)
+    batch = scope.store.runs.find_batch(scope.project_id, batch_id)
     if batch is None:
         raise RequestError("not-found", f"There is no batch {batch_id!r} in this project.", kind="batch")
-    runs = scope.store.list_runs(batch_id=batch.id)
-    events = scope.store.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
-    servers = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
-    images = {i.id: i.name for i in scope.store.list_images(scope.project_id)}
-    instances = {i.id: i for i in scope.store.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
+    runs = scope.store.runs.list_runs(batch_id=batch.id)
+    events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
+    servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
+    images = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
+    instances = {i.id: i for i in scope.store.servers.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
     now = scope.store.now()
     shown = [
         run_json(

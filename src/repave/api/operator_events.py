@@ -28,10 +28,10 @@ def _event_json(event: Event, servers: dict[str, str]) -> Json:
 
 
 def _read(scope: Scope, after: int, batch: str | None, limit: int) -> list[Json]:
-    events = scope.store.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
+    events = scope.store.events.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
     if not events:
         return []
-    servers = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
+    servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
     return [_event_json(e, servers) for e in events]
 
 
@@ -45,7 +45,7 @@ def list_events(
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Oldest first, after `after` (or Last-Event-ID). `next` is the `after` of the next page. With Accept: text/event-stream it follows."""
-    if batch is not None and scope.store.find_batch(scope.project_id, batch) is None:
+    if batch is not None and scope.store.runs.find_batch(scope.project_id, batch) is None:
         raise RequestError("not-found", f"There is no batch {batch!r} in this project.", kind="batch")
     if last_event_id is not None:
         if not last_event_id.isascii() or not last_event_id.isdigit():
@@ -81,5 +81,5 @@ async def _follow(scope: Scope, after: int, batch: str | None) -> AsyncIterator[
 
 
 def _has_ended(scope: Scope, batch_id: str) -> bool:
-    batch = scope.store.find_batch(scope.project_id, batch_id)
+    batch = scope.store.runs.find_batch(scope.project_id, batch_id)
     return batch is None or batch.ended_at is not None

@@ -29,7 +29,7 @@ _ABANDONED_S = 3600.0
 
 def get_image(scope: Scope, reference: str) -> Image:
     """By id or name, in this project only."""
-    for image in scope.store.list_images(scope.project_id):
+    for image in scope.store.images.list_images(scope.project_id):
         if reference in (image.id, image.name):
             return image
     raise RequestError("not-found", f"There is no image {reference!r} in this project.", kind="image")
@@ -37,14 +37,14 @@ def get_image(scope: Scope, reference: str) -> Image:
 
 @router.get("")
 def list_images(scope: Viewer) -> Json:
-    return render_list([asdict(i) for i in scope.store.list_images(scope.project_id)])
+    return render_list([asdict(i) for i in scope.store.images.list_images(scope.project_id)])
 
 
 @router.get("/{reference}")
 def show_image(scope: Viewer, reference: str) -> Json:
     image = get_image(scope, reference)
-    names = {s.id: s.name for s in scope.store.list_servers(scope.project_id)[0]}
-    instances, _ = scope.store.list_instances(scope.project_id)
+    names = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
+    instances, _ = scope.store.servers.list_instances(scope.project_id)
     return asdict(image) | {"servers": sorted(names[i.server_id] for i in instances if i.image_id == image.id)}
 
 
@@ -72,7 +72,7 @@ async def add_image(
 
 def _make_room(scope: Scope, name: str, announced_bytes: int) -> tuple[Path, int]:
     """An empty file to receive into, and how long it may become. Uploads of a service that died are gone."""
-    if any(i.name == name for i in scope.store.list_images(scope.project_id)):
+    if any(i.name == name for i in scope.store.images.list_images(scope.project_id)):
         raise RequestError("conflict", f"An image {name!r} exists already.", field="name")
     images = scope.desk.images
     room_bytes = images.room_bytes()
@@ -118,9 +118,9 @@ def _store_image(scope: Scope, file: Path, *, name: str, os_type: str) -> Json:
     with scope.desk.images_lock:
         image = images.add(file, name=name, os_type=os_type, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
         try:
-            store.add_image(image, actor=scope.actor)
+            store.images.add_image(image, actor=scope.actor)
         except RequestError:  # the name was taken meanwhile
-            images.sweep([i.manifest_sha256 for p in store.list_projects() for i in store.list_images(p.id)])
+            images.sweep([i.manifest_sha256 for p in store.access.list_projects() for i in store.images.list_images(p.id)])
             raise
     return asdict(image)
 
@@ -129,4 +129,4 @@ def _store_image(scope: Scope, file: Path, *, name: str, os_type: str) -> Json:
 def remove_image(scope: Operator, reference: str) -> None:
     """Chunks that no other image has are removed too. Refused while a live run needs the image. Blocks while an import runs."""
     with scope.desk.images_lock:
-        scope.desk.images.sweep(scope.store.remove_image(get_image(scope, reference), actor=scope.actor))
+        scope.desk.images.sweep(scope.store.images.remove_image(get_image(scope, reference), actor=scope.actor))

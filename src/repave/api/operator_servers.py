@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from repave.api.operator import Admin, Body, Json, ProblemRoute, Scope, Viewer, render_list
 from repave.bmc import BmcAddress, BmcFacts
@@ -45,7 +45,7 @@ Address = Annotated[str, AfterValidator(_ip)]
 
 
 class Network(Body):
-    """Static settings of the NIC that the ramdisk and the new OS use; absent = DHCP."""
+    """Static settings of the NIC that the ramdisk and the new OS use; absent = DHCP. `vlan`: the address is on this tagged VLAN."""
 
     mac: Annotated[str, AfterValidator(_mac)]
     address: Address
@@ -54,11 +54,24 @@ class Network(Body):
     dns: list[Address] = Field(default=[])
     vlan: int | None = Field(default=None, ge=1, le=4094)
 
+    @field_validator("prefix")
+    @classmethod
+    def _prefix_fits(cls, prefix: int, seen: ValidationInfo) -> int:
+        if "address" in seen.data:
+            ip_interface(f"{seen.data['address']}/{prefix}")
+        return prefix
+
+    @field_validator("gateway")
+    @classmethod
+    def _gateway_is_near(cls, gateway: str | None, seen: ValidationInfo) -> str | None:
+        """Neither the ramdisk nor the new OS could reach another one: the server would be lost to us at its next boot."""
+        if gateway is not None and {"address", "prefix"} <= seen.data.keys():
+            network = ip_interface(f"{seen.data['address']}/{seen.data['prefix']}").network
+            if ip_address(gateway) not in network:
+                raise ValueError(f"is not in {network}")
+        return gateway
+
     def as_json(self) -> Json:
-        try:
-            ip_interface(f"{self.address}/{self.prefix}")
-        except ValueError as error:
-            raise RequestError("bad-request", f"network.prefix: {error}.", field="network.prefix") from None
         return self.model_dump(exclude_none=True)
 
 
@@ -103,7 +116,7 @@ def instance_json(instance: Instance, images: dict[str, str]) -> Json:
 
 
 def _server_json(scope: Scope, server: Server, instance: Instance, images: dict[str, str]) -> Json:
-    power = scope.store.read_power_seen(server.id)
+    power = scope.store.servers.read_power_seen(server.id)
     shown: Json = {
         "id": server.id, "name": server.name, "rack": server.rack, "unit": server.unit, "manufacturer": server.manufacturer,
         "model": server.model, "serial": server.serial, "uuid": server.uuid, "macs": server.macs, "arch": server.arch, "boot": server.boot,
@@ -119,12 +132,12 @@ def _server_json(scope: Scope, server: Server, instance: Instance, images: dict[
 
 
 def _image_names(scope: Scope) -> dict[str, str]:
-    return {i.id: i.name for i in scope.store.list_images(scope.project_id)}
+    return {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
 
 
 def get_server(scope: Scope, reference: str) -> Server:
     """By name or id, in this project only."""
-    found = scope.store.find_server(scope.project_id, reference)
+    found = scope.store.servers.find_server(scope.project_id, reference)
     if found is None:
         raise RequestError("not-found", f"There is no server {reference!r} in this project.", kind="server")
     return found
@@ -132,8 +145,8 @@ def get_server(scope: Scope, reference: str) -> Server:
 
 @router.get("")
 def list_servers(scope: Viewer) -> Json:
-    servers, _ = scope.store.list_servers(scope.project_id)
-    instances = {i.server_id: i for i in scope.store.list_instances(scope.project_id)[0]}
+    servers, _ = scope.store.servers.list_servers(scope.project_id)
+    instances = {i.server_id: i for i in scope.store.servers.list_instances(scope.project_id)[0]}
     names = _image_names(scope)
     # A server removed between the two reads has no instance any more; it is not shown.
     shown = [_server_json(scope, s, instances[s.id], names) for s in sorted(servers, key=lambda s: s.name) if s.id in instances]
@@ -143,14 +156,14 @@ def list_servers(scope: Viewer) -> Json:
 @router.get("/{reference}")
 def show_server(scope: Viewer, reference: str) -> Json:
     server = get_server(scope, reference)
-    instance = scope.store.list_instances(scope.project_id, server_ids=[server.id])[0][0]
+    instance = scope.store.servers.list_instances(scope.project_id, server_ids=[server.id])[0][0]
     return _server_json(scope, server, instance, _image_names(scope))
 
 
 @router.post("", status_code=201)
 def add_server(scope: Admin, new: NewServer) -> Json:
     """The BMC was asked, its certificate is pinned, server and instance exist; or nothing was stored. Nothing was powered or written."""
-    if scope.store.find_server(scope.project_id, new.name):
+    if scope.store.servers.find_server(scope.project_id, new.name):
         raise RequestError("conflict", f"A server {new.name!r} exists already.", field="name")
     asked = Server(
         id=new_id(), name=new.name, project_id=scope.project_id, bmc_url=new.bmc_url, bmc_username=new.bmc_username,
@@ -161,8 +174,8 @@ def add_server(scope: Admin, new: NewServer) -> Json:
     )  # fmt: skip
     facts = scope.desk.probe(BmcAddress.of(asked, new.bmc_password))
     server = replace(asked, **_seen(asked, facts), arch=new.arch or facts.arch or "amd64")
-    instance = scope.store.add_server(server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, actor=scope.actor)
-    scope.store.record_power(server.id, facts.power.value)
+    instance = scope.store.servers.add_server(server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, actor=scope.actor)
+    scope.store.servers.record_power(server.id, facts.power.value)
     return _server_json(scope, server, instance, {})
 
 
@@ -188,7 +201,7 @@ def set_server(scope: Admin, reference: str, change: ChangedServer) -> Json:
     if change.repin or change.bmc_password is not None or any(name.startswith("bmc_") for name in changes):
         changes |= _verify_same_server(scope, server, change, changes)
     if changes or change.bmc_password is not None:
-        scope.store.set_server(server.id, bmc_password=change.bmc_password, actor=scope.actor, **changes)
+        scope.store.servers.set_server(server.id, bmc_password=change.bmc_password, actor=scope.actor, **changes)
     return show_server(scope, server.id)
 
 
@@ -201,7 +214,7 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
     if change.repin:
         # The admin has compared fingerprints: whatever it shows now is trusted, and pinned.
         after = replace(after, bmc_certificate_sha256=change.certificate_sha256, bmc_tls_verify="false")
-    facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or scope.store.get_bmc_password(server.id)))
+    facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or scope.store.servers.get_bmc_password(server.id)))
     for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)):
         if mine and theirs and mine.lower() != theirs.lower():
             raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
@@ -210,4 +223,4 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
 
 @router.delete("/{reference}", status_code=204)
 def remove_server(scope: Admin, reference: str) -> None:
-    scope.store.remove_server(get_server(scope, reference).id, actor=scope.actor)
+    scope.store.servers.remove_server(get_server(scope, reference).id, actor=scope.actor)

@@ -48,8 +48,8 @@ class ServerEffects:
         """Image present and intact, arch and firmware match, the BMC answers and is the machine we know. Touches nothing."""
         run, server, image = self._about(run_id)
         self._refuse_late(run)
-        self.store.record_step(run_id, Step.PREFLIGHT)
-        self.store.get_run_secret(run_id)
+        self.store.runs.record_step(run_id, Step.PREFLIGHT)
+        self.store.runs.get_run_secret(run_id)
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
         self._verify_image(run.batch_id, image.manifest_sha256)
@@ -59,24 +59,24 @@ class ServerEffects:
         for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
             if known and seen and known.lower() != seen.lower():
                 raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
-        self.store.record_power(server.id, facts.power.value)
+        self.store.servers.record_power(server.id, facts.power.value)
         return {"power": facts.power.value}
 
     def power_off(self, run_id: str) -> Json:
         """Off, read back: asked for 60 s, then forced; the event says which."""
         run, server, _ = self._about(run_id)
         self._refuse_late(run)
-        self.store.record_step(run_id, Step.POWER_OFF)
+        self.store.runs.record_step(run_id, Step.POWER_OFF)
         with self.open_bmc(server) as bmc:
             forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
-        self.store.record_power(server.id, Power.OFF.value)
-        self.store.record_note(run_id, "run.power-off", forced=forced)
+        self.store.servers.record_power(server.id, Power.OFF.value)
+        self.store.runs.record_note(run_id, "run.power-off", forced=forced)
         return {"forced": forced}
 
     def insert_media(self, run_id: str) -> Json:
         """This run's media are in the drive and the next boot is theirs, both read back."""
         _, server, _ = self._about(run_id)
-        self.store.record_step(run_id, Step.INSERT_MEDIA)
+        self.store.runs.record_step(run_id, Step.INSERT_MEDIA)
         with self.open_bmc(server) as bmc:
             bmc.insert_media(media_urls(self.places, self.store, run_id))
             bmc.boot_from_media_once()
@@ -86,10 +86,10 @@ class ServerEffects:
         """Power is on; from here the agent speaks."""
         run, server, _ = self._about(run_id)
         self._refuse_late(run)
-        self.store.record_step(run_id, Step.BOOT_RAMDISK)
+        self.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
         with self.open_bmc(server) as bmc:
             bmc.power_on()
-        self.store.record_power(server.id, Power.ON.value)
+        self.store.servers.record_power(server.id, Power.ON.value)
         return None
 
     def plan(self, run_id: str) -> Json:
@@ -120,12 +120,12 @@ class ServerEffects:
             config_drive_sha256=hashlib.sha256(drive).hexdigest(),
             config_drive_bytes=len(drive),
         )
-        self.store.record_plan(run_id, protocol.render(plan))
+        self.store.runs.record_plan(run_id, protocol.render(plan))
         return None
 
     def close_before_line(self, run_id: str) -> bool:
         """Nobody crosses any more. False where the line was crossed first."""
-        return self.store.close_before_line(run_id)
+        return self.store.runs.close_before_line(run_id)
 
     def return_what_was_found(self, run_id: str) -> Json:
         """Media out, override off, and power as it was found: the old OS boots, or where there was none the server is off.
@@ -141,8 +141,8 @@ class ServerEffects:
             if run.found_state is InstanceState.RUNNING:
                 bmc.power_on()
         power = Power.ON if run.found_state is InstanceState.RUNNING else Power.OFF
-        self.store.record_power(server.id, power.value)
-        self.store.record_note(run_id, "run.returned", power=power.value)
+        self.store.servers.record_power(server.id, power.value)
+        self.store.runs.record_note(run_id, "run.returned", power=power.value)
         return None
 
     # ---- after the line ----
@@ -154,7 +154,7 @@ class ServerEffects:
             bmc.power_off()
             bmc.eject_media()
             bmc.boot_from_disk()
-        self.store.record_power(server.id, Power.OFF.value)
+        self.store.servers.record_power(server.id, Power.OFF.value)
         return None
 
     def boot_new_os(self, run_id: str) -> Json:
@@ -164,26 +164,26 @@ class ServerEffects:
             return None
         with self.open_bmc(server) as bmc:
             if run.step is not Step.FIRST_BOOT:
-                self.store.record_step(run_id, Step.BOOT_NEW_OS)
+                self.store.runs.record_step(run_id, Step.BOOT_NEW_OS)
                 bmc.power_off()
                 bmc.eject_media()
                 bmc.boot_from_disk()
                 # Recorded before power is on: killed after it, we must not cut short a first boot that has erased its config drive.
-                self.store.record_step(run_id, Step.FIRST_BOOT)
+                self.store.runs.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
-        self.store.record_power(server.id, Power.ON.value)
+        self.store.servers.record_power(server.id, Power.ON.value)
         return None
 
     def verify_proof(self, run_id: str) -> Json:
         """The proof names the disk of the plan and another boot than the ramdisk's."""
         run, _, _ = self._about(run_id)
-        self.store.record_step(run_id, Step.PROOF)
+        self.store.runs.record_step(run_id, Step.PROOF)
         verify_proof(run)
         return None
 
     def end(self, run_id: str, ending: Ending, error: dict[str, Json] | None) -> Json:
         """The first ending stands; the run's keys are destroyed. A proof that came while it was written down still counts."""
-        self.store.record_ending(run_id, ending, error)
+        self.store.runs.record_ending(run_id, ending, error)
         record_late_proof(self.store, run_id)
         self.store.sealer.destroy_run(run_id)
         return None
@@ -201,17 +201,17 @@ class ServerEffects:
             raise RunFailed("deadline", "The run's deadline passed before this step.")
 
     def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
-        run = self.store.get_run(run_id)
-        server = self.store.get_server(run.server_id)
-        image = self.store.find_image(run.project_id, run.image_id)
+        run = self.store.runs.get_run(run_id)
+        server = self.store.servers.get_server(run.server_id)
+        image = self.store.images.find_image(run.project_id, run.image_id)
         if image is None:
             raise RunFailed("image-missing")
         return run, server, image
 
     def _render_drive(self, run: RunRow, server: Server, image: Image) -> bytes:
-        instance = self.store.find_instance(run.project_id, run.instance_id)
+        instance = self.store.servers.find_instance(run.project_id, run.instance_id)
         assert instance is not None
-        secret = self.store.get_run_secret(run.id)
+        secret = self.store.runs.get_run_secret(run.id)
         return render_config_drive(
             FirstBoot(
                 hostname=instance.name,
@@ -258,11 +258,11 @@ def verify_proof(run: RunRow) -> None:
 
 def record_late_proof(store: Store, run_id: str) -> None:
     """A run that ended `unproved` and has a valid proof now becomes `running`, unless a new run began. Repeatable."""
-    run = store.get_run(run_id)
-    if run.outcome != Ending.UNPROVED.value or run.proof is None or not store.is_latest_run(run):
+    run = store.runs.get_run(run_id)
+    if run.outcome != Ending.UNPROVED.value or run.proof is None or not store.runs.is_latest_run(run):
         return
     try:
         verify_proof(run)
     except RunFailed:
         return
-    store.record_ending(run_id, Ending.LATE_PROOF, None)
+    store.runs.record_ending(run_id, Ending.LATE_PROOF, None)

@@ -225,7 +225,7 @@ class Engine:
     def reconcile(self) -> None:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
         now = self.store.now()
-        live = {run.id: run for run in self.store.list_runs(live=True)}
+        live = {run.id: run for run in self.store.runs.list_runs(live=True)}
         statuses = self._workflow_statuses()
         for run in live.values():
             try:
@@ -234,21 +234,21 @@ class Engine:
                 log.error("reconcile failed", run_id=run.id, error=type(error).__name__)
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():
-            ended = self.store.find_run(orphan)
+            ended = self.store.runs.find_run(orphan)
             if ended is None or ended.ended_at is not None:
                 self.store.sealer.destroy_run(orphan)
 
     def _reconcile_run(self, run: RunRow, status: str | None, now: datetime) -> None:
         never_was = status is None and run.created_at < now - timedelta(seconds=60)
         if status in _OVER or never_was:
-            if self.store.get_run(run.id).ended_at is not None:  # it ended while we looked
+            if self.store.runs.get_run(run.id).ended_at is not None:  # it ended while we looked
                 return
             ending = Ending.WRITE_FAILED if run.past_the_line else Ending.RETURN_FAILED
             cause = RepaveError("internal", "The run's workflow died; its server was left as it was.")
-            if self.store.record_ending(run.id, ending, cause.as_json()):
+            if self.store.runs.record_ending(run.id, ending, cause.as_json()):
                 log.error("run ended by the reconciler", run_id=run.id, status=status)
         elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
-            self.store.tell_silence(run.id)
+            self.store.runs.tell_silence(run.id)
 
     def _workflow_statuses(self) -> dict[str, str]:
         schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None

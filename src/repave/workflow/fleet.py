@@ -60,11 +60,11 @@ class Fleet:
 
         now = self.store.now()
         batch = Batch(new_id(), project_id, image_id, now, credential.name, None)
-        servers = self.store.get_servers([i.server_id for i in instances])
+        servers = self.store.servers.get_servers([i.server_id for i in instances])
         runs = [self._new_run(i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data) for i in instances]
         answer = {"status": 202, "body": {"instances": [{"id": i} for i in instance_ids]}, "batch_id": batch.id}
         try:
-            self.store.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
+            self.store.runs.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
         except BaseException:
             for run in runs:
                 self.store.sealer.destroy_run(run.id)
@@ -72,7 +72,7 @@ class Fleet:
         return Admitted(batch.id, tuple(instance_ids))
 
     def _find_instances(self, project_id: str, ids: Sequence[str]) -> list[Instance]:
-        found, _ = self.store.list_instances(project_id, ids=ids)
+        found, _ = self.store.servers.list_instances(project_id, ids=ids)
         by_id = {i.id: i for i in found}
         missing = [i for i in ids if i not in by_id]
         if missing:
@@ -87,7 +87,7 @@ class Fleet:
             raise RequestError("bad-request", "image_id is needed: the current image is not known.", field="image_id", ids=unknown)
         images: dict[str, Image] = {}
         for wanted_id in {i for i in wanted.values() if i is not None}:
-            image = self.store.find_image(project_id, wanted_id)
+            image = self.store.images.find_image(project_id, wanted_id)
             if image is None:
                 raise RequestError("not-found", "", kind="image", ids=[wanted_id])
             images[wanted_id] = image

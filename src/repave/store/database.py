@@ -1,0 +1,77 @@
+"""The database: one SQLAlchemy engine on SQLite (WAL, synchronous=FULL) or PostgreSQL, transactions, and what every change needs."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from repave.secrets import Sealer
+from repave.store.tables import EVENTS
+
+Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
+
+
+def new_id() -> str:
+    """A UUID of version 7: sorts by the time it was made (RFC 9562)."""
+    raw = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
+    return str(uuid.UUID(int=raw & ~(0xF << 76) & ~(0x3 << 62) | 7 << 76 | 2 << 62))
+
+
+class Database:
+    """Transactions and rows. `now` is the clock of every fact; `tell` wakes a run's workflow in the transaction of the fact."""
+
+    def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
+        self.engine, self.sealer, self.now = engine, sealer, now
+        self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        with self.engine.connect().execution_options(repave_write=True) as conn, conn.begin():
+            yield conn
+
+    def rows(self, statement: sa.Select[Any]) -> list[sa.RowMapping]:
+        with self.engine.connect() as conn:
+            return [r._mapping for r in conn.execute(statement)]
+
+    def row(self, statement: sa.Select[Any]) -> sa.RowMapping | None:
+        found = self.rows(statement.limit(1))
+        return found[0] if found else None
+
+    def event(self, conn: sa.Connection, type_: str, project_id: str, *, actor: str = "repave", **about: Any) -> None:
+        ids = {name: about.pop(name, None) for name in ("batch_id", "run_id", "server_id")}
+        conn.execute(sa.insert(EVENTS).values(at=self.now(), project_id=project_id, type=type_, actor=actor, data=about, **ids))
+
+    def page(self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int) -> tuple[list[sa.RowMapping], int]:
+        counted = self.row(sa.select(sa.func.count().label("n")).select_from(table).where(*where))
+        assert counted is not None
+        page = sa.select(table).where(*where).order_by(table.c.id).limit(limit)
+        return self.rows(page.where(table.c.id > after) if after else page), counted["n"]
+
+
+def open_engine(url: str) -> sa.Engine:
+    """The SQLAlchemy engine; a statement's values never appear in an error."""
+    engine = sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine)
+    return engine
+
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
+    """WAL and synchronous=FULL, foreign keys, BEGIN IMMEDIATE for writers (a read that turns into a write can not wait for its lock)."""
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(conn: sa.Connection) -> None:
+        conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("repave_write") else "BEGIN")

@@ -1,0 +1,45 @@
+"""The catalogue of images; their bytes are images/store.py's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import sqlalchemy as sa
+
+from repave.domain.model import Image
+from repave.errors import RequestError
+from repave.store import rows
+from repave.store.database import Database
+from repave.store.tables import IMAGES, RUNS
+
+
+class Images:
+    """What can be written."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def add_image(self, image: Image, *, actor: str = "repave") -> None:
+        with self._db.write() as conn:
+            same = sa.and_(IMAGES.c.project_id == image.project_id, IMAGES.c.name == image.name)
+            if conn.execute(sa.select(IMAGES.c.id).where(same)).first():
+                raise RequestError("conflict", f"An image {image.name!r} exists already.", field="name")
+            conn.execute(sa.insert(IMAGES).values(**asdict(image)))
+            self._db.event(conn, "image.added", image.project_id, actor=actor, image=image.id, name=image.name)
+
+    def list_images(self, project_id: str) -> list[Image]:
+        return [rows.image(r) for r in self._db.rows(sa.select(IMAGES).where(IMAGES.c.project_id == project_id).order_by(IMAGES.c.name))]
+
+    def find_image(self, project_id: str, image_id: str) -> Image | None:
+        row = self._db.row(sa.select(IMAGES).where(IMAGES.c.project_id == project_id, IMAGES.c.id == image_id))
+        return rows.image(row) if row else None
+
+    def remove_image(self, image: Image, *, actor: str = "repave") -> list[str]:
+        """The image is forgotten; returns the manifests still in use. Refused while a live run needs it."""
+        with self._db.write() as conn:
+            live = sa.and_(RUNS.c.image_id == image.id, RUNS.c.ended_at.is_(None))
+            if conn.execute(sa.select(RUNS.c.id).where(live)).first():
+                raise RequestError("in-progress", "A run that has not ended needs this image.", kind="image")
+            conn.execute(sa.delete(IMAGES).where(IMAGES.c.id == image.id))
+            self._db.event(conn, "image.removed", image.project_id, actor=actor, image=image.id, name=image.name)
+            return list(conn.execute(sa.select(IMAGES.c.manifest_sha256)).scalars())

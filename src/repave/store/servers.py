@@ -1,0 +1,132 @@
+"""Servers, each with its one instance, and the power last seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from repave.domain.model import Instance, InstanceState, Server
+from repave.errors import RepaveError, RequestError
+from repave.store import rows
+from repave.store.database import Database, new_id
+from repave.store.tables import INSTANCES, RUNS, SERVERS
+
+
+class Servers:
+    """What stands in the racks."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def add_server(self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave") -> Instance:
+        """The server and its one instance: adopted = running with an unknown image, blank = error, no OS yet."""
+        now = self._db.now()
+        error = RepaveError("blank").as_json() if blank else None
+        state = InstanceState.ERROR if blank else InstanceState.RUNNING
+        made = Instance(
+            new_id(),
+            server.name,
+            server.project_id,
+            server.id,
+            None,
+            state,
+            None,
+            error,
+            now,
+            now,
+            None if blank else now,
+            (),
+            os_type,
+        )
+        with self._db.write() as conn:
+            self._refuse_known_server(conn, server)
+            values = asdict(server) | {"macs": list(server.macs)}
+            sealed = self._db.sealer.seal(bmc_password, about=f"bmc:{server.id}")
+            conn.execute(sa.insert(SERVERS).values(**values, bmc_password_sealed=sealed, epoch=0))
+            conn.execute(sa.insert(INSTANCES).values(**asdict(made) | {"state": state.value, "ssh_host_keys": []}))
+            self._db.event(conn, "server.added", server.project_id, server_id=server.id, actor=actor, name=server.name, blank=blank)
+        return made
+
+    def _refuse_known_server(self, conn: sa.Connection, server: Server) -> None:
+        same_board = sa.and_(SERVERS.c.uuid == server.uuid, SERVERS.c.serial == server.serial, SERVERS.c.uuid != "")
+        if conn.execute(sa.select(SERVERS.c.id).where(SERVERS.c.name == server.name)).first():
+            raise RequestError("conflict", f"A server {server.name!r} exists already.", field="name")
+        if conn.execute(sa.select(SERVERS.c.id).where(same_board)).first():
+            raise RequestError("conflict", f"{server.name}: a server with this serial and UUID exists already.", field="bmc_url")
+
+    def set_server(self, server_id: str, *, bmc_password: str | None = None, actor: str = "repave", **changes: Any) -> None:
+        with self._db.write() as conn:
+            if bmc_password is not None:
+                changes["bmc_password_sealed"] = self._db.sealer.seal(bmc_password, about=f"bmc:{server_id}")
+            conn.execute(sa.update(SERVERS).where(SERVERS.c.id == server_id).values(**changes))
+            project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
+            named = sorted(c for c in changes if "password" not in c)
+            self._db.event(conn, "server.changed", project_id, server_id=server_id, actor=actor, fields=named)
+
+    def remove_server(self, server_id: str, *, actor: str = "repave") -> None:
+        """The server, its instance and its runs are forgotten. Refused while a run is live."""
+        with self._db.write() as conn:
+            live = sa.and_(RUNS.c.server_id == server_id, RUNS.c.ended_at.is_(None))
+            if conn.execute(sa.select(RUNS.c.id).where(live)).first():
+                raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+            project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
+            conn.execute(sa.delete(RUNS).where(RUNS.c.server_id == server_id))
+            conn.execute(sa.delete(INSTANCES).where(INSTANCES.c.server_id == server_id))
+            conn.execute(sa.delete(SERVERS).where(SERVERS.c.id == server_id))
+            self._db.event(conn, "server.removed", project_id, server_id=server_id, actor=actor)
+
+    def list_servers(self, project_id: str, *, after: str | None = None, limit: int = 100_000) -> tuple[list[Server], int]:
+        found, total = self._db.page(SERVERS, [SERVERS.c.project_id == project_id], after, limit)
+        return [rows.server(r) for r in found], total
+
+    def find_server(self, project_id: str, server_id: str) -> Server | None:
+        row = self._db.row(sa.select(SERVERS).where(SERVERS.c.project_id == project_id, sa.or_(SERVERS.c.id == server_id, SERVERS.c.name == server_id)))
+        return rows.server(row) if row else None
+
+    def get_server(self, server_id: str) -> Server:
+        row = self._db.row(sa.select(SERVERS).where(SERVERS.c.id == server_id))
+        if row is None:
+            raise RequestError("not-found", "There is no such server.", kind="server")
+        return rows.server(row)
+
+    def get_servers(self, server_ids: Sequence[str]) -> dict[str, Server]:
+        """By id; all of them are there."""
+        found = {r["id"]: rows.server(r) for r in self._db.rows(sa.select(SERVERS).where(SERVERS.c.id.in_(server_ids)))}
+        assert found.keys() == set(server_ids)
+        return found
+
+    def get_bmc_password(self, server_id: str) -> str:
+        row = self._db.row(sa.select(SERVERS.c.bmc_password_sealed).where(SERVERS.c.id == server_id))
+        assert row is not None
+        return self._db.sealer.unseal(row["bmc_password_sealed"], about=f"bmc:{server_id}")
+
+    def record_power(self, server_id: str, power: str) -> None:
+        with self._db.write() as conn:
+            conn.execute(sa.update(SERVERS).where(SERVERS.c.id == server_id).values(power=power, power_at=self._db.now()))
+
+    def read_power_seen(self, server_id: str) -> tuple[str, datetime] | None:
+        row = self._db.row(sa.select(SERVERS.c.power, SERVERS.c.power_at).where(SERVERS.c.id == server_id))
+        return (row["power"], row["power_at"]) if row and row["power"] else None
+
+    def list_instances(
+        self, project_id: str, *, state: str | None = None, ids: Sequence[str] | None = None, server_ids: Sequence[str] | None = None,
+        after: str | None = None, limit: int = 100_000,
+    ) -> tuple[list[Instance], int]:  # fmt: skip
+        """One page in the order of ids, and how many there are in all."""
+        where: list[sa.ColumnElement[bool]] = [INSTANCES.c.project_id == project_id]
+        if state is not None:
+            where.append(INSTANCES.c.state == state)
+        if ids is not None:
+            where.append(INSTANCES.c.id.in_(ids))
+        if server_ids is not None:
+            where.append(INSTANCES.c.server_id.in_(server_ids))
+        found, total = self._db.page(INSTANCES, where, after, limit)
+        return [rows.instance(r) for r in found], total
+
+    def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
+        row = self._db.row(sa.select(INSTANCES).where(INSTANCES.c.project_id == project_id, INSTANCES.c.id == instance_id))
+        return rows.instance(row) if row else None
