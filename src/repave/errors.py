@@ -54,7 +54,7 @@ _ERASED = "data disks; the root disk is erased and cannot boot by design"
 CATALOGUE: dict[str, Problem] = _table(
     # 1: request
     ("1001", "bad-request", Who.REQUEST, False, "The request is not valid.", "A field has a value that is not allowed.", "Correct the field that is named.", "everything"),
-    ("1002", "not-found", Who.REQUEST, False, "There is no such thing.", "The name or id is not known in this project.", "Look at the list: repave server ls, repave image ls.", "everything"),
+    ("1002", "not-found", Who.REQUEST, False, "Not found.", "The name or id is not known in this project.", "See what there is: repave server ls, image ls, batch ls, key ls.", "everything"),
     ("1003", "conflict", Who.REQUEST, False, "It exists already, or is in use.", "The name or id is taken, or a run needs it.", "Choose another name, or wait for the run to end.", "everything"),
     ("1004", "not-allowed", Who.REQUEST, False, "This key may not do that.", "The key's role or project does not allow it.", "Use a key with the role named, or ask an admin.", "everything"),
     ("1005", "not-logged-in", Who.REQUEST, False, "Who you are is not known.", "No token or signature, or one that is not valid.", "Set REPAVE_TOKEN, or run repave init on the server.", "everything"),
@@ -62,7 +62,7 @@ CATALOGUE: dict[str, Problem] = _table(
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
     ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _NOTHING),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),
-    ("2103", "auth", Who.BMC, False, "The BMC refuses user name or password.", "Wrong or expired credentials, or a locked account.", "repave server set NAME --user USER --password-stdin.", _NOTHING),
+    ("2103", "auth", Who.BMC, False, "The BMC refuses user name or password.", "Wrong or expired credentials, or a locked account.", "Correct them; of a server that is there already: repave server set NAME --user USER --password-stdin.", _NOTHING),
     ("2104", "forbidden", Who.BMC, False, "The BMC account may not do that.", "The account lacks a privilege or licence.", "Give the account the Operator or Administrator role.", _NOTHING),
     ("2105", "not_redfish", Who.BMC, False, "The address does not speak Redfish.", "The answer is not a Redfish service root.", "Check the address; enable Redfish in the BMC.", _NOTHING),
     ("2106", "no_system", Who.BMC, False, "The BMC names no server.", "No ComputerSystem of the kind we reinstall.", "Check the address: is it a chassis manager?", _NOTHING),

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Json, duration, fold, may_redraw, parse_time, say, show, show_json, show_list, size
+from repave.cli.output import Json, count, duration, fold, may_redraw, parse_time, say, show, show_json, show_list, size
 from repave.errors import RepaveError, RequestError
 
 app = App(name="batch")
@@ -58,7 +58,10 @@ def watch(batch_id: str | None = None, /, *, timeout: float | None = None, proje
         One event a line.
     """
     client = Client(project)
-    return follow(client, batch_id or _newest(client), timeout_s=timeout, as_json=json)
+    batch_id = batch_id or _newest(client)
+    if may_redraw() and not json:
+        say("Ctrl-C stops the watching, not the batch.")
+    return follow(client, batch_id, timeout_s=timeout, as_json=json)
 
 
 def _newest(client: Client) -> str:
@@ -119,6 +122,8 @@ def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Js
     seen: dict[str, tuple[str, ...]] = {}
     batch, spoke = None, time.monotonic()
     for batch in _states(client, batch_id, give_up_at):
+        if batch["state"] != "working" and not seen:  # it ended before we looked: nothing changes now, the summary says it all
+            break
         changed: dict[tuple[str, ...], list[Json]] = {}
         for run in batch["runs"]:
             what = _change(run)
@@ -129,7 +134,7 @@ def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Js
             show(" ".join([_clock(), fold(r["server"] for r in runs), *what, *([_took(runs)] if what[0] == "running" else [])]))
             spoke = time.monotonic()
         if time.monotonic() - spoke >= _HEARTBEAT_S:
-            show(f"{_clock()} {batch_id} " + " ".join(f"{name}={count}" for name, count in batch["counts"].items()))
+            show(f"{_clock()} {batch_id} " + " ".join(f"{name}={number}" for name, number in batch["counts"].items()))
             spoke = time.monotonic()
     return batch if batch and batch["state"] != "working" else None
 
@@ -154,7 +159,7 @@ def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Jso
             table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
             for row in folded_rows(batch["runs"]):
                 table.add_row(*(Text(cell) for cell in row))
-            live.update(Group(Text(_headline(batch) + "   Ctrl-C leaves it running"), table), refresh=True)
+            live.update(Group(Text(_headline(batch), no_wrap=True, overflow="ellipsis"), table), refresh=True)
     return batch if batch and batch["state"] != "working" else None
 
 
@@ -183,8 +188,8 @@ def _headline(batch: Json) -> str:
     runs, counts = batch["runs"], batch["counts"]
     ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
     took = duration((ended - parse_time(batch["created_at"])).total_seconds())
-    told = " · ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{batch['id']} · {len(runs)} servers · {batch['image'] or 'current image'} · {took} · {told}"
+    image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
+    return " · ".join([batch["id"], count(len(runs), "server"), image, took, *(f"{number} {name}" for name, number in counts.items() if number)])
 
 
 def folded_rows(runs: Sequence[Json]) -> list[list[str]]:

@@ -12,12 +12,14 @@ from typing import IO, Literal
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Usage, confirm, may_redraw, say, show_json, show_list, size
+from repave.cli.output import Usage, confirm, count, may_redraw, say, show_fields, show_json, show_list, size
 from repave.errors import RequestError
 
 app = App(name="image")
 _SAY_EVERY_S = 10.0
-_LIST = {"NAME": "name", "OS": "os_type", "ARCH": "arch", "BOOT": "boot", "SIZE": "size", "DATA": "data", "STORED": "stored", "ID": "id"}
+_LIST = {
+    "NAME": "name", "OS": "os_type", "ARCH": "arch", "BOOT": "boot", "SECTOR": "sector_bytes", "SIZE": "size", "DATA": "data", "STORED": "stored", "ID": "id",
+}  # fmt: skip
 
 
 class _Counted:
@@ -68,7 +70,8 @@ def import_image(
     if json:
         show_json(made)
         return
-    say(f"{made['name']} ({made['id']}) · {size(made['size_bytes'])}, {size(made['data_bytes'])} of it data · {size(made['stored_bytes'])} stored")
+    told = f"{size(made['size_bytes'])}, {size(made['data_bytes'])} of it data · {size(made['stored_bytes'])} stored · {made['sector_bytes']}-byte sectors"
+    say(f"{made['name']} ({made['id']}) · {told}")
     say(f"Next: repave reinstall NODESET --image {made['name']}")
 
 
@@ -125,9 +128,13 @@ def list_images(*, project: str | None = None, json: bool = False) -> None:
 
 
 @app.command(name="show")
-def show_image(image: str, /, *, project: str | None = None) -> None:
-    """One image (name or id) and the servers that run it, as JSON."""
-    show_json(Client(project).get(f"/images/{image}"))
+def show_image(image: str, /, *, project: str | None = None, json: bool = False) -> None:
+    """One image (name or id) and the servers that run it."""
+    found = Client(project).get(f"/images/{image}")
+    if json:
+        show_json(found)
+    else:
+        show_fields(found | {f"{name}_bytes": f"{found[f'{name}_bytes']} ({size(found[f'{name}_bytes'])})" for name in ("size", "data", "stored")})
 
 
 @app.command(name="rm")
@@ -135,6 +142,6 @@ def remove_image(image: str, /, *, yes: bool = False, project: str | None = None
     """Remove an image (name or id), and the pieces that no other has."""
     client = Client(project)
     found = client.get(f"/images/{image}")
-    confirm(f"Remove {found['name']}, which runs on {len(found['servers'])} servers? [y/N] ", "y", yes=yes)
+    confirm(f"Remove {found['name']}, which runs on {count(len(found['servers']), 'server')}? [y/N] ", "y", yes=yes)
     client.delete(f"/images/{found['id']}")
     say(f"{found['name']} removed.")

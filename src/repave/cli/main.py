@@ -53,13 +53,24 @@ def overview() -> None:
     show_overview()
 
 
+def _command_of(argv: list[str]) -> list[str]:
+    """The words of `argv` that name a command."""
+    found: list[str] = []
+    at = app
+    for word in argv:
+        if word.startswith("-") or word not in at:
+            break
+        found, at = [*found, word], at[word]
+    return found
+
+
 def run(argv: list[str]) -> int:
     """The command's exit code."""
     try:
         code = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         return code if isinstance(code, int) else 0
     except CycloptsError as error:
-        say(f"{error}\nNothing was sent. Help: repave {' '.join(argv[:1])} --help")
+        say(f"{error}\nNothing was sent. Help: repave {' '.join(_command_of(argv))} --help")
         return 2
     except Usage as error:
         say(f"{error}\nNothing was sent.")

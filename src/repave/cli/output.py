@@ -71,6 +71,16 @@ def _cell(item: Any, key: str) -> str:
     return "-" if item in (None, "") else str(item)
 
 
+def show_fields(value: Json, inner: str = "") -> None:
+    """One thing for people: a line a field, dots for inner names, what is empty left out."""
+    for name, item in value.items():
+        if isinstance(item, dict):
+            show_fields(item, f"{inner}{name}.")
+        elif item not in (None, "", []):
+            shown = ", ".join(str(i) for i in item) if isinstance(item, list) else _cell(value, name)
+            show(f"{inner}{name}".ljust(26) + f" {shown}")
+
+
 def show_error(error: RepaveError) -> None:
     p = error.problem
     say(f"{p.code}  {p.title} {error.detail}".rstrip())
@@ -145,6 +155,11 @@ def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
 
 
 # ---- numbers ----
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 server", "2 servers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def parse_time(text: str) -> datetime:

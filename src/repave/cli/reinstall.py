@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repave.cli.batch import follow
 from repave.cli.client import Client
-from repave.cli.output import Json, Refused, Usage, check_known, confirm, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.cli.output import Json, Refused, Usage, check_known, confirm, count, fold, is_terminal, read_secret, say, show, show_json, unfold
 from repave.domain.password import find_password_fault, user_for
 
 
@@ -59,7 +59,7 @@ def reinstall(
         _refuse_unconfirmed(yes=yes, expect=expect)
     names = unfold(nodeset)
     if expect is not None and expect != len(names):
-        raise Refused(f"{nodeset} are {len(names)} servers, not the {expect} expected; nothing was sent.")
+        raise Refused(f"{nodeset}: {count(len(names), 'server')}, not the {expect} expected; nothing was sent.")
     keys, data = [_read(path).strip() for path in ssh_key or ()], _read(user_data) if user_data else ""
     client = Client(project)
     check_known(names, [s["name"] for s in client.items("/servers")])
@@ -111,15 +111,17 @@ def _alike(erased: list[Json]) -> list[list[Json]]:
 def render_plan(plan: Json) -> str:
     """Erased, kept, problems; equal servers share a line."""
     erased, kept = plan["erased"], plan["kept"]
-    lines = [f"PLAN {plan['id']} · {len(erased)} servers · {plan['image'] or 'the image each has now'} · nothing touched yet"]
+    lines = [f"PLAN {plan['id']} · {count(len(erased), 'server')} · {plan['image'] or 'the image each has now'} · nothing touched yet"]
     for same in _alike(erased):
         first, rules = same[0], sorted({e["root_disk"] for e in same})
         own = ", ".join(part.partition("=")[0] for part in rules[0].split(","))
         disk = f": {rules[0]}" if len(rules) == 1 else f", by its own {own} (--json names them)"
-        lines.append(f"  ERASED   {fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk each{disk}")
+        lines.append(
+            f"  ERASED   {fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk{' each' if len(same) > 1 else ''}{disk}"
+        )
         lines.append(f"           now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}")
-    seen = f"{kept['data_disks_seen']} data disks seen before" if kept["data_disks_seen"] else "all data disks"
-    lines.append(f"  KEPT     {seen} (read-only for the whole run) · {kept['other_servers']} other servers")
+    seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
+    lines.append(f"  KEPT     {seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}")
     for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
         names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
         lines.append(f"  PROBLEM  {fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")

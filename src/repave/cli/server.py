@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv as csvlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +10,26 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from repave.cli.client import Client
-from repave.cli.output import Json, Usage, check_known, confirm, exit_code, fold, read_secret, say, show_error, show_json, show_list, unfold
+from repave.cli.output import (
+    Json,
+    Usage,
+    check_known,
+    confirm,
+    count,
+    exit_code,
+    fold,
+    read_secret,
+    say,
+    show_error,
+    show_fields,
+    show_json,
+    show_list,
+    unfold,
+)
+from repave.cli.server_csv import read_servers
 from repave.errors import RepaveError
 
 app = App(name="server")
-_COLUMNS = ("name", "bmc", "user", "secret_env", "rack", "unit", "mac", "address", "prefix", "gateway", "dns", "vlan", "root_disk", "blank", "tls_verify")
-_NOT_SETTINGS = ("secret_env", "blank")
 _AT_ONCE = 8  # probes; BMCs are slow, and we wait, not compute
 _LIST = {
     "NAME": "name", "STATE": "instance.state", "IMAGE": "instance.image", "MODEL": "model", "SERIAL": "serial", "RACK": "rack", "UNIT": "unit",
@@ -97,8 +109,9 @@ def add(
     nodeset
         Name, or names: web01, 'web[01-50]'.
     csv
-        A file with the columns name,bmc,user,secret_env,rack,unit,mac,address,prefix,gateway,dns,vlan,root_disk (blank, tls_verify).
-        secret_env names the environment variable that holds the BMC's password.
+        A file with the columns name, bmc, user, secret_env and, where wanted, rack, unit, mac, address, prefix, gateway, dns, vlan,
+        root_disk, blank, tls_verify, fingerprint, system, arch, os_type. secret_env names the environment variable that holds the BMC's
+        password. A file with a mistake is refused whole; servers that are there already are left out.
     blank
         There is no OS yet: the first install is a reinstall.
     windows
@@ -106,11 +119,18 @@ def add(
     """
     if (csv is None) == (nodeset is None):
         raise Usage("Name the servers, or give --csv FILE.")
+    if csv is not None and (settings != _NOTHING_SAID or password_stdin):
+        raise Usage("With --csv the file says what each server is; other options than --blank and --windows do not go with it.")
     common = {"blank": blank, "os_type": "Windows" if windows else "Linux"}
-    bodies = [common | body for body in (_from_csv(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
+    bodies = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
     client = Client(project)
+    if csv:
+        bodies = _leave_out_known(bodies, client, csv)
+        if not bodies:
+            return 0
     if len(bodies) > 1:
-        say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, paired in order.")
+        order = "as the file says" if csv else "paired in order"
+        say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, {order}.")
         confirm(f"Add {len(bodies)}? [y/N] ", "y", yes=yes)
 
     def send(body: Json) -> Json | RepaveError:
@@ -121,10 +141,22 @@ def add(
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = list(pool.map(send, bodies))
-    return _tell_added(bodies, answers, as_json=json)
+    return _tell_added(bodies, answers, as_json=json, csv=csv)
 
 
-def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_json: bool) -> int:
+def _leave_out_known(bodies: list[Json], client: Client, csv: Path) -> list[Json]:
+    """Those that are not there yet: the same file may be sent again, when what was wrong is mended. Raises Usage on a name that another has."""
+    known = {s["name"]: s.get("bmc", {}).get("url") for s in client.items("/servers")}
+    for body in bodies:
+        if body["name"] in known and known[body["name"]] != body["bmc_url"].rstrip("/"):
+            raise Usage(f"{csv}: a server {body['name']!r} with another BMC is there already.")
+    left_out = [body["name"] for body in bodies if body["name"] in known]
+    if left_out:
+        say(f"{fold(left_out)}: there already, left as {'it is' if len(left_out) == 1 else 'they are'}.")
+    return [body for body in bodies if body["name"] not in known]
+
+
+def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_json: bool, csv: Path | None) -> int:
     good = [a for a in answers if isinstance(a, dict)]
     bad = [(b["name"], a) for b, a in zip(bodies, answers, strict=True) if isinstance(a, RepaveError)]
     for detail in dict.fromkeys(str(error) for _, error in bad):
@@ -137,7 +169,9 @@ def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_jso
         show_json({"items": good, "next": None})
     elif good:
         show_list(good, _LIST, as_json=False)
-    say(f"{len(good)} added{f' · {len(bad)} not' if bad else ''}. Nothing was powered or written." + ("  Next: repave image ls" if good else ""))
+    following = f"the same again (repave server add --csv {csv}) adds the rest" if bad and csv else "repave image ls" if good else ""
+    told = f"{len(good)} added{f', {len(bad)} not: {fold(name for name, _ in bad)}' if bad else ''}"
+    say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
     codes = {exit_code(error) for _, error in bad}
     if bad and not good:
         return codes.pop() if len(codes) == 1 and codes & {1, 4, 5} else 3 if len(bad) == 1 else 11
@@ -150,7 +184,7 @@ def _paired(nodeset: str, settings: Settings, password_stdin: bool) -> list[Json
     names, body = unfold(nodeset), settings.body()
     urls = [settings.bmc] if len(names) == 1 else _unfold_url(settings.bmc)
     if len(names) != len(urls):
-        raise Usage(f"{len(names)} servers and {len(urls)} BMC addresses do not pair.")
+        raise Usage(f"{count(len(names), 'server')} and {len(urls)} BMC address{'' if len(urls) == 1 else 'es'} do not pair.")
     if len(names) > 1 and "network" in body:
         raise Usage("--mac and --address are one server's; use --csv for many.")
     password = read_secret("BMC password", from_stdin=password_stdin, variable="REPAVE_BMC_PASSWORD")
@@ -164,35 +198,6 @@ def _unfold_url(url: str) -> list[str]:
     return [f"{before}{name[1:]}{after}" for name in unfold(f"n[{inside}]")] if found else [url]
 
 
-def _from_csv(path: Path) -> list[Json]:
-    """All rows, or Usage naming the line that is wrong: nothing is sent before all are understood."""
-    try:
-        with path.open(newline="") as f:
-            reader = csvlib.DictReader(f)
-            rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str) and isinstance(v, str | None)} for row in reader]
-            columns = list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError) as error:
-        raise Usage(f"{path}: {error}.") from None
-    if unknown := [c for c in columns if c not in _COLUMNS]:
-        raise Usage(f"{path}: unknown column {unknown[0]!r}; known: {', '.join(_COLUMNS)}.")
-    bodies = []
-    for number, row in enumerate(rows, 2):
-        if missing := [c for c in ("name", "bmc", "user", "secret_env") if not row.get(c)]:
-            raise Usage(f"{path}:{number}: {missing[0]} is empty.")
-        if row["secret_env"] not in os.environ:
-            raise Usage(f"{path}:{number}: the environment has no {row['secret_env']}.")
-        try:
-            said: Json = {c: int(row[c]) if c in ("prefix", "vlan") else row[c] for c in _COLUMNS[1:] if row.get(c) and c not in _NOT_SETTINGS}
-            body = Settings(**said).body()
-        except (ValueError, Usage) as error:
-            raise Usage(f"{path}:{number}: {error}.") from None
-        blank = {"blank": row["blank"].lower() in ("1", "yes", "true")} if row.get("blank") else {}
-        bodies.append(body | blank | {"name": row["name"], "bmc_password": os.environ[row["secret_env"]]})
-    if not bodies:
-        raise Usage(f"{path}: no servers.")
-    return bodies
-
-
 @app.command(name="ls")
 def list_servers(*, project: str | None = None, json: bool = False) -> None:
     """List servers and what runs on them."""
@@ -200,9 +205,13 @@ def list_servers(*, project: str | None = None, json: bool = False) -> None:
 
 
 @app.command(name="show")
-def show_server(name: str, /, *, project: str | None = None) -> None:
-    """Everything known of one server, as JSON."""
-    show_json(Client(project).get(f"/servers/{name}"))
+def show_server(name: str, /, *, project: str | None = None, json: bool = False) -> None:
+    """Everything known of one server."""
+    found = Client(project).get(f"/servers/{name}")
+    if json:
+        show_json(found)
+    else:
+        show_fields(found)
 
 
 @app.command(name="set")

@@ -10,11 +10,17 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from repave.cli.output import Usage, say, show, show_json, show_list
+from repave.cli.output import Usage, count, fold, say, show, show_json, show_list
 from repave.errors import CATALOGUE, RepaveError
 
 project = App(name="project")
 key = App(name="key")
+
+# What CloudDC's codes mean here (api/wire_errors.py).
+_CLOUDDC = {
+    "imetal.0001": "bad-request", "imetal.0002": "bad-request", "imetal.0003": "not-logged-in", "imetal.0004": "not-allowed", "imetal.0099": "internal",
+    "imetal.0100": "not-found", "imetal.0200": "not-found", "imetal.0201": "in-progress",
+}  # fmt: skip
 
 
 def _site_folder(folder: Path | None) -> Path:
@@ -81,7 +87,7 @@ def show_overview() -> None:
         return
     states = [s["instance"]["state"] for s in servers]
     counts = " · ".join(f"{states.count(state)} {state}" for state in ("running", "pending", "error") if state in states)
-    show(f"{client.endpoint.url}   {len(servers)} servers{': ' + counts if counts else ''} · {len(images)} images")
+    show(f"{client.endpoint.url}   {count(len(servers), 'server')}{': ' + counts if counts else ''} · {count(len(images), 'image')}")
     live = [b for b in batches if b["state"] == "working"]
     for batch in live:
         show(f"Working: batch {batch['id']} · {batch['image'] or 'current image'} · {batch['counts']['working']} of {sum(batch['counts'].values())}")
@@ -89,8 +95,13 @@ def show_overview() -> None:
         show("Next:  repave watch")
     elif not servers:
         show("Next:  repave server add NAME --bmc https://ADDRESS --user USER      or: repave rack up 2")
+    elif not images:
+        show("Next:  repave image import FILE")
     else:
-        show("Next:  repave reinstall NODESET --image IMAGE --plan-only" if images else "Next:  repave image import FILE")
+        # Those that can be reinstalled with this image, named: the line works when pasted.
+        image = next((i for i in reversed(images) if i["os_type"] == "Linux"), images[-1])
+        fit = [s["name"] for s in servers if (s["arch"], s["boot"], s["instance"]["os_type"]) == (image["arch"], image["boot"], image["os_type"])]
+        show(f"Next:  repave reinstall '{fold(fit or [s['name'] for s in servers])}' --image {image['name']} --plan-only")
 
 
 def whoami(*, json: bool = False) -> None:
@@ -105,18 +116,27 @@ def whoami(*, json: bool = False) -> None:
 
 
 def explain(code: str | None = None, /, *, json: bool = False) -> None:
-    """What an error code means: cause, what to do, what was left untouched. Without a code: all of them."""
+    """What an error code means: cause, what to do, what was left untouched. Without a code: all of them.
+
+    Parameters
+    ----------
+    code
+        Repave.2110, 2110, boot_override_ignored, or one of CloudDC's as its SDK shows it: iMetal.0201.
+    """
     if code is None:
         rows = [{"code": p.code, "class": p.slug, "title": p.title} for p in CATALOGUE.values()]
         show_list(rows, {"CODE": "code", "CLASS": "class", "TITLE": "title"}, as_json=json)
         return
     wanted = code.lower().removeprefix("repave.")
+    wanted = _CLOUDDC.get(wanted, wanted)
     found = next((p for p in CATALOGUE.values() if wanted in (p.slug, p.code.removeprefix("Repave."))), None)
     if found is None:
         raise Usage(f"{code!r} is no code of ours; repave explain lists them.")
     if json:
         show_json(RepaveError(found.slug).as_json())
         return
+    if wanted != code.lower().removeprefix("repave.") and code.lower() in _CLOUDDC:
+        show(f"{code} is CloudDC's code; the same in ours:")
     again = "yes" if found.retryable else "not before something has changed"
     show(f"{found.code}  {found.slug}  {found.title}\nWho        {found.who.value} · worth trying again: {again}")
     show(f"Why        {found.cause}\nDo         {found.do}\nUntouched  {found.untouched}")
@@ -197,3 +217,4 @@ def remove_key(key_id: Annotated[str, Parameter(help="Its id (repave key ls).")]
     from repave.cli.client import Client
 
     Client(project).delete(f"/keys/{key_id}")
+    say("Key removed.")
