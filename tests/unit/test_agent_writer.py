@@ -164,10 +164,17 @@ def test_lba_0_is_the_last_write_alone_behind_a_flush_and_zero_before(case: Case
     assert {kind for kind, _, _ in log[earlier[-1] + 1 : last]} >= {"flush"}, "all else is on the disk before LBA 0"
     assert log[last + 1][0] == "flush"
     assert not any(any(data[: MIB - at]) for n in earlier[:-1] for _, at, data in [log[n]] if at < MIB), "the first MiB is zero until LBA 1 onward"
-    # The old backup table is gone and that is flushed before a byte of the image is there.
-    kinds = ["flush" if kind == "flush" else "clear" if not any(data) else "data" for kind, _, data in log if kind != "read"]
-    assert kinds[:3] == ["clear", "clear", "flush"]
-    assert {log[n][1] for n in writes[:2]} == {0, DISK_BYTES - MIB}
+    # What firmware finds the old OS by goes first, LBA 0 alone; all else of it is whole until that is flushed. Then what may hold data of its
+    # partitions too; and all that before a byte of the image is there.
+    flush, end = ("flush", 0, 0), DISK_BYTES
+    cleared = [(kind, at, len(data)) for kind, at, data in log[:9]]
+    assert cleared[:2] == [("write", 0, 512), flush]
+    assert cleared[2:6] == [("write", 512, 33 * 512), ("write", 32768, 512), ("write", end - 33 * 512, 33 * 512), flush]
+    assert cleared[6:] == [("write", 0, MIB), ("write", end - MIB, MIB), flush]
+    assert not any(any(log[n][2]) for n in writes[:6])
+    # The new backup table comes when the data that it leads to are on the disk.
+    backup = next(n for n in writes if log[n][1] == end - 33 * 512 and any(log[n][2]))
+    assert log[backup - 1][0] == "flush" and log[backup + 1][0] == "flush"
     # Everything that is read back was flushed, and comes before LBA 1 onward.
     first_read = next(n for n, (kind, _, _) in enumerate(log) if kind == "read")
     assert log[first_read - 1][0] == "flush" and all(n < first_read for n in earlier[:-1])

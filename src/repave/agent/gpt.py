@@ -88,6 +88,8 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
     Raises: ValueError, a sentence, where the image has no sound GPT for these sectors, no entry is free, or (DiskTooSmall) there is no room.
     """
     header, entries = _read_primary(first_mib, sector_bytes)
+    if first_mib[32769:32774] == b"CD001":  # ECMA-119, 8.1.2
+        raise ValueError("the image is a CD image too: firmware would boot it without its LBA 0")
     config_bytes = -(-config_bytes // MIB) * MIB
     sectors = disk_bytes // sector_bytes
     entry_sectors = -(-len(entries) // sector_bytes)

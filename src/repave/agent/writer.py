@@ -2,9 +2,9 @@
 
 The order (design decision 12; reference: OVMF boots from a leftover backup GPT as soon as LBA 0 is there):
 
-    clear         zero the first and the last MiB, flush
+    clear         zero LBA 0 alone, flush; both partition tables, flush; the first and the last MiB, flush
     write         body: fetch | verify | decode | verify | write, gaps made zero; the first MiB of the image is held back
-    config-drive  the config drive and the new backup GPT, flush
+    config-drive  the config drive, flush; the new backup GPT, flush
     read-back     past the cache: the start of every chunk, 5 % whole, zero probes
     boot-entry    the caller's `boot_entry`
     seal          LBA 1 onward, flush, read back; then LBA 0 alone, last, flush
@@ -40,6 +40,8 @@ WORKERS = min(4, (os.cpu_count() or 1) + 2)  # fetch, disk and decoder overlap f
 SAMPLE_BYTES = 64 * 1024  # of every chunk, read back
 WHOLE_EVERY = 20  # one chunk in so many is read back whole: 5 %
 ZERO_PROBES = 32
+TABLE_BYTES = 128 * 128  # UEFI 2.10, 5.3: the least that the entries of a GPT take
+CD_DESCRIPTOR = 32 * 1024  # ECMA-119, 6.2.1: OVMF boots El Torito from a disk with 512-byte sectors as well, and wants no LBA 0 for it (measured)
 DECODER_WINDOW = 8 * MIB  # the decoder's memory, whatever a frame asks for; larger only where the windows are
 
 _T = TypeVar("_T")
@@ -191,9 +193,17 @@ class _Write:
         return tables
 
     def clear(self, tables: Tables) -> None:
-        tail = min(self.disk.size_bytes - MIB, tables.config_offset + tables.config_bytes)
-        self.expect(MIB + self.disk.size_bytes - tail)
-        for offset, end in ((0, MIB), (tail, self.disk.size_bytes)):
+        """First what firmware finds the old OS by, LBA 0 alone: while that may be there all else of it is whole."""
+        size, sector = self.disk.size_bytes, self.disk.sector_bytes
+        tail = min(size - MIB, tables.config_offset + tables.config_bytes)
+        self.expect(MIB + size - tail)
+        self.disk.write_zeros(0, sector)
+        self.disk.flush()
+        table = sector + -(-TABLE_BYTES // sector) * sector
+        for offset, length in ((sector, table), (CD_DESCRIPTOR, sector), (size - table, table)):
+            self.disk.write_zeros(offset, length)
+        self.disk.flush()
+        for offset, end in ((0, MIB), (tail, size)):
             self.disk.write_zeros(offset, end - offset)
             self.report(end - offset)
         self.disk.flush()
@@ -210,8 +220,8 @@ class _Write:
             ("the backup partition table", tables.backup_offset, tables.backup),
         ):
             self._write_whole(what, offset, data)
+            self.disk.flush()
             self.report(len(data))
-        self.disk.flush()
 
     def read_back(self) -> None:
         samples = [*self._samples, *self._whole_chunks(), *self._zero_probes()]
