@@ -13,7 +13,7 @@ from repave.api.operator import Body, Json, Operator, ProblemRoute, Scope, Viewe
 from repave.api.operator_images import get_image
 from repave.api.operator_servers import get_server
 from repave.domain.model import Batch, Event, Image, Instance, RunRow, Server, Step
-from repave.domain.root_disk import is_candidate
+from repave.domain.root_disk import find_known_misfit, is_candidate
 from repave.domain.states import Ending, may_reinstall
 from repave.errors import RepaveError, RequestError
 
@@ -61,21 +61,22 @@ def _plan(scope: Scope, target: Target) -> Json:
     pairs = _resolve(scope, target)
     asked = get_image(scope, target.image) if target.image else None
     images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
-    disks = _known_disks(scope, [s.id for s, _ in pairs])
+    disks = {s.id: (scope.store.runs.find_inventory(s.id) or {}).get("disks", []) for s, _ in pairs}
     erased, problems, facts = [], [], []
     for server, instance in pairs:
         image = asked or images.get(instance.image_id or "")
-        seen = disks.get(server.id, [])
-        os_now = images[instance.image_id].name if instance.image_id in images else None
+        seen = [d for d in disks[server.id] if is_candidate(d)]
+        known = images.get(instance.image_id or "")
+        os_now = known.name if known else "an image that was removed" if instance.image_id else None
         rule = ",".join(f"{k}={v}" for k, v in server.root_disk.items())
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
         })  # fmt: skip
-        problems += [{"server": server.name} | p.as_json() for p in _problems(server, instance, image)]
+        problems += [{"server": server.name} | p.as_json() for p in _problems(server, instance, image, disks[server.id])]
         facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])
     total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
-    data_disks = sum(max(0, len(disks.get(s.id, [])) - 1) for s, _ in pairs)
+    data_disks = sum(max(0, len([d for d in of if is_candidate(d)]) - 1) for of in disks.values())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return {
         "id": f"p-{digest[:8]}", "erased": erased, "problems": problems, "image": asked.name if asked else None,
@@ -83,16 +84,7 @@ def _plan(scope: Scope, target: Target) -> Json:
     }  # fmt: skip
 
 
-def _known_disks(scope: Scope, server_ids: Sequence[str]) -> dict[str, list[Json]]:
-    """Disks by server, as the agent saw them in the newest run that got so far."""
-    seen: dict[str, list[Json]] = {}
-    for run in scope.store.runs.list_runs(project_id=scope.project_id):
-        if run.server_id in server_ids and run.inventory:
-            seen[run.server_id] = [d for d in run.inventory.get("disks", []) if is_candidate(d)]
-    return seen
-
-
-def _problems(server: Server, instance: Instance, image: Image | None) -> list[RepaveError]:
+def _problems(server: Server, instance: Instance, image: Image | None, disks: Sequence[Json]) -> list[RepaveError]:
     found: list[RepaveError] = []
     if not may_reinstall(instance.state):
         found.append(RequestError("in-progress"))
@@ -100,6 +92,8 @@ def _problems(server: Server, instance: Instance, image: Image | None) -> list[R
         found.append(RequestError("bad-request", "image: is needed; the image it has now is not known.", field="image"))
     elif (server.arch, server.boot) != (image.arch, image.boot):
         found.append(RequestError("arch-mismatch", f"The server is {server.arch} {server.boot}, the image {image.arch} {image.boot}."))
+    elif misfit := find_known_misfit(disks, server.root_disk, sector_bytes=image.sector_bytes, needed_bytes=image.size_bytes):
+        found.append(misfit)
     return found
 
 

@@ -58,6 +58,26 @@ def choose_root_disk(disks: Sequence[Disk], hints: Mapping[str, Any]) -> Disk:
     raise RunFailed("ambiguous-root-disk", f"Candidates: {_names(candidates)}.")
 
 
+def find_misfit(disk: Disk, *, sector_bytes: int, needed_bytes: int) -> RunFailed | None:
+    """Why an image of these sectors, which needs so many bytes, can not be written to the disk: sector-size or disk-too-small."""
+    if disk["sector_bytes"] != sector_bytes:
+        return RunFailed("sector-size", f"{disk['path']} has sectors of {disk['sector_bytes']} bytes, the image of {sector_bytes}.")
+    if disk["size_bytes"] < needed_bytes:
+        return RunFailed("disk-too-small", f"{disk['path']} has {disk['size_bytes']} bytes, {needed_bytes} are needed.")
+    return None
+
+
+def find_known_misfit(seen: Sequence[Disk], hints: Mapping[str, Any], *, sector_bytes: int, needed_bytes: int) -> RunFailed | None:
+    """The same of the disk that `hints` name by serial or WWN, as an earlier run saw it: nothing has to be powered off to know.
+
+    None where no such disk was seen. Disks that are chosen by another rule may have been replaced since.
+    """
+    if not {"serial", "wwn"} & hints.keys():
+        return None
+    matching = [d for d in seen if all(_fits(d, name, value) for name, value in hints.items())]
+    return find_misfit(matching[0], sector_bytes=sector_bytes, needed_bytes=needed_bytes) if len(matching) == 1 else None
+
+
 def _identified(disk: Disk) -> Disk:
     if not disk["serial"]:
         raise RunFailed("no-root-disk", f"{disk['path']} has no serial, so no plan and no proof can name it.")

@@ -32,7 +32,7 @@ from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, crea
 
 ROOT_DISK_BYTES = 512 << 20
 FAULTS_FILE = "faults.json"
-FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override")
+FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors")
 
 # A Python start costs 0.3 s of a core: fifty at once would starve the service under test, which has the same cores.
 _starting = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
@@ -231,7 +231,7 @@ class Player:
         disk = {
             "path": str(self.machine.root_disk),
             "size_bytes": self.machine.root_disk.stat().st_size,
-            "sector_bytes": 512,
+            "sector_bytes": 4096 if self._has("4k-sectors") else 512,
             "serial": self.machine.root_serial,
         }
         m = self.machine

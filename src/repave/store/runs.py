@@ -118,6 +118,11 @@ class Runs:
         secret: dict[str, str] = json.loads(self._db.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else ""))
         return secret
 
+    def find_inventory(self, server_id: str) -> dict[str, Any] | None:
+        """What the ramdisk saw of this server when it last was there."""
+        row = self._db.row(sa.select(RUNS.c.inventory).where(RUNS.c.server_id == server_id, RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()))
+        return dict(row["inventory"]) if row and row["inventory"] else None
+
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
         query = sa.select(RUNS).order_by(RUNS.c.id)
         if batch_id is not None:

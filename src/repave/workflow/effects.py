@@ -14,7 +14,7 @@ from repave.agent.gpt import minimum_disk_bytes
 from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
 from repave.domain.password import user_for
-from repave.domain.root_disk import choose_root_disk
+from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
 from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
@@ -45,13 +45,20 @@ class ServerEffects:
     # ---- before the line ----
 
     def preflight(self, run_id: str) -> Json:
-        """Image present and intact, arch and firmware match, the BMC answers and is the machine we know. Touches nothing."""
+        """Image present and intact, arch and firmware match, it fits on the disk as far as that is known, the BMC answers and is the machine we know.
+
+        Touches nothing.
+        """
         run, server, image = self._about(run_id)
         self._refuse_late(run)
         self.store.runs.record_step(run_id, Step.PREFLIGHT)
         self.store.runs.get_run_secret(run_id)
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
+        seen = (self.store.runs.find_inventory(server.id) or {}).get("disks", ())
+        misfit = find_known_misfit(seen, server.root_disk, sector_bytes=image.sector_bytes, needed_bytes=image.size_bytes)
+        if misfit is not None:
+            raise misfit
         self._verify_image(run.batch_id, image.manifest_sha256)
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
@@ -102,13 +109,11 @@ class ServerEffects:
         if found.get("arch") != image.arch or found.get("firmware") != image.boot:
             raise RunFailed("arch-mismatch", f"The ramdisk sees {found.get('arch')}/{found.get('firmware')}, the image is {image.arch}/{image.boot}.")
         disk = choose_root_disk(found["disks"], server.root_disk)
-        if disk["sector_bytes"] != image.sector_bytes:
-            raise RunFailed("sector-size", f"{disk['path']} has {disk['sector_bytes']}, the image {image.sector_bytes} byte sectors.")
         self._refuse_late(run)
         drive = self._render_drive(run, server, image)
-        room = minimum_disk_bytes(image.size_bytes, len(drive))
-        if disk["size_bytes"] < room:
-            raise RunFailed("disk-too-small", f"{disk['path']} has {disk['size_bytes']} bytes, {room} are needed.")
+        misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
+        if misfit is not None:
+            raise misfit
         self.store.sealer.keep_for_run(run_id, "config-drive", drive)
         plan = protocol.Plan(
             plan_id=f"p-{run.id[-12:]}-{run.epoch}",
