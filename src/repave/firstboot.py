@@ -5,7 +5,7 @@ one MIME message; cloud-init 22.4 treats its parts in the order in which they co
 
     the operator's part, as it was given    first: where both set a key, the later part's value stands (merge rule dict(replace))
     cloud-config, as JSON                   password hash, SSH login; JSON is YAML
-    boothook                                lets root log in by password, before sshd starts
+    boothook                                lets root log in by password, before sshd starts; writes resolv.conf where nothing else does
     000-repave-home                         the call home (`home_call`), sorted before the operator's own scripts and runcmd
 
 So what the operator gives can add to ours and can not undo it by accident; it runs as root, so on purpose it can. Static network settings go into
@@ -36,11 +36,16 @@ _SSHD = """#!/bin/sh
 mkdir -p /etc/ssh/sshd_config.d
 printf 'PermitRootLogin yes\\nPasswordAuthentication yes\\n' > /etc/ssh/sshd_config.d/00-repave.conf
 """
+# Debian's ifupdown without resolvconf ignores dns-nameservers: the image's own resolv.conf, from where it was built, stayed (seen, Debian 12).
+_RESOLV_CONF = """if [ -f /etc/network/interfaces ] && [ ! -L /etc/resolv.conf ] && ! command -v resolvconf > /dev/null; then
+    printf '@LINES@' > /etc/resolv.conf
+fi
+"""
 
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """What one first boot needs. `network` is {"mac","address","prefix","gateway","dns":[]} or None (DHCP); an empty `home_url` asks for no call."""
+    """What one first boot needs. `network` is {"mac","address","prefix","gateway","dns":[],"vlan"} or None (DHCP); an empty `home_url` asks for no call."""
 
     hostname: str
     instance_id: str
@@ -82,7 +87,7 @@ def render_user_data(first_boot: FirstBoot) -> bytes:
     if first_boot.user_data.strip():
         message.attach(_wrap_operators(first_boot.user_data))
     message.attach(_part("cloud-config", "000-repave.cfg", "#cloud-config\n" + json.dumps(_render_cloud_config(first_boot), indent=1) + "\n"))
-    message.attach(_part("cloud-boothook", "000-repave-sshd", _SSHD))
+    message.attach(_part("cloud-boothook", "000-repave-boot", _SSHD + _render_resolv_conf(first_boot.network or {})))
     if first_boot.home_url:
         message.attach(_part("x-shellscript", HOME_CALL_NAME, render_home_call_script(first_boot)))
     return message.as_bytes()
@@ -103,26 +108,40 @@ def render_home_call_script(first_boot: FirstBoot) -> str:
 
 
 def render_network_data(network: dict[str, Any]) -> dict[str, Any]:
-    """OpenStack's network_data.json for one NIC with a static address, known by its MAC."""
+    """OpenStack's network_data.json for one NIC with a static address, known by its MAC; `vlan`: the address is on this tagged VLAN of it.
+
+    The gateway stands there twice. From the default route alone cloud-init 22.4 makes ifupdown call `route`, which Debian 12 does not
+    bring: no default route (seen). The network's own `gateway` becomes ifupdown's; cloudbase-init and the tiny OS read the route.
+    """
     interface = ipaddress.ip_interface(f"{network['address']}/{network['prefix']}")
     routes = []
     if network.get("gateway"):
         anywhere = ipaddress.ip_network("0.0.0.0/0" if interface.version == 4 else "::/0")
         routes = [{"network": str(anywhere.network_address), "netmask": str(anywhere.netmask), "gateway": network["gateway"]}]
+    mac, vlan = network["mac"].lower(), network.get("vlan")
+    links: list[dict[str, Any]] = [{"id": "nic0", "type": "phy", "ethernet_mac_address": mac, "mtu": None}]
+    if vlan:
+        links.append({"id": "vlan0", "type": "vlan", "vlan_link": "nic0", "vlan_id": vlan, "vlan_mac_address": mac, "mtu": None})
+    addressed: dict[str, Any] = {
+        "id": "net0",
+        "link": links[-1]["id"],
+        "type": f"ipv{interface.version}",
+        "ip_address": str(interface.ip),
+        "netmask": str(interface.netmask),
+        "routes": routes,
+    }
+    if routes:
+        addressed["gateway"] = network["gateway"]
     return {
-        "links": [{"id": "nic0", "type": "phy", "ethernet_mac_address": network["mac"].lower(), "mtu": None}],
-        "networks": [
-            {
-                "id": "net0",
-                "link": "nic0",
-                "type": f"ipv{interface.version}",
-                "ip_address": str(interface.ip),
-                "netmask": str(interface.netmask),
-                "routes": routes,
-            }
-        ],
+        "links": links,
+        "networks": [addressed],
         "services": [{"type": "dns", "address": address} for address in network.get("dns") or ()],
     }
+
+
+def _render_resolv_conf(network: dict[str, Any]) -> str:
+    lines = "".join(f"nameserver {ipaddress.ip_address(address)}\\n" for address in network.get("dns") or ())
+    return _RESOLV_CONF.replace("@LINES@", lines) if lines else ""
 
 
 def _render_meta_data(first_boot: FirstBoot) -> dict[str, Any]:

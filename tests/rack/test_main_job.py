@@ -30,6 +30,8 @@ pytestmark = pytest.mark.timeout(1500)  # the first test waits for the ramdisk a
 
 CACHE = Path(os.environ.get("REPAVE_CACHE", Path(__file__).parents[2] / ".repave/cache"))
 BATCH_S = 600  # two tiny reinstalls take 80 s on two quiet cores, four times that beside other work
+# The prefix and the second name server are nothing that QEMU's DHCP ever says.
+STATIC = {"address": "10.0.2.15", "prefix": 25, "gateway": "10.0.2.2", "dns": ["10.0.2.3", "192.0.2.53"]}
 PASSWORDS = ["Rack-first-1A", "Rack-second-2B", "Rack-third-3C"]
 
 
@@ -132,6 +134,8 @@ def test_one_put_reinstalls_both_machines_and_touches_no_other_disk(site: Site) 
 
 
 def test_a_service_killed_before_and_after_the_line_finishes_the_batch_and_the_new_os_stays_itself_after_a_reboot(site: Site) -> None:
+    """With static network settings: ramdisk and new OS have the address that was set, and keep it."""
+    site.client.patch("/servers/lab01", {"network": STATIC | {"mac": site.machines["lab01"].mac}})
     batch = site.put(PASSWORDS[1], "lab01", image="tiny-1")
     site.wait(batch, lambda runs: runs["lab01"]["step"] == "boot-ramdisk", "boot-ramdisk was not reached")
     site.kill_service()
@@ -143,7 +147,7 @@ def test_a_service_killed_before_and_after_the_line_finishes_the_batch_and_the_n
     assert runs["lab01"]["error"] is None, runs["lab01"]
     assert site.state("lab01") == ("running", "reinstall-succeed")
 
-    look = "cat /etc/repave-release; hostname; ip -o addr show scope global | sort"
+    look = "cat /etc/repave-release; hostname; ip -o addr show scope global | sort; ip route; cat /etc/resolv.conf"
     first = site.login("lab01", PASSWORDS[1], look)
     host_keys = runs["lab01"]["proof"]["ssh_host_keys"]
     with site.bmc("lab01") as bmc:
@@ -154,6 +158,9 @@ def test_a_service_killed_before_and_after_the_line_finishes_the_batch_and_the_n
     again = ssh_login("127.0.0.1", machine.ssh_port, PASSWORDS[1], look, host_keys=host_keys)
     assert again == first
     assert "tiny-1" in again and "lab01" in again
+    assert "inet 10.0.2.15/25" in again and "default via 10.0.2.2" in again
+    assert [line.split()[1] for line in again.splitlines() if line.startswith("nameserver")] == STATIC["dns"]
+    assert "10.0.2.15/25" in machine.console.read_text(errors="replace")  # the ramdisk's word
     with pytest.raises(SshRefused):
         site.login("lab01", PASSWORDS[0], "true")
 

@@ -69,6 +69,20 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
 
 
 @pytest.mark.timeout(600)
+def test_an_address_on_a_tagged_vlan_speaks_with_its_tag(media: BootMedia, tmp_path: Path) -> None:
+    """The bug: the VLAN was taken and never told to the ramdisk. QEMU's network drops tagged frames, so they are looked at and not answered."""
+    sent, ca_pem = tmp_path / "sent.pcap", make_certificates(tmp_path / "server.pem")
+    slot = render_slot(Slot("run-1", "https://10.0.2.2:1", TOKEN, ca_pem, STATIC | {"vlan": 42}))
+    with machine(tmp_path, media.read(0, media.size, slot), make_local_disk(tmp_path / "disk.img"), dump=sent) as console:
+        wait_for_line(".42 10.0.2.77/24", console)
+        tagged = bytes.fromhex(MAC.replace(":", "") + "8100" + "002a" + "0806")  # from our NIC, IEEE 802.1Q, VLAN 42, ARP
+        ends_at = time.monotonic() + 30
+        while not (sent.exists() and tagged in sent.read_bytes()):
+            assert time.monotonic() < ends_at, console.read_text(errors="replace")[-2000:]
+            time.sleep(0.2)
+
+
+@pytest.mark.timeout(600)
 def test_an_inert_disc_boots_the_local_disk(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
     disk = make_local_disk(tmp_path / "disk.img", files, says="THE LOCAL DISK BOOTED")
     with machine(tmp_path, media.read(0, media.size, None), disk) as console:
@@ -83,8 +97,8 @@ def test_an_inert_disc_without_a_bootable_disk_says_so_and_powers_off(media: Boo
 
 
 @contextlib.contextmanager
-def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False) -> Iterator[Path]:
-    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends."""
+def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, dump: Path | None = None) -> Iterator[Path]:
+    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends. `dump`: its frames, as pcap."""
     console = folder / "console"
     console.touch()
     (folder / "boot.iso").write_bytes(iso)
@@ -99,6 +113,8 @@ def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, 
         "-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL},bootindex=10",
         "-nic", "none", "-netdev", "user,id=net", "-device", f"virtio-net-pci,netdev=net,mac={MAC},bootindex=20",
     ]  # fmt: skip
+    if dump is not None:
+        command += ["-object", f"filter-dump,id=dump,netdev=net,file={dump}"]
     process = subprocess.Popen(command)
     try:
         yield console

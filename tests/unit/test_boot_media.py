@@ -94,7 +94,9 @@ def test_the_slot_unpacks_to_a_private_file_the_agent_reads(tmp_path):
     file = tmp_path / "root" / SLOT_FILE
     assert Slot(**json.loads(file.read_text())) == slot
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert (tmp_path / "root" / NETWORK_FILE).read_text() == "52:54:00:aa:bb:cc 192.0.2.10 24 192.0.2.1 192.0.2.53\n"
+    assert (tmp_path / "root" / NETWORK_FILE).read_text() == "52:54:00:aa:bb:cc 192.0.2.10 24 192.0.2.1 - 192.0.2.53\n"
+    unpack(render_slot(dataclasses.replace(slot, network=NETWORK | {"vlan": 42})), tmp_path / "tagged")
+    assert (tmp_path / "tagged" / NETWORK_FILE).read_text() == "52:54:00:aa:bb:cc 192.0.2.10 24 192.0.2.1 42 192.0.2.53\n"
 
 
 def test_a_slot_that_does_not_fit_is_refused_and_keeps_its_secret():
@@ -103,7 +105,9 @@ def test_a_slot_that_does_not_fit_is_refused_and_keeps_its_secret():
     assert SLOT.token not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"mac": "eth0; reboot"}, {"address": "192.0.2.10 $(reboot)"}, {"prefix": 99}, {"gateway": "here"}, {"dns": ["a b"]}])
+@pytest.mark.parametrize(
+    "wrong", [{"mac": "eth0; reboot"}, {"address": "192.0.2.10 $(reboot)"}, {"prefix": 99}, {"gateway": "here"}, {"dns": ["a b"]}, {"vlan": "1; reboot"}]
+)
 def test_network_settings_that_are_none_never_reach_the_shell(wrong):
     with pytest.raises(RepaveError):
         render_slot(dataclasses.replace(SLOT, network=NETWORK | wrong))

@@ -89,6 +89,26 @@ def test_static_network_is_given_by_mac(address: str, prefix: int, kind: str, ne
     network = data["networks"][0]
     assert (network["type"], network["ip_address"], network["netmask"]) == (kind, address, netmask)
     assert network["routes"] == [{"network": anywhere, "netmask": anywhere, "gateway": "gw"}]
+    assert network["gateway"] == "gw"  # the route alone left Debian's ifupdown without a default route
+
+
+def test_an_address_on_a_tagged_vlan_is_not_given_to_the_nic_itself() -> None:
+    """The bug: the VLAN was taken and never told to anybody."""
+    data = render_network_data(FIRST_BOOT.network | {"vlan": 42})
+    assert data["links"][1] == {
+        "id": "vlan0", "type": "vlan", "vlan_link": "nic0", "vlan_id": 42, "vlan_mac_address": "52:54:00:aa:bb:cc", "mtu": None,
+    }  # fmt: skip
+    assert [network["link"] for network in data["networks"]] == ["vlan0"]
+
+
+def test_static_dns_is_written_where_nothing_else_does() -> None:
+    """The bug: Debian's ifupdown without resolvconf kept the resolv.conf of the machine that its image was built on."""
+
+    def boothook(first_boot: FirstBoot) -> str:
+        return next(p for p in email.message_from_bytes(render_user_data(first_boot)).walk() if p.get_content_subtype() == "cloud-boothook").get_payload()
+
+    assert "printf 'nameserver 10.1.2.1\\n' > /etc/resolv.conf" in boothook(FIRST_BOOT)
+    assert "resolv" not in boothook(FirstBoot(**(vars(FIRST_BOOT) | {"network": None})))
 
 
 def test_copies_of_the_hash_and_the_nonce_are_gone_and_everything_else_stays(tmp_path: Path) -> None:

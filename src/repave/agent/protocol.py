@@ -32,7 +32,7 @@ class Slot:
     agent_url: str  # https://HOST:PORT as machines see it
     token: str  # one boot only
     ca_pem: str
-    network: dict[str, Any] | None = None  # static settings of the provisioning NIC: {"mac","address","prefix","gateway","dns":[]}; None = DHCP
+    network: dict[str, Any] | None = None  # static settings of the provisioning NIC: {"mac","address","prefix","gateway","dns":[],"vlan"}; None = DHCP
     give_up_s: int = 300  # no answer for so long: boot the local disk
 
 

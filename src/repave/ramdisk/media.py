@@ -30,7 +30,7 @@ from repave.ramdisk.build import BootFiles
 
 SLOT_BYTES = 64 * 1024
 LIVE_BYTES = 2 * 1024
-NETWORK_FILE = "repave-network"  # the slot's static settings as one line for /init: MAC ADDRESS PREFIX GATEWAY|- [DNS...]
+NETWORK_FILE = "repave-network"  # the slot's static settings as one line for /init: MAC ADDRESS PREFIX GATEWAY|- VLAN|- [DNS...]
 COMMAND_LINE = "console=tty0 console=ttyS0,115200 quiet panic=30 scsi_mod.scan=sync"  # sync: modprobe returns when the disks are there
 
 _EPOCH = "2020010100000000"  # of the ISO, so that the same files give the same bytes
@@ -131,10 +131,11 @@ def _render_network(network: dict[str, Any]) -> bytes:
             raise ValueError("mac")
         interface = ipaddress.ip_interface(f"{network['address']}/{network['prefix']}")
         gateway = str(ipaddress.ip_address(network["gateway"])) if network.get("gateway") else "-"
+        vlan = str(int(network["vlan"])) if network.get("vlan") else "-"
         dns = [str(ipaddress.ip_address(server)) for server in network.get("dns") or ()]
     except (KeyError, ValueError):
         raise RunFailed("bad-request", "The server's static network settings are not valid.") from None
-    return (" ".join([mac, str(interface.ip), str(interface.network.prefixlen), gateway, *dns]) + "\n").encode()
+    return (" ".join([mac, str(interface.ip), str(interface.network.prefixlen), gateway, vlan, *dns]) + "\n").encode()
 
 
 def _grub_config() -> str:
