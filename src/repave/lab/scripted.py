@@ -301,4 +301,5 @@ def serve(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
+    os.nice(10)  # real machines and BMCs bring cores of their own; here they must not take the service's
     serve(parser.parse_args().folder)

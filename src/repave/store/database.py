@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -44,9 +44,22 @@ class Database:
         found = self.rows(statement.limit(1))
         return found[0] if found else None
 
-    def event(self, conn: sa.Connection, type_: str, project_id: str, *, actor: str = "repave", **about: Any) -> None:
-        ids = {name: about.pop(name, None) for name in ("batch_id", "run_id", "server_id")}
-        conn.execute(sa.insert(EVENTS).values(at=self.now(), project_id=project_id, type=type_, actor=actor, data=about, **ids))
+    def event(self, conn: sa.Connection, type_: str, project_id: str, **about: Any) -> None:
+        self.write_events(conn, type_, project_id, [about])
+
+    def write_events(self, conn: sa.Connection, type_: str, project_id: str, each: Sequence[dict[str, Any]]) -> None:
+        """One audit row for each of `each`: actor and the ids it is about have columns of their own, the rest is its data."""
+        names = ("batch_id", "run_id", "server_id")
+        fixed = {"at": self.now(), "project_id": project_id, "type": type_}
+        conn.execute(
+            sa.insert(EVENTS),
+            [
+                fixed
+                | {"actor": about.get("actor", "repave"), "data": {k: v for k, v in about.items() if k not in (*names, "actor")}}
+                | {name: about.get(name) for name in names}
+                for about in each
+            ],
+        )
 
     def page(self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int) -> tuple[list[sa.RowMapping], int]:
         counted = self.row(sa.select(sa.func.count().label("n")).select_from(table).where(*where))

@@ -51,31 +51,29 @@ class Runs:
         now = self._db.now()
         with self._db.write() as conn:
             conn.execute(sa.insert(BATCHES).values(**asdict(batch)))
-            late = [run.instance.id for run in runs if not self._move(conn, run.instance, Ending.ACCEPTED, None)]
-            if late:
-                raise RequestError("in-progress", "", kind="state", ids=late)
-            for run in runs:
-                bump = sa.update(SERVERS).where(SERVERS.c.id == run.server.id).values(epoch=SERVERS.c.epoch + 1).returning(SERVERS.c.epoch)
-                epoch = conn.execute(bump).scalar_one()
-                conn.execute(sa.insert(RUNS).values(
-                    id=run.id, batch_id=batch.id, project_id=batch.project_id, instance_id=run.instance.id, server_id=run.server.id,
-                    image_id=run.image_id, epoch=epoch, found_state=run.instance.state.value, found_image_id=run.instance.image_id,
-                    step=Step.PREFLIGHT.value, created_at=now, deadline_at=run.deadline_at, ssh_keys=list(run.ssh_keys),
-                    secret_sealed=run.secret_sealed, token_sha256=run.token_sha256, session_sha256=run.session_sha256,
-                    nonce_sha256=run.nonce_sha256,
-                ))  # fmt: skip
-                self._db.event(
-                    conn,
-                    "run.accepted",
-                    batch.project_id,
-                    batch_id=batch.id,
-                    run_id=run.id,
-                    server_id=run.server.id,
-                    actor=batch.created_by,
-                )
+            self._occupy(conn, [run.instance for run in runs])
+            bump = sa.update(SERVERS).where(SERVERS.c.id.in_([run.server.id for run in runs])).values(epoch=SERVERS.c.epoch + 1)
+            epochs = {r.id: r.epoch for r in conn.execute(bump.returning(SERVERS.c.id, SERVERS.c.epoch))}
+            conn.execute(sa.insert(RUNS), [_row(run, batch, epochs[run.server.id], now) for run in runs])
+            about = {"batch_id": batch.id, "actor": batch.created_by}
+            self._db.write_events(conn, "run.accepted", batch.project_id, [about | {"run_id": run.id, "server_id": run.server.id} for run in runs])
             if answer_key is not None:
                 conn.execute(sa.insert(ANSWERS).values(key=answer_key, answer=answer, at=now))
             enqueue(conn, runs)
+
+    def _occupy(self, conn: sa.Connection, instances: Sequence[Instance]) -> None:
+        """All of them are `pending`, by compare-and-set of the state each was found in. Raises RequestError in-progress, naming the others."""
+        wanted = sa.select(INSTANCES.c.id).where(INSTANCES.c.id.in_([i.id for i in instances]))
+        conn.execute(wanted.order_by(INSTANCES.c.id).with_for_update())  # in one order, so that two overlapping requests never wait for each other
+        taken: set[str] = set()
+        for state in {i.state for i in instances}:
+            after = next_situation(state, Ending.ACCEPTED)
+            assert after.operation is not None
+            values = {"state": after.state.value, "operation_state": after.operation.value, "updated_at": self._db.now(), "error": None}
+            found = sa.and_(INSTANCES.c.id.in_([i.id for i in instances if i.state is state]), INSTANCES.c.state == state.value)
+            taken |= set(conn.execute(sa.update(INSTANCES).where(found).values(**values).returning(INSTANCES.c.id)).scalars())
+        if late := [i.id for i in instances if i.id not in taken]:
+            raise RequestError("in-progress", "", kind="state", ids=late)
 
     def _move(self, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
         """Compare-and-set of the instance's state by the table in domain/states.py."""
@@ -85,8 +83,6 @@ class Runs:
             "operation_state": after.operation.value if after.operation else None,
             "updated_at": self._db.now(),
         }
-        if ending is Ending.ACCEPTED:
-            values["error"] = None
         where = sa.and_(INSTANCES.c.id == instance.id, INSTANCES.c.state == instance.state.value)
         return conn.execute(sa.update(INSTANCES).where(where).values(**values | also)).rowcount == 1
 
@@ -312,6 +308,16 @@ class Runs:
     def is_latest_run(self, run: RunRow) -> bool:
         row = self._db.row(sa.select(SERVERS.c.epoch).where(SERVERS.c.id == run.server_id))
         return row is not None and row["epoch"] == run.epoch
+
+
+def _row(run: NewRun, batch: Batch, epoch: int, now: datetime) -> dict[str, Any]:
+    return {
+        "id": run.id, "batch_id": batch.id, "project_id": batch.project_id, "instance_id": run.instance.id, "server_id": run.server.id,
+        "image_id": run.image_id, "epoch": epoch, "found_state": run.instance.state.value, "found_image_id": run.instance.image_id,
+        "step": Step.PREFLIGHT.value, "created_at": now, "deadline_at": run.deadline_at, "ssh_keys": list(run.ssh_keys),
+        "secret_sealed": run.secret_sealed, "token_sha256": run.token_sha256, "session_sha256": run.session_sha256,
+        "nonce_sha256": run.nonce_sha256,
+    }  # fmt: skip
 
 
 def _untouched(ending: Ending, *, crossed: bool) -> str:

@@ -61,13 +61,18 @@ class Fleet:
         now = self.store.now()
         batch = Batch(new_id(), project_id, image_id, now, credential.name, None)
         servers = self.store.servers.get_servers([i.server_id for i in instances])
-        runs = [self._new_run(i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data) for i in instances]
+        run_ids = [new_id() for _ in instances]
+        self.store.sealer.make_run_keys(run_ids)
+        runs = [
+            self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data)
+            for run_id, i in zip(run_ids, instances, strict=True)
+        ]
         answer = {"status": 202, "body": {"instances": [{"id": i} for i in instance_ids]}, "batch_id": batch.id}
         try:
             self.store.runs.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
         except BaseException:
-            for run in runs:
-                self.store.sealer.destroy_run(run.id)
+            for run_id in run_ids:
+                self.store.sealer.destroy_run(run_id)
             raise
         return Admitted(batch.id, tuple(instance_ids))
 
@@ -97,8 +102,8 @@ class Fleet:
         """Linux: the sha512-crypt hash, once a batch; Windows: the password (cloudbase-init wants it)."""
         return password if os_type == "Windows" else hash_password(password)
 
-    def _new_run(self, instance: Instance, server: Server, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
-        run_id, sealer = new_id(), self.store.sealer
+    def _new_run(self, run_id: str, instance: Instance, server: Server, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
+        sealer = self.store.sealer
         sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": user_data}))
         token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
         deadline_at = self.store.now() + timedelta(seconds=self.run_timeout_s)
