@@ -32,8 +32,8 @@ class Settings(BaseSettings):
     proof_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the new OS must have called home.")
     reinstall_timeout_s: float = Field(default=3 * 3600 + 1800, gt=0, description="No run moves forward past this; above the sum of its waits.")
     images_quota_bytes: int = Field(default=1 << 40, gt=0, description="The image store may hold so many bytes.")
-    rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429.")
-    rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once.")
+    rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
+    rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 
     @classmethod
     def settings_customise_sources(

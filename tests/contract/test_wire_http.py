@@ -147,9 +147,12 @@ def test_the_password_is_in_no_log(site: Site, caplog, capsys):
 
 def test_too_many_is_429_with_a_bare_string_and_a_time_for_each_key_alone(tmp_path):
     with open_site(tmp_path, per_s=0.5, burst=3) as site:
-        mine = [site.ask("GET", f"{site.path}/instances") for _ in range(5)]
+        status = f"{site.path}/instances/{site.add_instance()}/status"
+        mine = [site.ask("GET", status) for _ in range(5)]
         assert [a.status for a in mine] == [200, 200, 200, 429, 429]
         assert mine[3].json == "Too many requests" and 1 <= int(mine[3].headers["retry-after"]) <= 2 and mine[3].headers["x-request-id"]
+        lists = [site.ask("GET", f"{site.path}/instances") for _ in range(2)]  # a bucket of their own, smaller
+        assert [a.status for a in lists] == [200, 429] and 5 <= int(lists[1].headers["retry-after"]) <= 10
         assert site.reinstall({}).status == 400  # changes have a bucket of their own
         assert site.ask("GET", f"{site.path}/instances", headers=[("X-Auth-Token", site.viewer.token)]).status == 200
         assert site.ask("GET", f"{site.path}/instances", headers=[]).status == 401

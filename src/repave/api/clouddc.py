@@ -201,7 +201,7 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
 
     @router.get("/instances", response_model_exclude_none=True)
     def list_instances(request: Request, project_id: str) -> InstancePage:
-        admit_caller(request, project_id, Role.VIEWER, "read")
+        admit_caller(request, project_id, Role.VIEWER, "list")
         query = _query(request)
         ids, server_ids = _ids(query, "instance_id"), _ids(query, "server_id")
         if ids is not None and server_ids is not None:
@@ -214,7 +214,7 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
 
     @router.get("/physicalservers", response_model_exclude_none=True)
     def list_servers(request: Request, project_id: str) -> ServerPage:
-        admit_caller(request, project_id, Role.VIEWER, "read")
+        admit_caller(request, project_id, Role.VIEWER, "list")
         query = _query(request)
         state, after, limit = _one_of(query, "manage_state", MANAGE_STATES), _marker(query), _limit(query)
         found, total = store.servers.list_servers(project_id, after=after, limit=limit + 1) if state in (None, "in-use") else ([], 0)

@@ -16,7 +16,9 @@ from typing import Any
 
 import requests
 
+from repave.api.limits import list_rate
 from repave.cli.client import Client, Endpoint
+from repave.config import Settings
 from repave.lab.processes import ProcessRef, find_free_ports, start_detached, wait_for_port
 from repave.lab.state import Machine
 from repave.secrets import write_private
@@ -123,6 +125,7 @@ def write_lab_file(
     client = service.client()
     expired = add_key(client, "expired", "operator", expires_at="2020-01-01T00:00:00Z")
     reader = add_key(client, "reader", "viewer")
+    per_s, burst = list_rate(Settings.model_fields["rate_per_s"].default, Settings.model_fields["rate_burst"].default)
     lab: dict[str, Any] = {
         "endpoint": service.endpoint, "project_id": service.project_id, "token": service.token, "ak": service.ak, "sk": service.sk,
         "instances": [
@@ -131,7 +134,7 @@ def write_lab_file(
         ],
         "images": [{"id": i["id"], "name": i["name"], "os_type": i["os_type"]} for i in client.items("/images")],
         "expired_token": expired["token"], "readonly_token": reader["token"], "readonly_aksk": {"ak": reader["ak"], "sk": reader["sk"]},
-        "rate_limit": {"requests": 200, "per_s": 50, "method": "GET", "path": f"/v1/{service.project_id}/instances"},
+        "rate_limit": {"requests": burst, "per_s": int(per_s), "method": "GET", "path": f"/v1/{service.project_id}/instances"},
         "reinstall_timeout_s": REINSTALL_TIMEOUT_S, "scripted": scripted,
     }  # fmt: skip
     if other is not None:
