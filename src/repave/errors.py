@@ -105,6 +105,8 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9004", "restore-failed", Who.US, True, "The old OS could not be powered on again.", "Before the line; reading back did not show power on.", "Power the server on; its disk is untouched.", "the root disk was not written"),
     ("9005", "service-unreachable", Who.US, True, "The service does not answer.", "It is not running, or the address is wrong.", "repave serve, or set REPAVE_ENDPOINT.", "everything"),
     ("9006", "stale-run", Who.US, False, "This run is over.", "Another run, or the end of this one, came first.", "Nothing; look at repave batch ls.", "everything"),
+    ("9007", "database-newer", Who.US, False, "The database was made by a newer version of Repave.", "Its tables have a revision that this program does not know.", "Run that version, or restore the backup from before the upgrade.", "everything"),
+    ("9008", "not-this-site", Who.US, False, "This service does not fit the database.", "The key file, CA or a shared folder is not the one that the database was begun with.", "Give it the same secret folder and image folder as the other workers: docs/operations.md.", "everything"),
 )
 # fmt: on
 

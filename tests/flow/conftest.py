@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from repave.images.manifest import Manifest
 from repave.images.store import ImageStore
 from repave.lab import scripted_os
 from repave.lab.demo import send_reinstall
+from repave.lab.postgres import make_database, start_postgres
 from repave.lab.processes import is_alive
 from repave.lab.rack import find_service, rack_down, rack_up, start_service_again
 from repave.lab.scripted import set_faults
@@ -229,6 +231,26 @@ def build_heavy_image(path: Path) -> Path:
     table = f"label: gpt\nstart=2048, size=16384, type=uefi\nstart={10 * MIB // SECTOR}, size={80 * MIB // SECTOR}, type=linux\n"
     subprocess.run(["/sbin/sfdisk", "-q", "--wipe=never", "--wipe-partitions=never", path], input=table, text=True, capture_output=True, check=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a private PostgreSQL's first database; others are made beside it."""
+    folder = Path(tempfile.mkdtemp(prefix="rpg-", dir="/tmp"))
+    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
+    try:
+        with start_postgres(folder) as url:
+            yield url
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, once of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'repave.db'}"
+    return make_database(request.getfixturevalue("postgres"), f"t{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ from repave.store.access import Access
 from repave.store.database import Database, Tell, new_id, open_engine
 from repave.store.events import Events
 from repave.store.images import Images
+from repave.store.migrations import bring_up_to_date
 from repave.store.runs import Enqueue, NewRun, Runs
 from repave.store.servers import Servers
-from repave.store.tables import META
 
 
 class Store(Database):
@@ -31,9 +31,9 @@ class Store(Database):
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:
-        """The store at a SQLAlchemy URL, its tables made or brought up to date."""
+        """The store at a SQLAlchemy URL, its tables made or brought up to date. Raises RepaveError database-newer."""
         engine = open_engine(url)
-        META.create_all(engine)
+        bring_up_to_date(engine)
         return cls(engine, sealer, now)
 
     def close(self) -> None:

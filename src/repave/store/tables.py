@@ -1,4 +1,7 @@
-"""The tables. SQLite and PostgreSQL alike; DBOS keeps its own beside them (never name a table like one of its)."""
+"""The tables. SQLite and PostgreSQL alike; DBOS keeps its own beside them (never name a table like one of its).
+
+A change here needs a revision in migrations/ in the same commit (its docstring says how).
+"""
 
 from __future__ import annotations
 
@@ -101,3 +104,10 @@ EVENTS = sa.Table(
 sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
 
 ANSWERS = sa.Table("answers", META, Column("key", Text, primary_key=True), _json("answer"), _at("at", null=False))
+
+WORKERS = sa.Table(
+    "workers", META, Column("executor_id", Text, primary_key=True), _text("slot"), _text("host"), _text("application_version"),
+    Column("beat_at_ms", sa.BigInteger, nullable=False), Column("reaped", sa.Boolean, nullable=False),
+)  # fmt: skip
+
+MARKS = sa.Table("marks", META, Column("name", Text, primary_key=True), _text("value"))
