@@ -38,6 +38,7 @@ from repave.store import Store
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
+from repave.workflow.lease import LeaseTimes
 from repave.workflow.reinstall import Waits
 
 log = structlog.get_logger()
@@ -133,17 +134,22 @@ def open_site(settings: Settings) -> Iterator[Site]:
     sealer = Sealer.open(settings.key_file)
     make_ca(secret_dir)
     store = Store.open(settings.database_url, sealer=sealer, now=utc_now)
-    images = ImageStore(settings.data_dir / "images")
+    store.marks.check_ca(hashlib.sha256((secret_dir / "ca.pem").read_bytes()).hexdigest())
+    assert settings.images_dir is not None
+    images = ImageStore(settings.images_dir)
     places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), (secret_dir / "ca.pem").read_text(), settings.graceful_s)
 
     @contextlib.contextmanager
     def open_bmc(server: Server) -> Iterator[Bmc]:
-        with RedfishBmc(BmcAddress.of(server, store.servers.get_bmc_password(server.id))) as bmc:
+        address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
+        with RedfishBmc(address, before_write=engine.lease.require) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
     waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s)
-    engine = Engine(store, settings.database_url, settings.data_dir / "worker.lock", waits=waits)
+    times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
+    lock = settings.data_dir / "worker.lock"
+    engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))
     fleet = Fleet(store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s)
     try:
         yield Site(settings, store, images, engine, fleet, effects, places)
@@ -161,7 +167,7 @@ def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
     authenticator = Authenticator(site.store.access, now=utc_now)
-    desk = ImageDesk(site.images, site.settings.data_dir / "images", site.settings.images_quota_bytes)
+    desk = ImageDesk(site.images, site.images.root, site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
     app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc))
@@ -212,7 +218,7 @@ def serve(folder: Path) -> None:
 async def _serve(site: Site) -> None:
     settings = site.settings
     hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
-    provisioning_certificate = make_certificate(settings.key_file.parent, hosts)
+    provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
     servers = [
         _server(build_api(site), settings.api_listen, settings.api_certificate),
         _server(build_provisioning(site), settings.provisioning_listen, provisioning_certificate),

@@ -33,8 +33,8 @@ def make_ca(folder: Path) -> None:
     write_private(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def make_certificate(folder: Path, hosts: list[str]) -> Path:
-    """A fresh certificate and key for these host names and addresses, signed by the folder's CA: one PEM file."""
+def make_certificate(folder: Path, hosts: list[str], path: Path) -> Path:
+    """A fresh certificate and key for these host names and addresses, signed by the folder's CA: one PEM file at `path`, not shared by workers."""
     ca = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
     ca_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
@@ -48,7 +48,6 @@ def make_certificate(folder: Path, hosts: list[str]) -> Path:
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    path = folder / "provisioning.pem"
     write_private(path, certificate.public_bytes(serialization.Encoding.PEM) + _pem(key))
     return path
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from repave.errors import RepaveError
+
 SETTINGS_FILE = "repave.toml"
 
 
@@ -16,8 +18,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid")
 
     data_dir: Path = Field(default=Path("repave-data"), description="Database, images, boot media. Relative paths count from the settings file.")
-    key_file: Path = Field(default=Path("secret/key"), description="The key that seals secrets (0600). Keep it out of the database's backups.")
+    images_dir: Path | None = Field(default=None, description="The image store; empty = data_dir/images. Several workers share it.")
+    key_file: Path = Field(
+        default=Path("secret/key"),
+        description="The key that seals secrets (0600); CA and live runs' keys lie beside it. Keep it out of the database's backups. Several workers share it.",
+    )
     database_url: str = Field(default="", description="SQLAlchemy URL; empty = SQLite in data_dir. PostgreSQL: postgresql+psycopg://...")
+    worker_beat_s: float = Field(default=5, gt=0, description="PostgreSQL: seconds between two renewals of a worker's lease, and looks for dead workers.")
+    worker_fence_s: float = Field(default=20, gt=0, description="A worker that could not renew so long does nothing on a server until it has renewed.")
+    worker_lease_s: float = Field(default=30, gt=0, description="A worker that has not renewed so long is dead; others take over its runs.")
     api_listen: str = Field(default="127.0.0.1:8470", description="API and pages. Plain HTTP on loopback only; otherwise api_certificate is needed.")
     api_certificate: Path | None = Field(default=None, description="PEM file with certificate chain and key for the API.")
     provisioning_listen: str = Field(default="127.0.0.1:8471", description="Agents and new operating systems, TLS with our own CA.")
@@ -57,10 +66,13 @@ def load_settings(folder: Path) -> Settings:
     settings = SiteSettings()
     settings.data_dir = (folder / settings.data_dir).resolve()
     settings.key_file = (folder / settings.key_file).resolve()
+    settings.images_dir = (folder / (settings.images_dir or settings.data_dir / "images")).resolve()
     settings.cache_dir = (folder / (settings.cache_dir or settings.data_dir / "cache")).resolve()
     settings.boot_iso = (folder / (settings.boot_iso or settings.data_dir / "boot.iso")).resolve()
     if not settings.database_url:
         settings.database_url = f"sqlite:///{settings.data_dir / 'repave.db'}"
+    if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
+        raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
     if settings.api_certificate is not None:
         settings.api_certificate = (folder / settings.api_certificate).resolve()
     return settings

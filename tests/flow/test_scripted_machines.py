@@ -42,7 +42,7 @@ class FarEnd:
         self._manifest = import_image(self.image, self._images, max_bytes=64 * MIB).manifest_sha256
         make_ca(folder)
         self.ca_pem = (folder / "ca.pem").read_text()
-        self._tls = self._serve(_answer_tls, tls=make_certificate(folder, ["127.0.0.1"]))
+        self._tls = self._serve(_answer_tls, tls=make_certificate(folder, ["127.0.0.1"], folder / "provisioning.pem"))
         self._media = self._serve(_answer_media)
         self._drive = render_config_drive(
             FirstBoot(

@@ -131,7 +131,8 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
     `deadline` is in `time.monotonic()` seconds and is set by the driver for each of its calls.
     """
 
-    def __init__(self, address: BmcAddress, *, observe: Callable[[str], None]) -> None:
+    def __init__(self, address: BmcAddress, *, observe: Callable[[str], None], before_write: Callable[[], None] = lambda: None) -> None:
+        """`before_write` is asked right before each request but GET; what it raises is the answer."""
         parts = urlsplit(address.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BmcError("not_redfish", "The address is not an http or https URL.")
@@ -140,7 +141,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         pin = (address.certificate_sha256 or "").replace(":", "").lower() or None
         super().__init__(self.origin, verify=False if pin else address.tls_verify)
         self._auth_header = HTTPBasicAuth(address.username, address.password) if address.username else None
-        self._observe = observe
+        self._observe, self._before_write = observe, before_write
         self._wire = _Wire()
         self._session.trust_env = False
         self._session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
@@ -181,6 +182,8 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         sent |= {"Content-Type": "application/json"} if data is not None else {}
         sent |= headers or {}
         tries = GET_TRIES if method == "GET" else 1
+        if method != "GET":
+            self._before_write()
         for attempt in range(1, tries + 1):
             try:
                 response = self._send(method, url, data, sent, None if anonymous else self._auth_header)

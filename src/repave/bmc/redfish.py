@@ -50,9 +50,11 @@ def _lock_of(origin: str) -> threading.Lock:
 class RedfishBmc(Bmc):
     """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`)."""
 
-    def __init__(self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None, before_write: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
-        self._connector = Connector(address, observe=observe or (lambda line: None))
+        self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
         named = address.system_uri or (path if "/Systems/" in path else None)

@@ -16,6 +16,7 @@ from repave.store.access import Access
 from repave.store.database import Database, Tell, new_id, open_engine
 from repave.store.events import Events
 from repave.store.images import Images
+from repave.store.marks import Marks
 from repave.store.migrations import bring_up_to_date
 from repave.store.runs import Enqueue, NewRun, Runs
 from repave.store.servers import Servers
@@ -28,13 +29,20 @@ class Store(Database):
         super().__init__(engine, sealer, now)
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
         self.runs, self.events = Runs(self), Events(self)
+        self.marks = Marks(self)
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:
-        """The store at a SQLAlchemy URL, its tables made or brought up to date. Raises RepaveError database-newer."""
+        """The store at a SQLAlchemy URL, its tables made or brought up to date. Raises RepaveError database-newer, or not-this-site (another key)."""
         engine = open_engine(url)
-        bring_up_to_date(engine)
-        return cls(engine, sealer, now)
+        try:
+            bring_up_to_date(engine)
+            store = cls(engine, sealer, now)
+            store.marks.check_key()
+        except BaseException:
+            engine.dispose()
+            raise
+        return store
 
     def close(self) -> None:
         self.engine.dispose()

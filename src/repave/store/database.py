@@ -18,6 +18,10 @@ from repave.store.tables import EVENTS
 Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
 
 
+_IDLE_MS = 20_000  # ours last milliseconds
+_EVENTS_LOCK = 0x7265706176650002  # beside the one of migrations/
+
+
 def new_id() -> str:
     """A UUID of version 7: sorts by the time it was made (RFC 9562)."""
     raw = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
@@ -51,6 +55,8 @@ class Database:
         """One audit row for each of `each`: actor and the ids it is about have columns of their own, the rest is its data."""
         names = ("batch_id", "run_id", "server_id")
         fixed = {"at": self.now(), "project_id": project_id, "type": type_}
+        if self.engine.dialect.name == "postgresql":  # until the commit, so that a reader who has seen `seq` misses none that is smaller
+            conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_EVENTS_LOCK)))
         conn.execute(
             sa.insert(EVENTS),
             [
@@ -70,10 +76,13 @@ class Database:
 
 def open_engine(url: str) -> sa.Engine:
     """The SQLAlchemy engine; a statement's values never appear in an error."""
-    engine = sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
-    if engine.dialect.name == "sqlite":
+    if sa.make_url(url).get_backend_name() == "sqlite":
+        engine = sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
         _prepare_sqlite(engine)
-    return engine
+        return engine
+    # A worker that is stopped inside a transaction must not keep its locks: the server ends it, and the worker's lease has run out by then.
+    options = {"options": f"-c idle_in_transaction_session_timeout={_IDLE_MS}", "connect_timeout": 10}
+    return sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True, pool_pre_ping=True, connect_args=options)
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

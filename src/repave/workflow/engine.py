@@ -1,17 +1,18 @@
 """The `Run` port on DBOS, and what DBOS leaves to us. Only this module imports dbos.
 
 Rules (engines.md 4): JSON serializer that keeps error classes; the run id is the only input; fixed `application_version`; started through
-the queue only; its own event loop in its own thread; one worker process on SQLite, by a lock; a reconciler outside the engine ends runs
-whose workflow died and finds silent agents.
+the queue only; its own event loop in its own thread; one worker process on SQLite, several on PostgreSQL, each with a lease (lease.py); a
+reconciler outside the engine ends runs whose workflow died and finds silent agents. It runs in every worker: what it writes is compare-and-set.
+
+Runs of a dead worker go on in one with the same `APPLICATION_VERSION`. Where that changes, workers of both run side by side until no run of
+the old one is left (docs/operations.md); runs begun without a version go to the newest that was ever seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from repave.domain.model import RunRow
 from repave.domain.states import Ending
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
+from repave.workflow.lease import Lease, LeaseGiven, LeaseLapsed, LeaseTimes
 from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
 from repave.workflow.run import Json
 
@@ -33,10 +35,11 @@ QUEUE = "reinstalls"
 APPLICATION_VERSION = "1"  # changes only with the order or names of the workflow's steps
 CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
-LOCK_S = 10.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
 _DATABASE_PAUSES_S = (1, 5, 15, 60)  # a locked file or a failover is no reason to end a run; effects may be repeated
 _OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+
+DEFAULT_TIMES = LeaseTimes()
 
 log = structlog.get_logger()
 
@@ -78,14 +81,24 @@ def _decode(value: dict[str, Any]) -> Any:
 class DbosRun:
     """One run's port to time and effects."""
 
-    def __init__(self, run_id: str, pool: ThreadPoolExecutor) -> None:
-        self.run_id, self._pool = run_id, pool
+    def __init__(self, run_id: str, pool: ThreadPoolExecutor, lease: Lease) -> None:
+        self.run_id, self._pool, self._lease = run_id, pool, lease
 
     async def step(self, name: str, effect: Callable[[str], Json]) -> Json:
+        def act() -> Json:
+            while True:
+                try:
+                    self._lease.require()
+                    return effect(self.run_id)
+                except LeaseLapsed:  # nobody took the run over: the effect is begun anew
+                    continue
+
         async def call() -> Json:
             for pause_s in (*_DATABASE_PAUSES_S, None):
                 try:
-                    return await asyncio.get_running_loop().run_in_executor(self._pool, effect, self.run_id)
+                    return await asyncio.get_running_loop().run_in_executor(self._pool, act)
+                except LeaseGiven:  # we are stopping, and the run goes on elsewhere: nothing of this try may be recorded
+                    await asyncio.Future[None]()
                 except (sa.exc.OperationalError, sa.exc.TimeoutError):
                     if pause_s is None:
                         raise
@@ -112,34 +125,23 @@ class DbosRun:
         return datetime.fromisoformat(await DBOS.run_step_async({"name": "now"}, read))
 
 
-def _take_lock(descriptor: int) -> bool:
-    """The kernel frees the lock when its holder is gone; a killed process may take seconds to finish its last fsync."""
-    deadline = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-
-
 class Engine:
     """Durable reinstalls in this process. One per process: DBOS is a singleton (pitfall 15)."""
 
-    def __init__(self, store: Store, url: str, lock_path: Path, *, waits: Waits = DEFAULT_WAITS) -> None:
-        self.store, self._url, self._lock_path, self._waits = store, url, lock_path, waits
+    def __init__(
+        self, store: Store, url: str, lock_path: Path, *, waits: Waits = DEFAULT_WAITS, times: LeaseTimes = DEFAULT_TIMES, shared: Sequence[Path] = ()
+    ) -> None:  # fmt: skip
+        """`lock_path`: on a local disk. `shared`: folders that all workers of the database have in common."""
+        self.store, self._url, self._waits = store, url, waits
+        self.lease = Lease(store.engine, lock_path, version=APPLICATION_VERSION, times=times, shared=shared)
         self._client: DBOSClient | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="effect")
 
     def start(self, effects: Effects) -> None:
-        """Workflows run, those of an earlier life go on. Raises RepaveError conflict when another worker holds the lock."""
-        self._lock = self._lock_path.open("a")
-        if not _take_lock(self._lock.fileno()):
-            raise RepaveError("conflict", "Another repave serve works on this database.")
+        """Workflows run, those of dead workers go on. Raises RepaveError: see `Lease.take`."""
+        self.lease.take()
         launched = threading.Event()
         failure: list[BaseException] = []
 
@@ -158,6 +160,7 @@ class Engine:
             raise failure[0]
         self._client = DBOSClient(system_database_url=self._url, serializer=JsonSerializer(), application_name="repave")
         self.store.tell = self._tell
+        self.lease.start(self._take_over)
         reconciler = threading.Thread(target=self._reconcile_forever, name="reconciler", daemon=True)
         reconciler.start()
         self._threads = [thread, reconciler]
@@ -167,7 +170,7 @@ class Engine:
             config={
                 "name": "repave",
                 "system_database_url": self._url,
-                "executor_id": "worker-1",
+                "executor_id": self.lease.executor_id,
                 "application_version": APPLICATION_VERSION,
                 "serializer": JsonSerializer(),
                 "max_executor_threads": 32,
@@ -175,11 +178,11 @@ class Engine:
                 "notification_listener_polling_interval_sec": 0.25,
             }
         )
-        pool, waits = self._pool, self._waits
+        pool, waits, lease = self._pool, self._waits, self.lease
 
         @DBOS.workflow(name="reinstall", max_recovery_attempts=1000)
         async def reinstall_workflow(run_id: str) -> str:
-            return await reinstall(DbosRun(run_id, pool), effects, waits)
+            return await reinstall(DbosRun(run_id, pool, lease), effects, waits)
 
         DBOS.launch()
         DBOS.register_queue(QUEUE, global_concurrency=CONCURRENT_RUNS, polling_interval_sec=0.1)
@@ -188,12 +191,29 @@ class Engine:
         """Nothing of the engine runs any more; what was under way goes on at the next start."""
         self._stop.set()
         DBOS.destroy()  # from here on a fact can not be told: its transaction fails, and who reported it asks again
+        self.lease.stop_effects()
         if self._client is not None:
             self._client.destroy()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for thread in self._threads:
+        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
+        ending.start()
+        for thread in (*self._threads, ending):
             thread.join(timeout=5)
-        self._lock.close()
+        self.lease.give(idle=not ending.is_alive())
+
+    def _take_over(self) -> None:
+        """Runs whose worker is dead are back in the queue, before all that have not begun. Harmless to repeat, also from several workers."""
+        table = self._workflow_status
+        c = table.c
+        with self.store.engine.connect() as conn:
+            owners = set(conn.execute(sa.select(c.executor_id).where(c.status == "PENDING").distinct()).scalars())
+        dead = sorted(owners - set(self.lease.list_live()))  # in this order: who owned a run then has its row in `workers` by now
+        if not dead:
+            return
+        with self.store.write() as conn:
+            conn.execute(sa.update(table).where(c.executor_id.in_(dead), c.status == "PENDING").values(priority=0))
+        taken = DBOS._recover_pending_workflows(dead)  # private in 3.4: touches only rows that these ids still own, and of our version
+        log.warning("took over", runs=len(taken), workers=dead)
 
     def enqueue(self, conn: sa.Connection, runs: Sequence[NewRun]) -> None:
         """The runs' workflows are queued when the caller's transaction commits. A run's id is its workflow's id."""
@@ -251,7 +271,12 @@ class Engine:
             self.store.runs.tell_silence(run.id)
 
     def _workflow_statuses(self) -> dict[str, str]:
-        schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None
-        table = sa.table("workflow_status", sa.column("workflow_uuid"), sa.column("status"), schema=schema)
+        table = self._workflow_status
         with self.store.engine.connect() as conn:
             return {r.workflow_uuid: r.status for r in conn.execute(sa.select(table.c.workflow_uuid, table.c.status))}
+
+    @property
+    def _workflow_status(self) -> sa.TableClause:
+        """DBOS's table of workflows, as much of it as we read."""
+        schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None
+        return sa.table("workflow_status", *map(sa.column, ("workflow_uuid", "status", "executor_id", "priority")), schema=schema)
