@@ -29,9 +29,11 @@ from repave.bmc.redfish import RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
+from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.images.importer import import_image
 from repave.images.store import ImageStore
+from repave.own_host import read_own_host
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
 from repave.store import Store
@@ -150,7 +152,11 @@ def open_site(settings: Settings) -> Iterator[Site]:
     times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
     lock = settings.data_dir / "worker.lock"
     engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))
-    fleet = Fleet(store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s)
+    limits = Limits(settings.runs_at_once, settings.rack_at_once)
+    fleet = Fleet(
+        store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s, waiting_timeout_s=settings.waiting_timeout_s, limits=limits,
+        max_batch=settings.batch_max,
+    )  # fmt: skip
     try:
         yield Site(settings, store, images, engine, fleet, effects, places)
     finally:
@@ -208,6 +214,7 @@ def serve(folder: Path) -> None:
     configure_logging()
     ensure_boot_iso(settings)
     with open_site(settings) as site:
+        site.store.servers.record_host(read_own_host())
         site.engine.start(site.effects)
         try:
             asyncio.run(_serve(site))

@@ -59,6 +59,11 @@ CATALOGUE: dict[str, Problem] = _table(
     ("1004", "not-allowed", Who.REQUEST, False, "This key may not do that.", "The key's role or project does not allow it.", "Use a key with the role named, or ask an admin.", "everything"),
     ("1005", "not-logged-in", Who.REQUEST, False, "Who you are is not known.", "No token or signature, or one that is not valid.", "Set REPAVE_TOKEN, or run repave init on the server.", "everything"),
     ("1006", "in-progress", Who.REQUEST, True, "A reinstall of this server is under way.", "An earlier batch has not ended.", "repave batch watch", "this request started nothing"),
+    ("1007", "locked", Who.REQUEST, False, "The server is locked.", "Someone locked it, so that nobody reinstalls it by mistake.", "Leave it out, or ask who locked it: repave server show NAME; then repave server unlock NAME.", "everything"),
+    ("1008", "own-host", Who.REQUEST, False, "Repave itself runs on this server.", "Its serial number, UUID or a MAC address is that of a machine Repave runs on.", "Leave it out; move Repave elsewhere first.", "everything"),
+    ("1009", "past-the-line", Who.REQUEST, False, "It is past the line: stopping would leave half a system.", "The old OS is being overwritten, or is gone.", "Let it finish: repave watch. Then reinstall it with the image you want.", "data disks"),
+    ("1010", "cancelled", Who.REQUEST, False, "The reinstall was cancelled.", "Someone cancelled it before the line.", "Nothing; or repave batch retry.", _DISK),
+    ("1011", "batch-stopped", Who.REQUEST, False, "The batch was stopped by its own limit.", "More runs failed than its limit allows, or a canary did not go well.", "Read why the others failed; then repave batch retry.", _DISK),
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
     ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _NOTHING),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),

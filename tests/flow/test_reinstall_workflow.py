@@ -48,6 +48,9 @@ class Machine:
     silent: set[str] = field(default_factory=set)  # events that never come
     refuses: set[str] = field(default_factory=set)  # BMC calls that fail for good
     proof_serial: str = "DISK-1"
+    serial: str = "SER-1"
+    uuid: str = "uuid-1"
+    mac: str = "52:54:00:00:00:01"
 
     def do(self, action: str) -> None:
         self.actions.append(action)
@@ -57,7 +60,7 @@ class Machine:
     # Bmc
     def probe(self) -> BmcFacts:
         self.do("probe")
-        return BmcFacts("/s/1", "Lab", "M1", "SER-1", "uuid-1", self.power, ("/cd",), ("Cd", "Hdd"))
+        return BmcFacts("/s/1", "Lab", "M1", self.serial, self.uuid, self.power, ("/cd",), ("Cd", "Hdd"))
 
     def check_media(self, urls) -> None:
         self.do("check_media")
@@ -167,7 +170,7 @@ class Journal:
 class World:
     """One server, one instance, one image, one admitted run."""
 
-    def __init__(self, folder: Path, *, blank: bool = False) -> None:
+    def __init__(self, folder: Path, *, blank: bool = False, rehearse: bool = False) -> None:
         self.folder = folder
         self.machine = Machine(power=Power.OFF, disk="", os="") if blank else Machine()
         self.store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=lambda: datetime.now(UTC))
@@ -198,7 +201,9 @@ class World:
         places = Places(("http://127.0.0.1:1",), "https://127.0.0.1:2", "CA", 0)
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
         fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
-        admitted = fleet.admit(credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password=PASSWORD)
+        admitted = fleet.admit(
+            credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password="" if rehearse else PASSWORD, rehearse=rehearse,
+        )  # fmt: skip
         self.run_id = self.store.runs.list_runs(batch_id=admitted.batch_id)[0].id
 
     def machine_turn(self, event: str) -> None:
@@ -212,13 +217,15 @@ class World:
                 "removable": False, "read_only": False, "rotational": False, "virtual": False, "hctl": "", "by_path": "", "boots": True,
             }  # fmt: skip
             inventory = {
-                "boot_id": "boot-ramdisk", "serial": "SER-1", "uuid": "uuid-1", "macs": ["52:54:00:00:00:01"], "arch": "amd64",
+                "boot_id": "boot-ramdisk", "serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "arch": "amd64",
                 "firmware": "uefi", "memory_bytes": 2**30, "disks": [disk], "uptime_s": 1.0,
             }  # fmt: skip
             store.runs.record_hello(self.run_id, "boot-ramdisk", inventory)
         if event == "written" and m.os == "ramdisk":
             run = store.runs.get_run(self.run_id)
-            if store.runs.record_crossing(self.run_id, run.plan["plan_id"]):
+            if run.plan.get("rehearse"):
+                store.runs.record_report(self.run_id, {"epoch": 0, "verified": False, "rehearsal": {"data_bytes": 5}, "error": None})
+            elif store.runs.record_crossing(self.run_id, run.plan["plan_id"]):
                 m.disk = "half-written"
                 if "report" not in m.silent:
                     m.disk = "new-os"

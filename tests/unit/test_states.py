@@ -20,6 +20,12 @@ def test_what_is_not_in_the_table_is_refused():
                 next_situation(state, event, InstanceState.RUNNING)
 
 
+def test_a_rehearsal_gives_back_the_state_it_found_and_says_neither_succeeded_nor_failed():
+    for found in (InstanceState.RUNNING, InstanceState.ERROR):
+        after = next_situation(InstanceState.PENDING, Ending.REHEARSED, found)
+        assert (after.state, after.operation) == (found, None)
+
+
 def test_a_returned_run_gives_back_the_state_it_found():
     for found in (InstanceState.RUNNING, InstanceState.ERROR):
         after = next_situation(InstanceState.PENDING, Ending.RETURNED, found)
@@ -29,7 +35,7 @@ def test_a_returned_run_gives_back_the_state_it_found():
 
 def test_only_a_proof_makes_running_after_the_line():
     ways = {event for (_, event, _), (after, _) in TABLE.items() if after.state is InstanceState.RUNNING}
-    assert ways == {Ending.PROVED, Ending.RETURNED, Ending.LATE_PROOF}
+    assert ways == {Ending.PROVED, Ending.RETURNED, Ending.LATE_PROOF, Ending.REHEARSED}
 
 
 def test_a_reinstall_is_possible_from_running_and_error_only():

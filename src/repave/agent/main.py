@@ -23,13 +23,14 @@ from repave.agent import protocol
 from repave.agent.client import BACKOFF_S, Client, Refused, Unreachable
 from repave.agent.gpt import Partition, minimum_disk_bytes
 from repave.agent.lease import Lease, boot_clock
-from repave.agent.machine import FileMachine, Machine, RealMachine
+from repave.agent.machine import FileMachine, Machine, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
 from repave.agent.writer import WriteResult, write_image
 from repave.errors import RepaveError, RunFailed
 from repave.images.manifest import Manifest, parse_manifest
 
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of some TiB
+REHEARSED_CHUNKS = 8  # 32 MiB of disk at most: enough to know the link, small against the image
 CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
 
 
@@ -63,6 +64,8 @@ def main() -> None:
     run.add_argument("--slot", type=Path, required=True, help=f"the run's {protocol.SLOT_FILE}")
     run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
     arguments = parser.parse_args()
+    if arguments.machine_file is None and not is_ramdisk():
+        run.error("this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched.")
     machine: Machine = FileMachine(arguments.machine_file) if arguments.machine_file else RealMachine()
     sys.exit(run_agent(arguments.slot, machine))
 
@@ -105,6 +108,8 @@ class Agent:
                 manifest = self._fetch_manifest(plan, disk, inventory)
                 for note in self._machine.protect_others(disk):
                     self._console.say(note)
+                if plan.rehearse:
+                    return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest)))
                 lease = self._cross(plan)
                 result = self._write(plan, disk, path, manifest, lease)
             return self._end(Report(
@@ -154,6 +159,23 @@ class Agent:
             raise RunFailed("arch-mismatch", seen)
         self._console.say(f"manifest: {len(manifest.chunks)} chunks, {manifest.data_bytes} bytes to write")
         return manifest
+
+    def _measure(self, manifest: Manifest) -> dict[str, Any]:
+        """What a rehearsal learns: how much there is to fetch, and how fast its first chunks come. They are verified and thrown away."""
+        stored = {chunk.sha256: chunk.compressed_bytes for chunk in manifest.chunks if chunk.extents}
+        started, fetched = time.monotonic(), 0
+        for sha256 in list(stored)[:REHEARSED_CHUNKS]:
+            try:
+                body = self._client.get_bytes(f"/agent/v1/chunks/{sha256}", sha256=sha256, cap_bytes=CHUNK_CAP_BYTES, while_true=self._patience())
+            except ValueError as error:
+                raise RunFailed("image-damaged", f"{error}.") from None
+            fetched += len(body)
+        took = time.monotonic() - started
+        self._console.say(f"rehearsal: nothing is written; {fetched} bytes fetched in {took:.1f} s")
+        return {
+            "data_bytes": manifest.data_bytes, "stored_bytes": sum(stored.values()), "chunks": len(stored), "fetched_bytes": fetched,
+            "fetch_s": round(took, 3), "expected_fetch_s": round(took * sum(stored.values()) / fetched, 1) if fetched else 0.0,
+        }  # fmt: skip
 
     def _cross(self, plan: Plan) -> Lease:
         """Asks until there is an answer: the server may have counted us as crossed already, and only its 200 lets us write."""

@@ -4,7 +4,7 @@ All requests go to the provisioning listener over TLS verified with our CA alone
 
     POST /agent/v1/hello         media token   Inventory -> {"session": TOKEN, "poll_s": 1}; the media token is dead for any other boot
     GET  /agent/v1/plan          session       200 Plan | 204 not yet | 410 the run is over
-    POST /agent/v1/cross         session       {"plan_id", "serial"} -> {"epoch": 1, "lease_s": 60} | 410. A lost answer counts as crossed
+    POST /agent/v1/cross         session       {"plan_id", "serial", "wwn"} -> {"epoch": 1, "lease_s": 60} | 409 not the plan's | 410. A lost answer: crossed
     GET  /agent/v1/manifest      session       the image's manifest, bytes whose SHA-256 the plan names
     GET  /agent/v1/chunks/SHA    session       one chunk: bytes whose SHA-256 is SHA
     GET  /agent/v1/config-drive  session       the config drive's image, bytes whose SHA-256 the plan names; only after the line
@@ -84,6 +84,7 @@ class Plan:
     config_drive_sha256: str
     config_drive_bytes: int
     boot_label: str = "repave"
+    rehearse: bool = False  # check everything, measure, report, and stop before the line
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Report:
     bytes_zeroed: int = 0
     stages_s: dict[str, float] = dataclasses.field(default_factory=dict)
     error: dict[str, Any] | None = None
+    rehearsal: dict[str, Any] | None = None  # of a rehearsal that went well: what it learnt, numbers by the names in REHEARSAL
+
+
+REHEARSAL = ("data_bytes", "stored_bytes", "chunks", "fetched_bytes", "fetch_s", "expected_fetch_s")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,11 @@ class HomeCall:
 def render(message: Any) -> dict[str, Any]:
     """A message as JSON values."""
     return dataclasses.asdict(message)
+
+
+def render_plan(plan: Plan) -> dict[str, Any]:
+    """`rehearse` is there only where it is true: an agent of an earlier version reads the plan of a reinstall, and refuses that of a rehearsal."""
+    return {name: value for name, value in render(plan).items() if name != "rehearse" or value}
 
 
 def parse_inventory(value: dict[str, Any]) -> Inventory:

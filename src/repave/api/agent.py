@@ -63,7 +63,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
     def cross(request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """THE LINE: committed before it is answered; asked again by the same session, it is answered again."""
         run = still_open(session_run(request))
-        if not run.plan or body.get("serial") != run.plan["disk_serial"]:
+        if not run.plan or (body.get("serial"), body.get("wwn")) != (run.plan["disk_serial"], run.plan["disk_wwn"]):
             raise HTTPException(409)
         if not store.runs.record_crossing(run.id, str(body.get("plan_id"))):
             raise HTTPException(410)
@@ -106,10 +106,11 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
     @router.post("/agent/v1/report")
     def report(request: Request, body: dict[str, Any]) -> dict[str, Any]:
         run = session_run(request)
-        if body.get("error") is None and body.get("epoch") != run.epoch:
+        if body.get("error") is None and body.get("epoch") != run.epoch and not run.rehearse:  # a rehearsal never learns its epoch
             raise HTTPException(410)
         kept = {name: body.get(name) for name in protocol.Report.__dataclass_fields__}
         kept["error"] = _known_error(body.get("error"))
+        kept["rehearsal"] = _known_rehearsal(body.get("rehearsal"))
         if not store.runs.record_report(run.id, kept):
             raise HTTPException(410)
         return {"then": "power-off"}
@@ -142,6 +143,12 @@ def _known_error(error: Any) -> dict[str, Any] | None:
         return None
     slug = error.get("class") if error.get("class") in CATALOGUE else "agent-failed"
     return RunFailed(str(slug), str(error.get("cause", ""))[:500]).as_json()
+
+
+def _known_rehearsal(value: Any) -> dict[str, float] | None:
+    if not isinstance(value, dict):
+        return None
+    return {name: value[name] for name in protocol.REHEARSAL if isinstance(value.get(name), int | float)}
 
 
 def _bearer(request: Request) -> str:

@@ -6,7 +6,7 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 """
 
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from repave.bmc import BmcAddress, BmcFacts
-from repave.domain.model import Credential, Image, Role
+from repave.domain.model import Credential, Image, Role, Server
+from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
 from repave.store import Store
 
@@ -32,8 +33,12 @@ class Admits(Protocol):
 
     def admit(
         self, *, credential: Credential, instance_ids: list[str], image_id: str | None, password: str,
-        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_key: str | None = None,
+        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_key: str | None = None, rehearse: bool = False,
+        waves: Waves = ..., image_ids: dict[str, str] | None = None,
     ) -> Any: ...  # fmt: skip
+
+    def refuse_protected(self, servers: Sequence[Server]) -> None:
+        """Raises RequestError locked or own-host."""
 
 
 class Images(Protocol):
@@ -123,7 +128,7 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
-    "in-progress": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
+    "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 
@@ -132,7 +137,7 @@ def render_problem(error: RepaveError) -> JSONResponse:
     """RFC 9457, with our own fields beside the standard ones."""
     status = _STATUS.get(error.slug) or _STATUS_BY_WHO.get(error.problem.who, 409)
     body = error.as_json() | {"type": f"urn:repave:error:{error.code}", "status": status, "detail": str(error)}
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    headers = {"WWW-Authenticate": "SDK-HMAC-SHA256"} if status == 401 else None  # the one HTTP scheme taken; X-Auth-Token is none
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 

@@ -3,38 +3,52 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
+from repave.api.batch_views import Beside, batch_json, run_durations, run_json, run_state
 from repave.api.operator import Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.api.operator_images import get_image
 from repave.api.operator_servers import get_server
-from repave.domain.model import Batch, Event, Image, Instance, RunRow, Server, Step
+from repave.domain.model import Batch, Image, Instance, RunRow, Server
 from repave.domain.root_disk import find_known_misfit, is_candidate
-from repave.domain.states import Ending, may_reinstall
+from repave.domain.states import may_reinstall
+from repave.domain.timing import usual_durations
+from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError
+from repave.store import Cancelled
 
 router = APIRouter(route_class=ProblemRoute)
-_GOOD = (Ending.PROVED.value, Ending.LATE_PROOF.value)
 _MAX_NAMED = 50
 
 
 class Target(Body):
-    """Which servers, and which image (name or id; absent = the one each has now)."""
+    """Which servers, and which image (name or id; absent = the one each has now). `retry`: those of a batch that did not end well, each its image."""
 
     servers: list[str] = Field(default=[], max_length=_MAX_NAMED)
     instance_ids: list[str] = Field(default=[], max_length=_MAX_NAMED)
     image: str | None = None
+    retry: str | None = None
 
 
 class Reinstall(Target):
-    password: str = Field(max_length=200)
+    """`rehearse`: everything up to the line, nothing written, no password. Waves: domain/waves.py."""
+
+    password: str = Field(default="", max_length=200)
     ssh_keys: list[str] = Field(default=[], max_length=20)
     user_data: str = Field(default="", max_length=32_768)
     plan: str | None = None  # refuse unless this is still the plan's id
+    rehearse: bool = False
+    canary: int | None = Field(default=None, ge=1, le=_MAX_NAMED)
+    at_once: int | None = Field(default=None, ge=1, le=_MAX_NAMED)
+    max_failed: int | None = Field(default=None, ge=0, le=_MAX_NAMED)
+
+
+class Chosen(Body):
+    """Which runs of a batch, by their servers' names; none = all."""
+
+    servers: list[str] = Field(default=[], max_length=_MAX_NAMED)
 
 
 # ---- what was asked ----
@@ -42,6 +56,10 @@ class Reinstall(Target):
 
 def _resolve(scope: Scope, target: Target) -> list[tuple[Server, Instance]]:
     """All of the servers named, each once, in the order given. Raises not-found for the first one unknown here."""
+    if target.retry is not None:
+        if target.servers or target.instance_ids or target.image:
+            raise RequestError("bad-request", "retry: the batch says which servers and images; name none.", field="retry")
+        target = Target(instance_ids=[run.instance_id for run in _retryable(scope, target.retry)])
     if not target.servers and not target.instance_ids:
         raise RequestError("bad-request", "servers: none were named; empty never means all.", field="servers")
     servers = [get_server(scope, name) for name in target.servers]
@@ -56,15 +74,29 @@ def _resolve(scope: Scope, target: Target) -> list[tuple[Server, Instance]]:
     return [(s, by_server[s.id]) for s in servers]
 
 
+def _retryable(scope: Scope, batch_id: str) -> list[RunRow]:
+    """Raises conflict where there is nothing to try again."""
+    runs = scope.store.batches.list_retryable(_get_batch(scope, batch_id))
+    if not runs:
+        raise RequestError("conflict", "No ended run of this batch needs another try: they run, or were reinstalled since.", field="retry")
+    return runs
+
+
+def _images_of_retry(scope: Scope, target: Target) -> dict[str, str]:
+    return {run.instance_id: run.image_id for run in _retryable(scope, target.retry)} if target.retry is not None else {}
+
+
 def _plan(scope: Scope, target: Target) -> Json:
     """What would be erased and what kept. Reads the store only. Its id changes when image, servers, states or disk rules do."""
     pairs = _resolve(scope, target)
     asked = get_image(scope, target.image) if target.image else None
     images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
     disks = {s.id: (scope.store.runs.find_inventory(s.id) or {}).get("disks", []) for s, _ in pairs}
+    again = _images_of_retry(scope, target)
+    usual = _usual_by_model(scope, [s for s, _ in pairs])
     erased, problems, facts = [], [], []
     for server, instance in pairs:
-        image = asked or images.get(instance.image_id or "")
+        image = asked or images.get(again.get(instance.id) or instance.image_id or "")
         seen = [d for d in disks[server.id] if is_candidate(d)]
         known = images.get(instance.image_id or "")
         os_now = known.name if known else "an image that was removed" if instance.image_id else None
@@ -72,8 +104,9 @@ def _plan(scope: Scope, target: Target) -> Json:
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
+            "usual_s": round(sum(usual[server.model].values())) or None,
         })  # fmt: skip
-        problems += [{"server": server.name} | p.as_json() for p in _problems(server, instance, image, disks[server.id])]
+        problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
         facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])
     total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
     data_disks = sum(max(0, len([d for d in of if is_candidate(d)]) - 1) for of in disks.values())
@@ -84,10 +117,14 @@ def _plan(scope: Scope, target: Target) -> Json:
     }  # fmt: skip
 
 
-def _problems(server: Server, instance: Instance, image: Image | None, disks: Sequence[Json]) -> list[RepaveError]:
+def _problems(scope: Scope, server: Server, instance: Instance, image: Image | None, disks: Sequence[Json]) -> list[RepaveError]:
     found: list[RepaveError] = []
     if not may_reinstall(instance.state):
         found.append(RequestError("in-progress"))
+    try:
+        scope.desk.fleet.refuse_protected([server])
+    except RequestError as protected:
+        found.append(protected)
     if image is None:
         found.append(RequestError("bad-request", "image: is needed; the image it has now is not known.", field="image"))
     elif (server.arch, server.boot) != (image.arch, image.boot):
@@ -110,59 +147,80 @@ def reinstall(scope: Operator, asked: Reinstall, response: Response) -> Json:
     image_id = get_image(scope, asked.image).id if asked.image else None
     admitted = scope.desk.fleet.admit(
         credential=scope.credential, instance_ids=[i.id for _, i in _resolve(scope, asked)], image_id=image_id, password=asked.password,
-        ssh_keys=tuple(asked.ssh_keys), user_data=asked.user_data,
+        ssh_keys=tuple(asked.ssh_keys), user_data=asked.user_data, rehearse=asked.rehearse,
+        waves=Waves(asked.canary, asked.at_once, asked.max_failed), image_ids=_images_of_retry(scope, asked),
     )  # fmt: skip
     response.headers["Location"] = f"/repave/v1/batches/{admitted.batch_id}"
     return show_batch(scope, admitted.batch_id)
 
 
+# ---- what may still be done to it ----
+
+_CANCEL_SAYS = {
+    Cancelled.NOT_STARTED: "not started: it has ended, its server was not touched",
+    Cancelled.RETURNING: "before the line: media out, what was found comes back",
+    Cancelled.PAST_THE_LINE: "past the line: stopping would leave half a system; it finishes",
+    Cancelled.ENDED: "had ended already; unchanged",
+}
+
+
+@router.post("/batches/{batch_id}/cancel")
+def cancel_batch(scope: Operator, batch_id: str, chosen: Chosen) -> Json:
+    """What became of each run. Raises past-the-line where all that were named are: nothing was cancelled then."""
+    batch = _get_batch(scope, batch_id)
+    runs = scope.store.runs.list_runs(batch_id=batch.id)
+    names = _server_names(scope, runs)
+    if unknown := set(chosen.servers) - set(names.values()):
+        raise RequestError("not-found", f"There is no server {min(unknown)!r} in this batch.", kind="server")
+    wanted = [r for r in runs if not chosen.servers or names[r.server_id] in chosen.servers]
+    return _cancel(scope, batch, wanted, names)
+
+
+@router.post("/runs/{run_id}/cancel")
+def cancel_run(scope: Operator, run_id: str) -> Json:
+    run = scope.store.runs.find_run(run_id)
+    if run is None or run.project_id != scope.project_id:
+        raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
+    return _cancel(scope, _get_batch(scope, run.batch_id), [run], _server_names(scope, [run]))
+
+
+def _cancel(scope: Scope, batch: Batch, runs: Sequence[RunRow], names: dict[str, str]) -> Json:
+    done = scope.store.batches.cancel(batch.id, [r.id for r in runs], actor=scope.actor)
+    if done and set(done.values()) == {Cancelled.PAST_THE_LINE}:
+        raise RequestError("past-the-line", ", ".join(sorted(names[r.server_id] for r in runs)) + ".", kind="run")
+    items = [{"run": r.id, "server": names[r.server_id], "result": done[r.id].value, "meaning": _CANCEL_SAYS[done[r.id]]} for r in runs]
+    return render_list(sorted(items, key=lambda i: i["server"]))
+
+
+@router.post("/batches/{batch_id}/pause")
+def pause_batch(scope: Operator, batch_id: str) -> Json:
+    """Nothing of it begins; what is under way goes on."""
+    scope.store.batches.pause(_get_batch(scope, batch_id).id, actor=scope.actor)
+    return show_batch(scope, batch_id)
+
+
+@router.post("/batches/{batch_id}/resume")
+def resume_batch(scope: Operator, batch_id: str) -> Json:
+    scope.store.batches.resume(_get_batch(scope, batch_id).id, actor=scope.actor)
+    return show_batch(scope, batch_id)
+
+
 # ---- how far it is ----
 
 
-def run_state(run: RunRow) -> str:
-    """One of waiting, working, running, failed: the words of CLI and pages."""
-    if run.ended_at is not None:
-        return "running" if run.outcome in _GOOD else "failed"
-    return "working" if run.started_at else "waiting"
+def _get_batch(scope: Scope, batch_id: str) -> Batch:
+    batch = scope.store.runs.find_batch(scope.project_id, batch_id)
+    if batch is None:
+        raise RequestError("not-found", f"There is no batch {batch_id!r} in this project.", kind="batch")
+    return batch
 
 
-def step_durations(run: RunRow, events: Sequence[Event], now: datetime) -> dict[str, float]:
-    """Seconds in each step so far. A step lasts until the next one begins; write-image begins at the line."""
-    began: dict[str, datetime] = {}
-    for event in events:
-        if event.run_id == run.id and event.type in ("run.step", "run.crossed"):
-            began.setdefault(event.data.get("step", Step.WRITE_IMAGE.value), event.at)
-    steps = sorted(began.items(), key=lambda item: item[1])
-    ends = ([at for _, at in steps] + [run.ended_at or now])[1:]
-    return {name: round((end - at).total_seconds(), 1) for (name, at), end in zip(steps, ends, strict=True)}
+def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:
+    return {s.id: s.name for s in scope.store.servers.get_servers([r.server_id for r in runs]).values()}
 
 
-def run_json(run: RunRow, *, server: str, os_now: str | None, durations_s: dict[str, float]) -> Json:
-    """The run object of API, CLI and events (ux.md 2)."""
-    progress: dict[str, Any] = run.progress or {}
-    # A small image is written between two progress messages; then only the report knows.
-    done, total = (run.report or {}).get("bytes_written") or progress.get("bytes_done", 0), progress.get("bytes_total")
-    writing_s = (run.seen_at - run.crossed_at).total_seconds() if run.seen_at and run.crossed_at else 0.0
-    writing = run.step is Step.WRITE_IMAGE and run.ended_at is None and total
-    return {
-        "id": run.id, "batch": run.batch_id, "server": server, "instance_id": run.instance_id, "state": run_state(run), "step": run.step.value,
-        "step_index": run.step.number, "steps": len(Step), "past_the_line": run.past_the_line, "stage": progress.get("stage"),
-        "percent": round(100 * done / total) if writing else None, "bytes_written": done, "bytes_total": total,
-        "rate_bytes_per_s": round(done / writing_s) if writing and writing_s > 0 else None, "attempt": 1, "created_at": run.created_at,
-        "started_at": run.started_at, "deadline_at": run.deadline_at, "ended_at": run.ended_at, "outcome": run.outcome, "os_now": os_now,
-        "disk_serial": (run.plan or {}).get("disk_serial"), "error": run.error, "proof": run.proof, "durations_s": durations_s,
-        "write_stages_s": (run.report or {}).get("stages_s"),
-    }  # fmt: skip
-
-
-def _batch_json(batch: Batch, runs: Sequence[RunRow], image: str | None) -> Json:
-    states = [run_state(r) for r in runs]
-    counts = {name: states.count(name) for name in ("running", "working", "waiting", "failed")}
-    state = "working" if batch.ended_at is None else "failed" if counts["failed"] else "succeeded"
-    return {
-        "id": batch.id, "state": state, "image_id": batch.image_id, "image": image, "created_at": batch.created_at,
-        "created_by": batch.created_by, "ended_at": batch.ended_at, "counts": counts,
-    }  # fmt: skip
+def _usual_by_model(scope: Scope, servers: Sequence[Server]) -> dict[str, dict[str, float]]:
+    return {model: usual_durations(scope.store.runs.list_durations(model)) for model in {s.model for s in servers}}
 
 
 @router.get("/batches")
@@ -170,25 +228,26 @@ def list_batches(scope: Viewer, limit: int = 100) -> Json:
     """Newest first."""
     names = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
     batches = scope.store.runs.list_batches(scope.project_id, limit=max(1, min(limit, 1000)))
-    return render_list([_batch_json(b, scope.store.runs.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches])
+    return render_list([batch_json(b, scope.store.runs.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches])
 
 
 @router.get("/batches/{batch_id}")
 def show_batch(scope: Viewer, batch_id: str) -> Json:
-    batch = scope.store.runs.find_batch(scope.project_id, batch_id)
-    if batch is None:
-        raise RequestError("not-found", f"There is no batch {batch_id!r} in this project.", kind="batch")
+    batch = _get_batch(scope, batch_id)
     runs = scope.store.runs.list_runs(batch_id=batch.id)
     events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
-    servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
+    servers = scope.store.servers.get_servers([r.server_id for r in runs])
+    usual = _usual_by_model(scope, list(servers.values()))
     images = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
     instances = {i.id: i for i in scope.store.servers.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
+    waiting = scope.store.batches.why_waiting(batch) if any(run_state(r) == "waiting" for r in runs) else {}
     now = scope.store.now()
     shown = [
-        run_json(
-            run, server=servers.get(run.server_id, ""), durations_s=step_durations(run, events, now),
+        run_json(run, Beside(
+            server=servers[run.server_id].name, durations_s=run_durations(run, events, now), usual=usual[servers[run.server_id].model],
             os_now=images.get(instances[run.instance_id].image_id or "") if run.instance_id in instances else None,
-        )
+            why_waiting=waiting.get(run.id, ""),
+        ))
         for run in runs
     ]  # fmt: skip
-    return _batch_json(batch, runs, images.get(batch.image_id or "")) | {"runs": sorted(shown, key=lambda r: str(r["server"]))}
+    return batch_json(batch, runs, images.get(batch.image_id or "")) | {"runs": sorted(shown, key=lambda r: str(r["server"]))}

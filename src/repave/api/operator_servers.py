@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from repave.api.operator import Admin, Body, Json, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Instance, Role, Server
 from repave.domain.root_disk import parse_hints
@@ -107,6 +107,19 @@ class ChangedServer(ServerSettings):
     repin: bool = False  # the certificate the BMC shows now is the one we trust
 
 
+class Lock(Body):
+    reason: str = Field(min_length=1, max_length=200)
+
+
+class Replacement(Body):
+    """A board swap. Without `serial` and `uuid` nothing changes: the answer says what the BMC shows. With them it must still show the same."""
+
+    serial: str | None = Field(default=None, max_length=200)
+    uuid: str | None = Field(default=None, max_length=200)
+    bmc_password: str | None = Field(default=None, max_length=200)
+    repin: bool = False  # a new board brings a new certificate
+
+
 def instance_json(instance: Instance, images: dict[str, str]) -> Json:
     return {
         "id": instance.id, "state": instance.state.value, "operation_state": instance.operation_state, "image_id": instance.image_id,
@@ -121,6 +134,7 @@ def _server_json(scope: Scope, server: Server, instance: Instance, images: dict[
         "id": server.id, "name": server.name, "rack": server.rack, "unit": server.unit, "manufacturer": server.manufacturer,
         "model": server.model, "serial": server.serial, "uuid": server.uuid, "macs": server.macs, "arch": server.arch, "boot": server.boot,
         "root_disk": server.root_disk, "network": server.network, "created_at": server.created_at,
+        "lock": {"reason": server.lock_reason, "by": server.locked_by, "at": server.locked_at} if server.locked_at else None,
         "power": {"state": power[0], "at": power[1]} if power else None, "instance": instance_json(instance, images),
     }  # fmt: skip
     if scope.credential.role.includes(Role.OPERATOR):
@@ -219,6 +233,41 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
         if mine and theirs and mine.lower() != theirs.lower():
             raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
     return {"bmc_certificate_sha256": facts.certificate_sha256 or after.bmc_certificate_sha256, "bmc_system_uri": facts.system_uri}
+
+
+# ---- protection ----
+
+
+@router.post("/{reference}/lock")
+def lock_server(scope: Operator, reference: str, lock: Lock) -> Json:
+    """No reinstall of it is admitted; one that was admitted already goes on."""
+    server = get_server(scope, reference)
+    scope.store.servers.lock(server.id, reason=lock.reason, actor=scope.actor)
+    return show_server(scope, server.id)
+
+
+@router.post("/{reference}/unlock")
+def unlock_server(scope: Operator, reference: str) -> Json:
+    server = get_server(scope, reference)
+    scope.store.servers.unlock(server.id, actor=scope.actor)
+    return show_server(scope, server.id)
+
+
+@router.post("/{reference}/replace")
+def replace_server(scope: Admin, reference: str, asked: Replacement) -> Json:
+    """`before` and `after`: what the server was known by and what its BMC shows now; `replaced` says whether it is known by that from now on."""
+    server = get_server(scope, reference)
+    asking = replace(server, bmc_certificate_sha256=None, bmc_tls_verify="false") if asked.repin else server
+    facts = scope.desk.probe(BmcAddress.of(asking, asked.bmc_password or scope.store.servers.get_bmc_password(server.id)))
+    seen = _seen(asking, facts)
+    shown = ("serial", "uuid", "macs", "manufacturer", "model")
+    before, after = {n: getattr(server, n) for n in shown}, {n: seen[n] for n in shown}
+    confirmed = (asked.serial, asked.uuid) == (seen["serial"], seen["uuid"])
+    if (asked.serial, asked.uuid) != (None, None) and not confirmed:
+        raise RequestError("conflict", "The BMC shows another serial number or UUID than the one confirmed; nothing was changed.", field="serial")
+    if confirmed:
+        scope.store.servers.replace_server(server, seen, bmc_password=asked.bmc_password, actor=scope.actor)
+    return {"server": server.name, "before": before, "after": after, "replaced": confirmed}
 
 
 @router.delete("/{reference}", status_code=204)

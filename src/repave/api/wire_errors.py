@@ -63,6 +63,10 @@ def no_server(ids: Iterable[str] = ()) -> WireError:
     return WireError(404, "iMetal.0100", f"Physical servers ID not found: {_listed(ids)}")
 
 
+def not_ready(ids: Iterable[str], why: str) -> WireError:
+    return WireError(400, "iMetal.0101", f"Physical servers state is not ready: {_listed(ids)} ({why})")
+
+
 def no_instance(ids: Iterable[str] = ()) -> WireError:
     return WireError(404, "iMetal.0200", f"Instances not found: {_listed(ids)}")
 
@@ -95,6 +99,8 @@ def to_wire(error: RepaveError) -> WireError:
             return no_instance(ids)
         case "not-found", "image":
             return bad_value("image_id", "there is no such image")
+        case (("locked" | "own-host"), _):
+            return not_ready(ids, str(error))
         case (("conflict" | "in-progress"), _):
             return wrong_state(ids)
         case "bad-request", _:

@@ -1,4 +1,4 @@
-"""Batches: ls, show, watch. Equal runs share a row; watching owns nothing, so Ctrl-C stops only the watching."""
+"""Batches: ls, show, watch, cancel, pause, resume, retry. Equal runs share a row; watching owns nothing, so Ctrl-C stops only the watching."""
 
 from __future__ import annotations
 
@@ -11,15 +11,31 @@ from datetime import UTC, datetime
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Json, count, duration, fold, may_redraw, parse_time, say, show, show_json, show_list, size
+from repave.cli.output import (
+    Json,
+    check_known,
+    confirm,
+    count,
+    duration,
+    fold,
+    may_redraw,
+    parse_time,
+    say,
+    show,
+    show_json,
+    show_list,
+    size,
+    unfold,
+)
 from repave.errors import RepaveError, RequestError
 
 app = App(name="batch")
 _POLL_S = 1.0
 _HEARTBEAT_S = 60.0
 _LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
-_ORDER = ("failed", "working", "waiting", "running")
-_GLYPHS = {"failed": "✗", "working": "▶", "waiting": "·", "running": "✓"}
+_ORDER = ("failed", "cancelled", "working", "waiting", "rehearsed", "running")
+_GLYPHS = {"failed": "✗", "cancelled": "-", "working": "▶", "waiting": "·", "rehearsed": "✓", "running": "✓"}
+_LATE = "▲"
 _LIST = {
     "ID": "id", "STATE": "state", "IMAGE": "image", "RUNNING": "counts.running", "WORKING": "counts.working", "WAITING": "counts.waiting",
     "FAILED": "counts.failed", "CREATED": "created_at", "BY": "created_by",
@@ -48,7 +64,9 @@ def show_batch(batch_id: str | None = None, /, *, project: str | None = None, js
 
 @app.command
 def watch(batch_id: str | None = None, /, *, timeout: float | None = None, project: str | None = None, json: bool = False) -> int:
-    """Follow a batch (default: the newest) until it ends. Exit code: 0 all run, 10 some failed, 11 all failed, 124 --timeout, 130 Ctrl-C.
+    """Follow a batch (default: the newest) until it ends.
+
+    Exit code: 0 all run, 10 some failed, 11 all failed, 12 stopped by its limit, 13 cancelled, 124 --timeout, 130 Ctrl-C.
 
     Parameters
     ----------
@@ -62,6 +80,87 @@ def watch(batch_id: str | None = None, /, *, timeout: float | None = None, proje
     if may_redraw() and not json:
         say("Ctrl-C stops the watching, not the batch.")
     return follow(client, batch_id, timeout_s=timeout, as_json=json)
+
+
+# ---- what may still be done to it ----
+
+_CANCEL_ROWS = (
+    ("before the line", "media out, what was there boots again", "→ cancelled"),
+    ("not started", "ends at once, its server is not touched", "→ cancelled"),
+    ("past the line", "stopping would leave half a system: they finish", "→ the new OS"),
+    ("already ended", "unchanged", ""),
+)
+
+
+@app.command
+def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: bool = False, project: str | None = None, json: bool = False) -> int:
+    """Cancel what has not crossed the line of a batch (default: the newest), or of some of its servers: their old OS runs again.
+
+    Says what will happen to each server before it asks. What is past the line finishes.
+    """
+    client = Client(project)
+    batch = client.get(f"/batches/{batch_id or _newest(client)}")
+    names = unfold(nodeset) if nodeset else [r["server"] for r in batch["runs"]]
+    check_known(names, [r["server"] for r in batch["runs"]])
+    kinds = {r["server"]: _cancel_kind(r) for r in batch["runs"] if r["server"] in names}
+    for kind, what, then in _CANCEL_ROWS:
+        if same := [name for name, k in kinds.items() if k == kind]:
+            say(f"  {fold(same):24}  {kind:16}  {what:48}  {then}".rstrip())
+    number = sum(k in ("before the line", "not started") for k in kinds.values())
+    if number:
+        confirm(f"Cancel {number}? [y/N] ", "y", yes=yes)
+    items = client.post(f"/batches/{batch['id']}/cancel", {"servers": names if nodeset else []})["items"]
+    if json:
+        show_json({"items": items, "next": None})
+    for meaning in () if json else dict.fromkeys(i["meaning"] for i in items):
+        show(f"{fold(i['server'] for i in items if i['meaning'] == meaning)}  {meaning}")
+    say(f"Next: repave watch {batch['id']}")
+    return 10 if any(i["result"] == "past-the-line" for i in items) else 0
+
+
+def _cancel_kind(run: Json) -> str:
+    if run["ended_at"]:
+        return "already ended"
+    if run["past_the_line"]:
+        return "past the line"
+    return "not started" if run["state"] == "waiting" else "before the line"
+
+
+@app.command
+def pause(batch_id: str | None = None, /, *, project: str | None = None) -> None:
+    """Begin nothing more of a batch (default: the newest); what is under way goes on."""
+    client = Client(project)
+    batch = client.post(f"/batches/{batch_id or _newest(client)}/pause", {})
+    say(f"{batch['id']}: {batch['counts']['waiting']} wait, {batch['counts']['working']} under way go on.  Next: repave batch resume {batch['id']}")
+
+
+@app.command
+def resume(batch_id: str | None = None, /, *, project: str | None = None) -> None:
+    """Let a paused batch (default: the newest) go on."""
+    client = Client(project)
+    batch = client.post(f"/batches/{batch_id or _newest(client)}/resume", {})
+    say(f"{batch['id']} goes on.  Next: repave watch {batch['id']}")
+
+
+@app.command
+def retry(
+    batch_id: str | None = None, /, *, rehearse: bool = False, canary: int | None = None, at_once: int | None = None, max_failed: int | None = None,
+    yes: bool = False, expect: int | None = None, password_stdin: bool = False, detach: bool = False, timeout: float | None = None,
+    project: str | None = None, json: bool = False,
+) -> int:  # fmt: skip
+    """Reinstall again what did not end well in a batch (default: the newest), each with its image: a new batch, after plan and confirmation.
+
+    The password is asked for again: the old one was destroyed when its run ended.
+    """
+    from repave.cli.reinstall import Waves, begin, refuse_unconfirmed
+
+    refuse_unconfirmed(yes=yes, expect=expect)
+    client = Client(project)
+    target: Json = {"retry": batch_id or _newest(client)}
+    waves = Waves(canary, at_once, max_failed)
+    return begin(
+        client, target, {}, waves=waves, rehearse=rehearse, yes=yes, expect=expect, password_stdin=password_stdin, detach=detach, timeout=timeout, json=json
+    )
 
 
 def _newest(client: Client) -> str:
@@ -93,6 +192,10 @@ def follow(client: Client, batch_id: str, *, timeout_s: float | None = None, as_
     if not as_json:
         show_summary(batch)
     failed, total = batch["counts"]["failed"], len(batch["runs"])
+    if batch["stopped"]:
+        return 12
+    if batch["counts"]["cancelled"] and not failed:
+        return 13
     return 0 if not failed else 11 if failed == total else 10
 
 
@@ -140,11 +243,14 @@ def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Js
 
 
 def _change(run: Json) -> tuple[str, ...]:
-    if run["state"] in ("running", "waiting"):
+    if run["state"] in ("running", "rehearsed"):
         return (run["state"],)
+    if run["state"] == "waiting":
+        return ("waiting", *((f"({run['waits_for']})",) if run["waits_for"] else ()))
     side = "past-the-line" if run["past_the_line"] else "before-the-line"
     code = (run["error"]["code"],) if run["error"] else ()
-    return (run["state"], f"{run['step_index']}/{run['steps']}", run["step"], *code, side)
+    late = (f"late (usual {duration(run['usual_s'])})",) if run["late"] else ()
+    return (run["state"], f"{run['step_index']}/{run['steps']}", run["step"], *code, side, *late)
 
 
 def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
@@ -189,16 +295,27 @@ def _headline(batch: Json) -> str:
     ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
     took = duration((ended - parse_time(batch["created_at"])).total_seconds())
     image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
-    return " · ".join([batch["id"], count(len(runs), "server"), image, took, *(f"{number} {name}" for name, number in counts.items() if number)])
+    left = [run["eta_s"] for run in runs if run["state"] == "working"]
+    about = [f"about {duration(max(left))} left"] if left and not counts["waiting"] and all(eta is not None for eta in left) else []
+    how = [
+        *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
+        *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
+    ]  # fmt: skip
+    numbers = [f"{number} {name}" for name, number in counts.items() if number]
+    return " · ".join([batch["id"], count(len(runs), "server"), image, took, *about, *numbers, *how])
 
 
 def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
     """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
     groups: dict[tuple[int, int, str], list[Json]] = {}
     for run in runs:
-        at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "working") else (0, str(run["os_now"]))
+        at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "cancelled", "working") else (0, str(run["os_now"]))
         if run["error"]:
             cause = run["error"]["code"] + run["error"]["cause"]
+        elif run["state"] == "waiting":
+            cause = run["waits_for"] or ""
+        elif run["late"]:
+            cause += " late"
         groups.setdefault((_ORDER.index(run["state"]), at, cause), []).append(run)
     return [_row(group) for _, group in sorted(groups.items(), key=lambda item: item[0])]
 
@@ -208,8 +325,10 @@ def _row(group: Sequence[Json]) -> list[str]:
     head = f"{_GLYPHS[first['state']]} {names}"
     if first["state"] == "running":
         return [head, f"running {first['os_now'] or ''}".rstrip(), "", "", _took(group), "proved by the new OS"]
+    if first["state"] == "rehearsed":
+        return [head, "rehearsed", "", "", _took(group), "nothing written, what was there runs again"]
     if first["state"] == "waiting":
-        return [head, "waiting", "", "", "", ""]
+        return [head, "waiting", "", "", "", first["waits_for"] or ""]
     step = f"{first['step_index']}/{first['steps']} {first['step']}"
     side = "past the line" if first["past_the_line"] else "before the line"
     if first["error"]:
@@ -217,6 +336,12 @@ def _row(group: Sequence[Json]) -> list[str]:
     percents = [run["percent"] for run in group if run["percent"] is not None]
     rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
     seconds = [run["durations_s"].get(run["step"], 0) for run in group]
+    if first["late"]:
+        gives_up = (parse_time(first["deadline_at"]) - datetime.now(UTC)).total_seconds()
+        side += f" · late, usual {duration(first['usual_s'])}, gives up in {duration(max(0, gives_up))}"
+        head = f"{_LATE} {names}"
+    elif first["cancelling"]:
+        side += " · going back"
     return [head, step, _span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
 
 
@@ -233,21 +358,42 @@ def _took(runs: Sequence[Json]) -> str:
 
 def show_summary(batch: Json) -> None:
     """Failures first, one block a cause, then what runs now, then the next command."""
-    bad = [run for run in batch["runs"] if run["state"] == "failed"]
+    bad = [run for run in batch["runs"] if run["state"] in ("failed", "cancelled")]
     good = [run for run in batch["runs"] if run["state"] == "running"]
     show(f"{_headline(batch)} · ended")
     for cause in dict.fromkeys((r["error"]["code"], r["error"]["cause"]) for r in bad if r["error"]):
         same = [r for r in bad if r["error"] and (r["error"]["code"], r["error"]["cause"]) == cause]
         error, step = same[0]["error"], f"{same[0]['step_index']}/{same[0]['steps']} {same[0]['step']}"
         side = "past the line" if same[0]["past_the_line"] else "before the line"
-        show(f"  ✗ {fold(r['server'] for r in same)}  {step} · {side} · {error['code']} {error['title']}")
+        where = f"{step} · {side}" if same[0]["started_at"] else "not started"
+        show(f"  {_GLYPHS[same[0]['state']]} {fold(r['server'] for r in same)}  {where} · {error['code']} {error['title']}")
         show(f"      cause      {error['cause']}\n      untouched  {error['untouched']}\n      do         {error['do']}")
     for image in dict.fromkeys(r["os_now"] for r in good):
         same = [r for r in good if r["os_now"] == image]
         show(f"  ✓ {fold(r['server'] for r in same)}  runs {image or 'the image'} after {_took(same)} · proved: root-disk serial and one-time key matched")
+    rehearsed = [run for run in batch["runs"] if run["state"] == "rehearsed"]
+    for run in rehearsed:
+        show(_rehearsed_line(run))
     if bad:
-        again = fold(r["server"] for r in bad)
-        show(f"Next: repave explain {bad[0]['error']['code'] if bad[0]['error'] else 'internal'}; then repave reinstall '{again}' --image {batch['image']}")
+        show(f"Next: repave explain {bad[0]['error']['code'] if bad[0]['error'] else 'internal'}; then repave batch retry {batch['id']}")
+    elif rehearsed:
+        image = f" --image {batch['image']}" if batch["image"] else ""
+        show(f"Next: repave reinstall '{fold(r['server'] for r in rehearsed)}'{image}")
+
+
+def _rehearsed_line(run: Json) -> str:
+    """What one rehearsal learnt: where it would write, how much, how long; and that nothing was written."""
+    learnt = run["rehearsal"]
+    disk, took = learnt["disk"], learnt["durations_s"]
+    others = count(max(0, learnt["disks"] - 1), "other disk")
+    rate = f" at {size(learnt['fetched_bytes'] / learnt['fetch_s'])}/s" if learnt.get("fetch_s") and learnt.get("fetched_bytes") else ""
+    times = " · ".join(f"{name} {duration(took[name])}" for name in ("power-off", "insert-media", "boot-ramdisk") if name in took)
+    return (
+        f"  ✓ {run['server']}  rehearsed: nothing written, what was there runs again after {_took([run])}\n"
+        f"      disk       {disk['path']}, serial {disk['serial']}, {size(disk['size_bytes'] or 0)}; {others}, left alone\n"
+        f"      to write   {size(learnt.get('data_bytes', 0))}, fetched as {size(learnt.get('stored_bytes', 0))}{rate}\n"
+        f"      times      {times}; a reinstall should take about {duration(learnt['expected_s'])}"
+    )
 
 
 def _clock() -> str:

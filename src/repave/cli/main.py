@@ -21,9 +21,9 @@ app = App(
 
 for _name, _help in {
     "rack": "The virtual rack: QEMU machines with real firmware and Redfish BMCs.",
-    "server": "Servers: add, ls, show, set, rm.",
+    "server": "Servers: add, ls, show, set, lock, unlock, replace, rm.",
     "image": "Images: import, ls, show, rm.",
-    "batch": "Batches: ls, show, watch.",
+    "batch": "Batches: ls, show, watch, cancel, pause, resume, retry.",
     "project": "Projects: add, ls.",
     "key": "Keys (AK/SK and token): add, ls, rm.",
     "bmc": "One BMC, without server or database: probe, boot-media, eject, power.",
@@ -37,6 +37,8 @@ app.command("repave.cli.site:whoami", name="whoami", help="Which key this is, an
 app.command("repave.cli.site:explain", name="explain", help="What an error code means, what to do, what was left untouched.")
 app.command("repave.cli.reinstall:reinstall", name="reinstall", help="Erase servers and install an image on them: plan, confirmation, progress.")
 app.command("repave.cli.batch:watch", name="watch", help="Follow a batch (the newest) until it ends.")
+app.command("repave.cli.batch:cancel", name="cancel", help="Cancel what has not crossed the line of a batch (the newest).")
+app.command("repave.cli.batch:retry", name="retry", help="Reinstall again what did not end well in a batch (the newest).")
 
 
 @app.command

@@ -1,7 +1,8 @@
 """What the command line prints and how it ends: data on stdout, everything else on stderr, no escape codes in a pipe.
 
 Exit codes (ux.md 2): 0 all as asked · 1 our fault · 2 wrong use, nothing sent · 3 refused or not confirmed, nothing touched · 4 not
-logged in or not allowed · 5 service unreachable · 10 ended, some failed · 11 all failed · 124 --timeout passed · 130 Ctrl-C.
+logged in or not allowed · 5 service unreachable · 10 ended, some failed · 11 all failed · 12 stopped by its limit · 13 cancelled ·
+124 --timeout passed · 130 Ctrl-C.
 """
 
 from __future__ import annotations

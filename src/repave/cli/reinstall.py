@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from repave.cli.batch import follow
 from repave.cli.client import Client
-from repave.cli.output import Json, Refused, Usage, check_known, confirm, count, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.cli.output import Json, Refused, Usage, check_known, confirm, count, duration, fold, is_terminal, read_secret, say, show, show_json, unfold
 from repave.domain.password import find_password_fault, user_for
+
+
+@dataclass(frozen=True)
+class Waves:
+    """How a batch begins and when it stops."""
+
+    canary: int | None = None
+    at_once: int | None = None
+    max_failed: int | None = None
+
+
+ALL_AT_ONCE = Waves()
 
 
 def reinstall(
@@ -15,6 +28,10 @@ def reinstall(
     /,
     *,
     image: str | None = None,
+    rehearse: bool = False,
+    canary: int | None = None,
+    at_once: int | None = None,
+    max_failed: int | None = None,
     ssh_key: list[Path] | None = None,
     user_data: Path | None = None,
     plan_only: bool = False,
@@ -36,6 +53,15 @@ def reinstall(
         Names: web01, 'web[01-12]', 'web[01-14]!web13'.
     image
         Name or id; default: the image each server has now.
+    rehearse
+        Do everything up to the line on these servers, write nothing, boot what was there again, and tell what was learnt. They are down for
+        about as long as two of their boots. No password is asked for.
+    canary
+        So many servers first, in the order of their names; the others begin when all of them run. One that fails stops the batch.
+    at_once
+        So many of them under way at once.
+    max_failed
+        One more failure than this stops the batch: what waits does not start, what is before the line goes back.
     ssh_key
         A public key file for the new OS's administrator; may be given several times.
     user_data
@@ -56,7 +82,7 @@ def reinstall(
         The plan, or the batch's events one a line, as JSON.
     """
     if not plan_only:
-        _refuse_unconfirmed(yes=yes, expect=expect)
+        refuse_unconfirmed(yes=yes, expect=expect)
     names = unfold(nodeset)
     if expect is not None and expect != len(names):
         raise Refused(f"{nodeset}: {count(len(names), 'server')}, not the {expect} expected; nothing was sent.")
@@ -66,16 +92,32 @@ def reinstall(
     target: Json = {"servers": names, "image": image}
     plan = client.post("/plans", target)
     if plan_only:
-        show_json(plan) if json else show(render_plan(plan))
+        show_json(plan) if json else show(render_plan(plan, Waves(canary, at_once, max_failed), rehearse=rehearse))
         return 3 if plan["problems"] else 0
-    say(render_plan(plan))
+    return begin(
+        client, target, {"ssh_keys": keys, "user_data": data}, plan=plan, waves=Waves(canary, at_once, max_failed), rehearse=rehearse, yes=yes, expect=expect,
+        password_stdin=password_stdin, detach=detach, timeout=timeout, json=json,
+    )  # fmt: skip
+
+
+def begin(
+    client: Client, target: Json, extras: Json, *, plan: Json | None = None, waves: Waves = ALL_AT_ONCE, rehearse: bool, yes: bool, expect: int | None,
+    password_stdin: bool, detach: bool, timeout: float | None, json: bool,
+) -> int:  # fmt: skip
+    """Plan, password and confirmation, then the batch to its end. Its exit code."""
+    plan = plan or client.post("/plans", target)
+    number = len(plan["erased"])
+    if expect is not None and expect != number:
+        raise Refused(f"{count(number, 'server')}, not the {expect} expected; nothing was sent.")
+    say(render_plan(plan, waves, rehearse=rehearse))
     if plan["problems"]:
         raise Refused("The plan has problems; nothing was sent.")
-    password = read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
-    if fault := find_password_fault(password, user=user_for("Linux")):
+    password = "" if rehearse else read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
+    if not rehearse and (fault := find_password_fault(password, user=user_for("Linux"))):
         raise Refused(f"The password {fault}; nothing was sent.")
-    confirm(f"Type  erase {len(names)}  to start: ", f"erase {len(names)}", yes=yes)
-    batch = client.post("/reinstall", target | {"password": password, "ssh_keys": keys, "user_data": data, "plan": plan["id"]})
+    words = f"{'rehearse' if rehearse else 'erase'} {number}"
+    confirm(f"Type  {words}  to start: ", words, yes=yes)
+    batch = client.post("/reinstall", target | extras | asdict(waves) | {"password": password, "plan": plan["id"], "rehearse": rehearse})
     if detach:
         show_json(batch) if json else show(batch["id"])
         say("Next: repave watch")
@@ -84,7 +126,7 @@ def reinstall(
     return follow(client, batch["id"], timeout_s=timeout, as_json=json)
 
 
-def _refuse_unconfirmed(*, yes: bool, expect: int | None) -> None:
+def refuse_unconfirmed(*, yes: bool, expect: int | None) -> None:
     """Before anything is sent: a script says yes and how many, a person has a terminal to type on."""
     if yes and expect is None:
         raise Refused("--yes wants --expect N, the number of servers; nothing was sent.")
@@ -108,20 +150,44 @@ def _alike(erased: list[Json]) -> list[list[Json]]:
     return list(groups.values())
 
 
-def render_plan(plan: Json) -> str:
+def _render_time(erased: list[Json], waves: Waves) -> list[str]:
+    """The usual time by model, where there is history; none is invented."""
+    known = {e["model"]: e["usual_s"] for e in erased if e.get("usual_s")}
+    if not known:
+        return []
+    models = " · ".join(f"{fold(e['server'] for e in erased if e['model'] == model)} usual {duration(usual)}" for model, usual in known.items())
+    whole = len(known) == len({e["model"] for e in erased}) and waves == ALL_AT_ONCE
+    return [f"  TIME     {models}" + (f" · all at once, done in about {duration(max(known.values()))}" if whole else "")]
+
+
+def _render_stops(waves: Waves) -> list[str]:
+    stops = []
+    if waves.canary:
+        stops.append(f"{count(waves.canary, 'server')} first, and if one of them does not run then the others do not start")
+    if waves.at_once:
+        stops.append(f"{waves.at_once} at once")
+    if waves.max_failed is not None:
+        stops.append(f"when more than {waves.max_failed} fail: waiting runs do not start, runs before the line go back")
+    return [f"  STOPS    {' · '.join(stops)}"] if stops else []
+
+
+def render_plan(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False) -> str:
     """Erased, kept, problems; equal servers share a line."""
     erased, kept = plan["erased"], plan["kept"]
-    lines = [f"PLAN {plan['id']} · {count(len(erased), 'server')} · {plan['image'] or 'the image each has now'} · nothing touched yet"]
+    verb = "LOOKED AT  " if rehearse else "ERASED   "
+    what = " · ".join([plan["image"] or "the image each has now", *(["rehearsal"] if rehearse else []), "nothing touched yet"])
+    lines = [f"PLAN {plan['id']} · {count(len(erased), 'server')} · {what}"]
     for same in _alike(erased):
         first, rules = same[0], sorted({e["root_disk"] for e in same})
         own = ", ".join(part.partition("=")[0] for part in rules[0].split(","))
         disk = f": {rules[0]}" if len(rules) == 1 else f", by its own {own} (--json names them)"
-        lines.append(
-            f"  ERASED   {fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk{' each' if len(same) > 1 else ''}{disk}"
-        )
+        lines.append(f"  {verb}{fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk{' each' if len(same) > 1 else ''}{disk}")
         lines.append(f"           now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}")
     seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
     lines.append(f"  KEPT     {seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}")
+    lines += ([] if rehearse else _render_time(erased, waves)) + _render_stops(waves)
+    if rehearse:
+        lines.append("  WRITTEN  nothing: steps 1-4, then what was there boots again; the servers are down meanwhile")
     for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
         names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
         lines.append(f"  PROBLEM  {fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from repave.cli.client import Client
 from repave.cli.output import (
     Json,
+    Refused,
     Usage,
     check_known,
     confirm,
@@ -33,7 +34,7 @@ app = App(name="server")
 _AT_ONCE = 8  # probes; BMCs are slow, and we wait, not compute
 _LIST = {
     "NAME": "name", "STATE": "instance.state", "IMAGE": "instance.image", "MODEL": "model", "SERIAL": "serial", "RACK": "rack", "UNIT": "unit",
-    "ERROR": "instance.error.code",
+    "ERROR": "instance.error.code", "LOCKED": "lock.reason",
 }  # fmt: skip
 
 
@@ -236,6 +237,70 @@ def set_servers(
     for name in names:
         client.patch(f"/servers/{name}", body)
     say(f"{fold(names)} changed.")
+
+
+@app.command
+def lock(nodeset: str, /, *, reason: str, project: str | None = None) -> None:
+    """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
+    _on_each(nodeset, "lock", {"reason": reason}, project)
+    say(f"{fold(unfold(nodeset))} locked: {reason}  A run that has begun goes on.")
+
+
+@app.command
+def unlock(nodeset: str, /, *, project: str | None = None) -> None:
+    """Let these servers be reinstalled again."""
+    _on_each(nodeset, "unlock", {}, project)
+    say(f"{fold(unfold(nodeset))} unlocked.")
+
+
+def _on_each(nodeset: str, what: str, body: Json, project: str | None) -> None:
+    client, names = Client(project), unfold(nodeset)
+    check_known(names, [s["name"] for s in client.items("/servers")])
+    for name in names:
+        client.post(f"/servers/{name}/{what}", body)
+
+
+@app.command
+def replace(
+    name: str, /, *, password_stdin: bool = False, repin: Annotated[bool, Parameter(help="Trust and pin the new board's certificate.")] = False,
+    yes: bool = False, expect_serial: str | None = None, project: str | None = None, json: bool = False,
+) -> None:  # fmt: skip
+    """After a board swap: the server is known by the serial number, UUID and MACs that its BMC shows now. Both are shown, and confirmed by typing.
+
+    Parameters
+    ----------
+    password_stdin
+        The new board's BMC password is the first line of stdin.
+    yes
+        Do not ask; wants --expect-serial.
+    expect_serial
+        The new serial number; another one is refused.
+    """
+    if yes and not expect_serial:
+        raise Usage("--yes wants --expect-serial SERIAL, the new board's.")
+    client = Client(project)
+    body: Json = {"repin": repin}
+    if password_stdin:
+        body["bmc_password"] = read_secret("BMC password", from_stdin=True)
+    found = client.post(f"/servers/{name}/replace", body)
+    before, after = found["before"], found["after"]
+    for field in before:
+        changed = "" if before[field] == after[field] else "   ← changes"
+        say(f"  {field:14} {_plain(before[field])} → {_plain(after[field])}{changed}")
+    if before == after:
+        say(f"{name} is the server we know; nothing to change.")
+        return
+    if expect_serial is not None and expect_serial != after["serial"]:
+        raise Refused(f"The BMC shows serial number {after['serial']}, not {expect_serial}; nothing was changed.")
+    confirm(f"Type  {after['serial'] or name}  to take it as {name}: ", after["serial"] or name, yes=yes)
+    done = client.post(f"/servers/{name}/replace", body | {"serial": after["serial"], "uuid": after["uuid"]})
+    if json:
+        show_json(done)
+    say(f"{name} is known by the new board from now on; its disks and its OS are taken as the same.")
+
+
+def _plain(value: object) -> str:
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value or "-")
 
 
 @app.command(name="rm")

@@ -100,6 +100,9 @@ class Server:
     root_disk: dict[str, Any]  # hints in Ironic's words: serial, wwn, model, size, hctl, by_path, rotational
     network: dict[str, Any] | None  # static settings of the provisioning NIC and of the OS
     created_at: datetime
+    locked_at: datetime | None = None  # a locked server is not reinstalled
+    locked_by: str | None = None
+    lock_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,23 @@ class Batch:
     created_at: datetime
     created_by: str
     ended_at: datetime | None
+    rehearse: bool = False
+    canary: int | None = None  # domain/waves.py says what these three mean
+    at_once: int | None = None
+    max_failed: int | None = None
+    paused_at: datetime | None = None
+    stop_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine that Repave itself runs on."""
+
+    id: str
+    name: str
+    serial: str
+    uuid: str
+    macs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,12 @@ class RunRow:
     report: dict[str, Any] | None = None
     seen_at: datetime | None = None  # last word from the agent
     proof: dict[str, Any] | None = None
+    number: int = 1  # its place in the request
+    rehearse: bool = False  # everything up to the line, then what was found again
+    released_at: datetime | None = None  # it may begin: its workflow is queued
+    cancel: dict[str, Any] | None = None  # why it was told to stop before the line (RepaveError.as_json)
+    durations_s: dict[str, float] | None = None  # by step, written at the end
+    late_step: str | None = None  # the last step that was said to be late
 
     @property
     def past_the_line(self) -> bool:

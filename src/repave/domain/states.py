@@ -14,10 +14,14 @@ class Ending(enum.StrEnum):
     ACCEPTED = "accepted"  # a reinstall was admitted
     PROVED = "proved"  # the new OS called home, its root-disk serial is the plan's
     RETURNED = "returned"  # before the line: what was found is there again, read back
+    REHEARSED = "rehearsed"  # a rehearsal went up to the line and back: what was found is there again, read back
     RETURN_FAILED = "return-failed"  # before the line: could not be confirmed by its deadline
     WRITE_FAILED = "write-failed"  # after the line: image not verified, or the proof names another disk; power off, media out
     UNPROVED = "unproved"  # after the line: image verified, no proof in time; media out, the server stays on
     LATE_PROOF = "late-proof"  # a valid proof after UNPROVED, before a new run
+
+
+GOOD_ENDINGS = (Ending.PROVED, Ending.LATE_PROOF, Ending.REHEARSED)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ TABLE: dict[tuple[InstanceState, Ending, InstanceState | None], tuple[Situation,
     (_S.PENDING, Ending.PROVED, None): (Situation(_S.RUNNING, _O.REINSTALL_SUCCEED), "the new OS proved itself"),
     (_S.PENDING, Ending.RETURNED, _S.RUNNING): (Situation(_S.RUNNING, _FAILED), "before the line; the old OS is powered on again, disk untouched"),
     (_S.PENDING, Ending.RETURNED, _S.ERROR): (Situation(_S.ERROR, _FAILED), "before the line; there was no OS, the server is off, disk untouched"),
+    # No operation_state: nothing was reinstalled, so neither succeed (there is no new password) nor failed (all went well) would be true.
+    (_S.PENDING, Ending.REHEARSED, _S.RUNNING): (Situation(_S.RUNNING, None), "a rehearsal; the old OS is powered on again, disk untouched"),
+    (_S.PENDING, Ending.REHEARSED, _S.ERROR): (Situation(_S.ERROR, None), "a rehearsal; there was no OS, the server is off, its old error is back"),
     (_S.PENDING, Ending.RETURN_FAILED, None): (Situation(_S.ERROR, _FAILED), "before the line; disk untouched, could not be powered on again"),
     (_S.PENDING, Ending.WRITE_FAILED, None): (Situation(_S.ERROR, _FAILED), "after the line; the root disk is erased and can not boot; power off, media out"),
     (_S.PENDING, Ending.UNPROVED, None): (Situation(_S.ERROR, _FAILED), "after the line; the image is verified on disk; media out, the server stays on"),

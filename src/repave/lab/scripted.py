@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,11 +33,13 @@ from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, crea
 
 ROOT_DISK_BYTES = 512 << 20
 FAULTS_FILE = "faults.json"
-FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors")
+BMC_LOG = "bmc.log"
+FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors", "hold-disk-boot")
 
 # A Python start costs 0.3 s of a core: fifty at once would starve the service under test, which has the same cores.
 _starting = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
 _START_S = 0.7
+_HOLD_S = 60.0
 
 
 class ScriptedRack:
@@ -140,6 +143,15 @@ class Player:
             self._power_off("shut down" if graceful else "power cut")
         if kind in ("On", "ForceOn") or "Restart" in kind:
             self._power_on()
+            self._hold_answer()
+
+    def _hold_answer(self) -> None:
+        """The machine boots from its disk already, while whoever asked for power waits for the BMC's answer until the fault is over."""
+        ends_at = time.monotonic() + _HOLD_S
+        if self.boot_target != "Cd" and self._has("hold-disk-boot"):
+            self._say("the BMC holds its answer")
+            while self._has("hold-disk-boot") and time.monotonic() < ends_at:
+                time.sleep(0.05)
 
     def _power_on(self) -> None:
         with self._lock:
@@ -224,6 +236,8 @@ class Player:
             "ssh_host_keys": [scripted_os.create_host_key()],
             "password_usable": first_boot.password_usable,
         }
+        while self._has("hold-disk-boot") and not off.is_set():
+            off.wait(0.05)
         self._say("home: " + ("taken" if first_boot.call_home(call, off) else "not taken"))
 
     def _describe(self, ended: Path) -> dict[str, Any]:

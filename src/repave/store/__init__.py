@@ -13,12 +13,14 @@ import sqlalchemy as sa
 
 from repave.secrets import Sealer
 from repave.store.access import Access
+from repave.store.batches import Batches, Cancelled
 from repave.store.database import Database, Tell, new_id, open_engine
+from repave.store.endings import Enqueue
 from repave.store.events import Events
 from repave.store.images import Images
 from repave.store.marks import Marks
 from repave.store.migrations import bring_up_to_date
-from repave.store.runs import Enqueue, NewRun, Runs
+from repave.store.runs import NewRun, Runs
 from repave.store.servers import Servers
 
 
@@ -28,7 +30,7 @@ class Store(Database):
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         super().__init__(engine, sealer, now)
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
-        self.runs, self.events = Runs(self), Events(self)
+        self.runs, self.batches, self.events = Runs(self), Batches(self), Events(self)
         self.marks = Marks(self)
 
     @classmethod
@@ -48,4 +50,4 @@ class Store(Database):
         self.engine.dispose()
 
 
-__all__ = ["Enqueue", "NewRun", "Store", "Tell", "new_id"]
+__all__ = ["Cancelled", "Enqueue", "NewRun", "Store", "Tell", "new_id"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from repave.domain.waves import Limits
 from repave.secrets import Sealer
 from repave.store.tables import EVENTS
 
@@ -34,6 +35,8 @@ class Database:
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         self.engine, self.sealer, self.now = engine, sealer, now
         self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
+        self.enqueue: Callable[[sa.Connection, Sequence[Any]], None] = lambda conn, runs: None  # the engine's; set by workflow.fleet
+        self.limits = Limits()  # the site's; set by workflow.fleet
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:

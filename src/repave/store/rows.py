@@ -9,6 +9,7 @@ from repave.domain.model import (
     Batch,
     Credential,
     Event,
+    Host,
     Image,
     Instance,
     InstanceState,
@@ -39,6 +40,10 @@ def credential(row: Row) -> Credential:
 
 def server(row: Row) -> Server:
     return _pick(Server, row, macs=tuple(row["macs"] or ()), root_disk=row["root_disk"] or {})  # type: ignore[no-any-return]
+
+
+def host(row: Row) -> Host:
+    return _pick(Host, row, macs=tuple(row["macs"] or ()))  # type: ignore[no-any-return]
 
 
 def image(row: Row) -> Image:

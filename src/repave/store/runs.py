@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
-from repave.domain.model import Batch, Instance, InstanceState, RunRow, Server, Step
+from repave.domain.model import Batch, Instance, RunRow, Server, Step
 from repave.domain.states import Ending, next_situation
+from repave.domain.timing import REAP_GRACE_S, is_late, usual_durations
 from repave.errors import RepaveError, RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.tables import ANSWERS, BATCHES, IMAGES, INSTANCES, RUNS, SERVERS
-
-Enqueue = Callable[[sa.Connection, Sequence["NewRun"]], None]
+from repave.store.endings import Enqueue, end_run, go_on, take_turn
+from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class NewRun:
     instance: Instance
     server: Server
     image_id: str
-    deadline_at: datetime
+    deadline_at: datetime  # it must have begun by then; from its begin on it has `timeout_s`
+    timeout_s: float
     secret_sealed: str
     token_sha256: str
     session_sha256: str
@@ -44,22 +45,26 @@ class Runs:
         self._db = db
 
     def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, enqueue: Enqueue, answer_key: str | None, answer: dict[str, Any]) -> None:
-        """Batch, runs, states, audit rows, the stored answer and the queued workflows: all or none.
+        """Batch, runs, states, audit rows, the stored answer and the queued workflows of those that may begin now: all or none.
 
-        Raises RequestError in-progress, naming the ids, where an instance is no longer in the state it was found in.
+        Raises RequestError in-progress, naming the ids, where an instance is no longer in the state it was found in; locked, where a server is.
         """
         now = self._db.now()
         with self._db.write() as conn:
+            take_turn(conn)
             conn.execute(sa.insert(BATCHES).values(**asdict(batch)))
             self._occupy(conn, [run.instance for run in runs])
-            bump = sa.update(SERVERS).where(SERVERS.c.id.in_([run.server.id for run in runs])).values(epoch=SERVERS.c.epoch + 1)
+            free = sa.and_(SERVERS.c.id.in_([run.server.id for run in runs]), SERVERS.c.locked_at.is_(None))
+            bump = sa.update(SERVERS).where(free).values(epoch=SERVERS.c.epoch + 1)
             epochs = {r.id: r.epoch for r in conn.execute(bump.returning(SERVERS.c.id, SERVERS.c.epoch))}
-            conn.execute(sa.insert(RUNS), [_row(run, batch, epochs[run.server.id], now) for run in runs])
+            if locked := [run.server.id for run in runs if run.server.id not in epochs]:
+                raise RequestError("locked", "", kind="server", ids=locked)
+            conn.execute(sa.insert(RUNS), [_row(run, batch, epochs[run.server.id], now) | {"number": n} for n, run in enumerate(runs, 1)])
             about = {"batch_id": batch.id, "actor": batch.created_by}
             self._db.write_events(conn, "run.accepted", batch.project_id, [about | {"run_id": run.id, "server_id": run.server.id} for run in runs])
             if answer_key is not None:
                 conn.execute(sa.insert(ANSWERS).values(key=answer_key, answer=answer, at=now))
-            enqueue(conn, runs)
+            go_on(self._db, conn, enqueue, self._db.limits)
 
     def _occupy(self, conn: sa.Connection, instances: Sequence[Instance]) -> None:
         """All of them are `pending`, by compare-and-set of the state each was found in. Raises RequestError in-progress, naming the others."""
@@ -74,17 +79,6 @@ class Runs:
             taken |= set(conn.execute(sa.update(INSTANCES).where(found).values(**values).returning(INSTANCES.c.id)).scalars())
         if late := [i.id for i in instances if i.id not in taken]:
             raise RequestError("in-progress", "", kind="state", ids=late)
-
-    def _move(self, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
-        """Compare-and-set of the instance's state by the table in domain/states.py."""
-        after = next_situation(instance.state, ending, found)
-        values = {
-            "state": after.state.value,
-            "operation_state": after.operation.value if after.operation else None,
-            "updated_at": self._db.now(),
-        }
-        where = sa.and_(INSTANCES.c.id == instance.id, INSTANCES.c.state == instance.state.value)
-        return conn.execute(sa.update(INSTANCES).where(where).values(**values | also)).rowcount == 1
 
     def get_run(self, run_id: str) -> RunRow:
         run = self.find_run(run_id)
@@ -204,8 +198,9 @@ class Runs:
             row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
             if not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
                 return False
-            # Decided by the update itself, so that it holds on every database: a rollback that committed first wins.
-            may = sa.and_(RUNS.c.id == run_id, RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.report.is_(None))
+            # Decided by the update itself, so that it holds on every database: a return or a cancel that committed first wins; a rehearsal never crosses.
+            still = (RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.report.is_(None), RUNS.c.rehearse.is_(False))
+            may = sa.and_(RUNS.c.id == run_id, *still)
             values = {"crossed_at": row.crossed_at or now, "seen_at": now, "step": Step.WRITE_IMAGE.value}
             if conn.execute(sa.update(RUNS).where(may).values(**values)).rowcount == 0:
                 return False
@@ -233,6 +228,7 @@ class Runs:
             if row.report is not None or row.ended_at is not None:
                 return row.report is not None
             good = report.get("verified") and not report.get("error") and row.crossed_at and not row.closed_at
+            rehearsed = row.rehearse and bool(report.get("rehearsal")) and not report.get("error")
             verified = self._db.now() if good else None
             first = sa.and_(RUNS.c.id == run_id, RUNS.c.report.is_(None), RUNS.c.closed_at.is_(None) if good else sa.true())
             if conn.execute(sa.update(RUNS).where(first).values(report=report, verified_at=verified, seen_at=self._db.now())).rowcount == 0:
@@ -246,7 +242,7 @@ class Runs:
                 error=report.get("error"),
             )
             failure = report.get("error") or RepaveError("agent-failed").as_json()
-            self._db.tell(conn, run_id, "written", {} if verified else {"error": failure})
+            self._db.tell(conn, run_id, "written", {"rehearsed": True} if rehearsed else {} if verified else {"error": failure})
             return True
 
     def record_proof(self, run_id: str, proof: dict[str, Any]) -> None:
@@ -263,42 +259,72 @@ class Runs:
             self._db.tell(conn, run_id, "written", {"error": RepaveError("agent-silent").as_json()})
 
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
-        """The run and its instance are at their end; the batch too when it was the last. The first ending stands. Repeatable."""
-        now = self._db.now()
+        """The run and its instance are at their end, the batch too when it was the last; what waited for it begins. The first ending stands. Repeatable."""
         with self._db.write() as conn:
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
-            if row.ended_at is not None and ending is not Ending.LATE_PROOF:
+            take_turn(conn)
+            if not end_run(self._db, conn, run_id, ending, error):
                 return False
-            instance = rows.instance(conn.execute(sa.select(INSTANCES).where(INSTANCES.c.id == row.instance_id)).one()._mapping)
-            good = ending in (Ending.PROVED, Ending.LATE_PROOF)
-            also: dict[str, Any] = {"error": None if good else error}
-            if error is not None and not good:
-                error = error | {"untouched": _untouched(ending, crossed=row.crossed_at is not None)}
-                also["error"] = error
-            if good:
-                proof = row.proof or {}
-                also["os_type"] = conn.execute(sa.select(IMAGES.c.os_type).where(IMAGES.c.id == row.image_id)).scalar_one()
-                also |= {"image_id": row.image_id, "launched_at": now, "ssh_host_keys": proof.get("ssh_host_keys", [])}
-            elif row.crossed_at is not None:
-                also |= {"image_id": row.image_id if ending is Ending.UNPROVED else None}
-            if not self._move(conn, instance, ending, InstanceState(row.found_state), **also):
-                return False
-            values = {
-                "ended_at": row.ended_at or now,
-                "closed_at": row.closed_at or now,
-                "outcome": ending.value,
-                "error": None if good else error,
-            }
-            if good:
-                values["step"] = Step.PROOF.value
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(**values))
-            self._run_event(conn, "run.ended", row, outcome=ending.value, error=error)
-            live = sa.and_(RUNS.c.batch_id == row.batch_id, RUNS.c.ended_at.is_(None))
-            if not conn.execute(sa.select(RUNS.c.id).where(live).limit(1)).first():
-                done = sa.update(BATCHES).where(BATCHES.c.id == row.batch_id, BATCHES.c.ended_at.is_(None)).values(ended_at=now)
-                if conn.execute(done).rowcount:
-                    self._db.event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
-            return True
+            also_ended = go_on(self._db, conn, self._db.enqueue, self._db.limits)
+        for other in also_ended:
+            self._db.sealer.destroy_run(other)
+        return True
+
+    def reap(self) -> list[str]:
+        """Runs whose deadline passed and whose workflow did not end them are at their end; waiting runs too, then others begin. Returns their ids.
+
+        It asks nobody: a workflow that hangs, or none at all, makes no difference. What it left is told by the ending; its later steps are refused.
+        """
+        now = self._db.now()
+        reaped: list[str] = []
+        with self._db.write() as conn:
+            take_turn(conn)
+            lost = sa.and_(RUNS.c.released_at.is_not(None), RUNS.c.deadline_at < now - timedelta(seconds=REAP_GRACE_S))
+            never = sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < now)
+            for row in conn.execute(sa.select(RUNS).where(RUNS.c.ended_at.is_(None), sa.or_(lost, never))).all():
+                ending, cause = _overdue(row)
+                if end_run(self._db, conn, row.id, ending, RepaveError("deadline", cause).as_json()):
+                    reaped.append(row.id)
+            reaped += go_on(self._db, conn, self._db.enqueue, self._db.limits)
+        for run_id in reaped:
+            self._db.sealer.destroy_run(run_id)
+        return reaped
+
+    def list_durations(self, model: str, *, limit: int = 50) -> list[dict[str, float]]:
+        """Seconds by step of the newest proved runs on servers of this model."""
+        good = sa.and_(RUNS.c.outcome == Ending.PROVED.value, RUNS.c.durations_s.is_not(None), SERVERS.c.model == model)
+        query = sa.select(RUNS.c.durations_s).join(SERVERS, SERVERS.c.id == RUNS.c.server_id).where(good).order_by(RUNS.c.id.desc()).limit(limit)
+        return [dict(r["durations_s"]) for r in self._db.rows(query)]
+
+    def tell_late(self) -> None:
+        """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else."""
+        now = self._db.now()
+        models = {r["id"]: r["model"] for r in self._db.rows(sa.select(SERVERS.c.id, SERVERS.c.model))}
+        usual: dict[str, dict[str, float]] = {}
+        for run in self.list_runs(live=True):
+            if run.started_at is None or run.late_step == run.step.value:
+                continue
+            model = models.get(run.server_id, "")
+            if model not in usual:
+                usual[model] = usual_durations(self.list_durations(model))
+            if run.step.value not in usual[model]:
+                continue
+            seconds = (now - self._step_began(run)).total_seconds()
+            if is_late(seconds, usual[model][run.step.value]):
+                self._record_late(run, seconds, usual[model][run.step.value])
+
+    def _step_began(self, run: RunRow) -> datetime:
+        if run.step is Step.WRITE_IMAGE and run.crossed_at:
+            return run.crossed_at
+        where = sa.and_(EVENTS.c.batch_id == run.batch_id, EVENTS.c.run_id == run.id, EVENTS.c.type == "run.step")
+        at = [r["at"] for r in self._db.rows(sa.select(EVENTS.c.at, EVENTS.c.data).where(where).order_by(EVENTS.c.seq)) if r["data"]["step"] == run.step.value]
+        return at[0] if at else run.created_at
+
+    def _record_late(self, run: RunRow, seconds: float, usual_s: float) -> None:
+        still = sa.and_(RUNS.c.id == run.id, RUNS.c.step == run.step.value, RUNS.c.ended_at.is_(None), RUNS.c.late_step.is_distinct_from(run.step.value))
+        with self._db.write() as conn:
+            row = conn.execute(sa.update(RUNS).where(still).values(late_step=run.step.value).returning(*RUNS.c)).first()
+            if row is not None:
+                self._run_event(conn, "run.late", row, step=run.step.value, seconds=round(seconds, 1), usual_s=usual_s)
 
     def is_closed(self, run_id: str) -> bool:
         """A rollback has begun, or the run ended: nobody crosses any more."""
@@ -316,12 +342,15 @@ def _row(run: NewRun, batch: Batch, epoch: int, now: datetime) -> dict[str, Any]
         "image_id": run.image_id, "epoch": epoch, "found_state": run.instance.state.value, "found_image_id": run.instance.image_id,
         "step": Step.PREFLIGHT.value, "created_at": now, "deadline_at": run.deadline_at, "ssh_keys": list(run.ssh_keys),
         "secret_sealed": run.secret_sealed, "token_sha256": run.token_sha256, "session_sha256": run.session_sha256,
-        "nonce_sha256": run.nonce_sha256,
+        "nonce_sha256": run.nonce_sha256, "rehearse": batch.rehearse, "timeout_s": run.timeout_s, "found_error": run.instance.error,
     }  # fmt: skip
 
 
-def _untouched(ending: Ending, *, crossed: bool) -> str:
-    """What is true of the disks at this ending: the line decides, not the kind of error."""
-    if not crossed:
-        return "the root disk was not written"
-    return "data disks; the image on the root disk is verified" if ending is Ending.UNPROVED else "data disks; the root disk is erased"
+def _overdue(row: Any) -> tuple[Ending, str]:
+    """How a run ends whose time is over: by the side of the line it is on. What its server does now nobody knows."""
+    if row.released_at is None:
+        return Ending.RETURNED, "not started: it waited too long."
+    late = "The run's deadline passed and its workflow did not end it."
+    if row.crossed_at is None:
+        return Ending.RETURN_FAILED, f"{late} Its disk was not written; look at its power."
+    return (Ending.UNPROVED if row.verified_at else Ending.WRITE_FAILED), late

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from repave.domain.model import Instance, InstanceState, Server
+from repave.domain.model import Host, Instance, InstanceState, Server
+from repave.domain.own_host import says_something
 from repave.errors import RepaveError, RequestError
 from repave.store import rows
 from repave.store.database import Database, new_id
-from repave.store.tables import INSTANCES, RUNS, SERVERS
+from repave.store.tables import HOSTS, INSTANCES, RUNS, SERVERS
 
 
 class Servers:
@@ -52,11 +53,16 @@ class Servers:
         return made
 
     def _refuse_known_server(self, conn: sa.Connection, server: Server) -> None:
-        same_board = sa.and_(SERVERS.c.uuid == server.uuid, SERVERS.c.serial == server.serial, SERVERS.c.uuid != "")
-        if conn.execute(sa.select(SERVERS.c.id).where(SERVERS.c.name == server.name)).first():
-            raise RequestError("conflict", f"A server {server.name!r} exists already.", field="name")
-        if conn.execute(sa.select(SERVERS.c.id).where(same_board)).first():
-            raise RequestError("conflict", f"{server.name}: a server with this serial and UUID exists already.", field="bmc_url")
+        """Raises RequestError conflict, naming both, where another server has this one's name, serial number or UUID: nothing could tell them apart."""
+        others = [rows.server(r._mapping) for r in conn.execute(sa.select(SERVERS).where(SERVERS.c.id != server.id, _alike(server)))]
+        for other in others:
+            if other.name == server.name:
+                raise RequestError("conflict", f"A server {server.name!r} exists already.", field="name")
+        for name, field in (("serial number", "serial"), ("UUID", "uuid")):
+            mine = getattr(server, field)
+            same = [o for o in others if says_something(mine) and getattr(o, field).lower() == mine.lower()]
+            if same:
+                raise RequestError("conflict", f"{server.name} and {same[0].name} have the same {name} {mine}; nothing could tell them apart.", field="bmc_url")
 
     def set_server(self, server_id: str, *, bmc_password: str | None = None, actor: str = "repave", **changes: Any) -> None:
         with self._db.write() as conn:
@@ -66,6 +72,48 @@ class Servers:
             project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
             named = sorted(c for c in changes if "password" not in c)
             self._db.event(conn, "server.changed", project_id, server_id=server_id, actor=actor, fields=named)
+
+    def lock(self, server_id: str, *, reason: str, actor: str) -> None:
+        """No reinstall of this server is admitted until it is unlocked; one that was admitted already goes on. Repeatable: the newest reason stands."""
+        with self._db.write() as conn:
+            values = {"locked_at": self._db.now(), "locked_by": actor, "lock_reason": reason}
+            self._change(conn, server_id, "server.locked", values, actor=actor, reason=reason)
+
+    def unlock(self, server_id: str, *, actor: str) -> None:
+        with self._db.write() as conn:
+            self._change(conn, server_id, "server.unlocked", {"locked_at": None, "locked_by": None, "lock_reason": None}, actor=actor)
+
+    def replace_server(self, old: Server, seen: dict[str, Any], *, bmc_password: str | None, actor: str) -> None:
+        """After a board swap the server is known by its new serial number, UUID and MACs. By compare-and-set of the old ones.
+
+        Raises RequestError in-progress while a run is live, conflict where another server has the new identity or someone was faster.
+        """
+        with self._db.write() as conn:
+            if conn.execute(sa.select(RUNS.c.id).where(RUNS.c.server_id == old.id, RUNS.c.ended_at.is_(None))).first():
+                raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+            self._refuse_known_server(conn, replace(old, serial=seen["serial"], uuid=seen["uuid"]))
+            now = conn.execute(sa.select(SERVERS.c.serial, SERVERS.c.uuid).where(SERVERS.c.id == old.id)).one()
+            if (now.serial, now.uuid) != (old.serial, old.uuid):
+                raise RequestError("conflict", f"{old.name} was changed in the meantime.", field="serial")
+            values = seen | {"macs": list(seen["macs"])}
+            if bmc_password is not None:
+                values["bmc_password_sealed"] = self._db.sealer.seal(bmc_password, about=f"bmc:{old.id}")
+            about = {f"old_{n}": getattr(old, n) for n in ("serial", "uuid")} | {f"new_{n}": seen[n] for n in ("serial", "uuid")}
+            self._change(conn, old.id, "server.replaced", values, actor=actor, **about, old_macs=list(old.macs), new_macs=list(seen["macs"]))
+
+    def _change(self, conn: sa.Connection, server_id: str, type_: str, values: dict[str, Any], *, actor: str, **about: Any) -> None:
+        changed = sa.update(SERVERS).where(SERVERS.c.id == server_id).values(**values).returning(SERVERS.c.project_id)
+        self._db.event(conn, type_, conn.execute(changed).scalar_one(), server_id=server_id, actor=actor, **about)
+
+    def record_host(self, host: Host) -> None:
+        """A machine that Repave runs on is known; it is never reinstalled by Repave. Repeatable."""
+        values = {**asdict(host), "macs": list(host.macs), "seen_at": self._db.now()}
+        with self._db.write() as conn:
+            if conn.execute(sa.update(HOSTS).where(HOSTS.c.id == host.id).values(**values)).rowcount == 0:
+                conn.execute(sa.insert(HOSTS).values(**values))
+
+    def list_hosts(self) -> list[Host]:
+        return [rows.host(r) for r in self._db.rows(sa.select(HOSTS).order_by(HOSTS.c.id))]
 
     def remove_server(self, server_id: str, *, actor: str = "repave") -> None:
         """The server, its instance and its runs are forgotten. Refused while a run is live."""
@@ -130,3 +178,7 @@ class Servers:
     def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
         row = self._db.row(sa.select(INSTANCES).where(INSTANCES.c.project_id == project_id, INSTANCES.c.id == instance_id))
         return rows.instance(row) if row else None
+
+
+def _alike(server: Server) -> sa.ColumnElement[bool]:
+    return sa.or_(SERVERS.c.name == server.name, SERVERS.c.serial == server.serial, sa.func.lower(SERVERS.c.uuid) == server.uuid.lower())

@@ -62,6 +62,12 @@ SERVERS = sa.Table(
     _text("manufacturer"), _text("model"), _text("serial"), _text("uuid"), _json("macs"), _text("arch"), _text("boot"),
     _text("rack"), _text("unit"), _json("root_disk"), _json("network"), _text("power", null=True), _at("power_at"),
     Column("epoch", Integer, nullable=False, default=0), _at("created_at", null=False),
+    _at("locked_at"), _text("locked_by", null=True), _text("lock_reason", null=True),
+)  # fmt: skip
+
+# The machines that Repave's own processes run on, by what their firmware and network cards say.
+HOSTS = sa.Table(
+    "hosts", META, _id(), _text("name"), _text("serial"), _text("uuid"), _json("macs"), _at("seen_at", null=False),
 )  # fmt: skip
 
 IMAGES = sa.Table(
@@ -80,7 +86,8 @@ INSTANCES = sa.Table(
 
 BATCHES = sa.Table(
     "batches", META, _id(), _ref("project_id", "projects"), _text("image_id", null=True), _text("created_by"),
-    _at("created_at", null=False), _at("ended_at"),
+    _at("created_at", null=False), _at("ended_at"), Column("rehearse", sa.Boolean, nullable=False, default=False),
+    Column("canary", Integer), Column("at_once", Integer), Column("max_failed", Integer), _at("paused_at"), _text("stop_reason", null=True),
 )  # fmt: skip
 
 RUNS = sa.Table(
@@ -92,6 +99,8 @@ RUNS = sa.Table(
     _text("secret_sealed", null=True), _text("token_sha256", null=True), _text("session_sha256", null=True),
     _text("boot_id", null=True), _text("nonce_sha256", null=True), _json("inventory"), _json("plan"), _json("progress"), _json("report"),
     _json("proof"), _at("seen_at"),
+    Column("number", Integer, nullable=False, default=1), Column("rehearse", sa.Boolean, nullable=False, default=False), _at("released_at"),
+    Column("timeout_s", sa.Float, nullable=False, default=0), _json("cancel"), _json("found_error"), _json("durations_s"), _text("late_step", null=True),
 )  # fmt: skip
 sa.Index("runs_token", RUNS.c.token_sha256)
 sa.Index("runs_session", RUNS.c.session_sha256)

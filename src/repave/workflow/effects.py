@@ -13,6 +13,7 @@ from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
 from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
+from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
@@ -50,9 +51,11 @@ class ServerEffects:
         Touches nothing.
         """
         run, server, image = self._about(run_id)
-        self._refuse_late(run)
+        self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.PREFLIGHT)
         self.store.runs.get_run_secret(run_id)
+        if own := find_own_host(server, self.store.servers.list_hosts()):
+            raise RunFailed("own-host", f"It has {own}.")
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
         seen = (self.store.runs.find_inventory(server.id) or {}).get("disks", ())
@@ -72,7 +75,7 @@ class ServerEffects:
     def power_off(self, run_id: str) -> Json:
         """Off, read back: asked for 60 s, then forced; the event says which."""
         run, server, _ = self._about(run_id)
-        self._refuse_late(run)
+        self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.POWER_OFF)
         with self.open_bmc(server) as bmc:
             forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
@@ -82,7 +85,8 @@ class ServerEffects:
 
     def insert_media(self, run_id: str) -> Json:
         """This run's media are in the drive and the next boot is theirs, both read back."""
-        _, server, _ = self._about(run_id)
+        run, server, _ = self._about(run_id)
+        self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.INSERT_MEDIA)
         with self.open_bmc(server) as bmc:
             bmc.insert_media(media_urls(self.places, self.store, run_id))
@@ -92,7 +96,7 @@ class ServerEffects:
     def boot_ramdisk(self, run_id: str) -> Json:
         """Power is on; from here the agent speaks."""
         run, server, _ = self._about(run_id)
-        self._refuse_late(run)
+        self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
         with self.open_bmc(server) as bmc:
             bmc.power_on()
@@ -109,7 +113,7 @@ class ServerEffects:
         if found.get("arch") != image.arch or found.get("firmware") != image.boot:
             raise RunFailed("arch-mismatch", f"The ramdisk sees {found.get('arch')}/{found.get('firmware')}, the image is {image.arch}/{image.boot}.")
         disk = choose_root_disk(found["disks"], server.root_disk)
-        self._refuse_late(run)
+        self._refuse_over(run)
         drive = self._render_drive(run, server, image)
         misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
         if misfit is not None:
@@ -124,8 +128,9 @@ class ServerEffects:
             manifest_sha256=image.manifest_sha256,
             config_drive_sha256=hashlib.sha256(drive).hexdigest(),
             config_drive_bytes=len(drive),
+            rehearse=run.rehearse,
         )
-        self.store.runs.record_plan(run_id, protocol.render(plan))
+        self.store.runs.record_plan(run_id, protocol.render_plan(plan))
         return None
 
     def close_before_line(self, run_id: str) -> bool:
@@ -200,13 +205,17 @@ class ServerEffects:
                 self.images.verify(self.images.read_manifest(manifest_sha256), deep=True)
                 self._verified = (batch_id, manifest_sha256)
 
-    def _refuse_late(self, run: RunRow) -> None:
-        """No forward motion past a run's deadline: a row that slept in a backup or in a stopped service powers nothing off."""
+    def _refuse_over(self, run: RunRow) -> None:
+        """No forward motion once the run was told to stop, or past its deadline: a row that slept in a backup or a stopped service powers nothing off."""
+        if run.cancel is not None:
+            raise RunFailed(run.cancel["class"], run.cancel["cause"])
         if self.store.now() > run.deadline_at:
             raise RunFailed("deadline", "The run's deadline passed before this step.")
 
     def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
         run = self.store.runs.get_run(run_id)
+        if run.ended_at is not None:  # by the reaper: the server may be another run's now
+            raise RunFailed("stale-run")
         server = self.store.servers.get_server(run.server_id)
         image = self.store.images.find_image(run.project_id, run.image_id)
         if image is None:

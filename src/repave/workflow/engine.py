@@ -257,9 +257,14 @@ class Engine:
             ended = self.store.runs.find_run(orphan)
             if ended is None or ended.ended_at is not None:
                 self.store.sealer.destroy_run(orphan)
+        for run_id in self.store.runs.reap():
+            log.error("run ended past its deadline", run_id=run_id)
+        self.store.runs.tell_late()
 
     def _reconcile_run(self, run: RunRow, status: str | None, now: datetime) -> None:
-        never_was = status is None and run.created_at < now - timedelta(seconds=60)
+        if run.released_at is None:  # it waits, and has no workflow yet
+            return
+        never_was = status is None and run.released_at < now - timedelta(seconds=60)
         if status in _OVER or never_was:
             if self.store.runs.get_run(run.id).ended_at is not None:  # it ended while we looked
                 return

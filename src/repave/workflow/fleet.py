@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from repave.domain.model import Batch, Credential, Image, Instance, Server
+from repave.domain.own_host import find_own_host
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.states import may_reinstall
+from repave.domain.waves import Limits, Waves
 from repave.errors import RequestError
 from repave.password_hash import hash_password
 from repave.secrets import fingerprint
 from repave.store import Enqueue, NewRun, Store, new_id
 
 MAX_BATCH = 50  # ReinstallOS, 2025-07-25
+WAITING_TIMEOUT_S = 24 * 3600.0
+ALL_AT_ONCE = Waves()
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,12 @@ class Admitted:
 class Fleet:
     """Who may be reinstalled now, and how it is begun."""
 
-    def __init__(self, store: Store, enqueue: Enqueue, *, run_timeout_s: float) -> None:
-        self.store, self.enqueue, self.run_timeout_s = store, enqueue, run_timeout_s
+    def __init__(
+        self, store: Store, enqueue: Enqueue, *, run_timeout_s: float, waiting_timeout_s: float = WAITING_TIMEOUT_S, limits: Limits = NO_LIMITS,
+        max_batch: int = MAX_BATCH,
+    ) -> None:  # fmt: skip
+        self.store, self.enqueue, self.run_timeout_s, self.waiting_timeout_s, self.max_batch = store, enqueue, run_timeout_s, waiting_timeout_s, max_batch
+        store.enqueue, store.limits = enqueue, limits  # a run that ends lets others begin, in its own transaction
 
     def admit(
         self,
@@ -40,41 +49,60 @@ class Fleet:
         ssh_keys: Sequence[str] = (),
         user_data: str = "",
         answer_key: str | None = None,
+        rehearse: bool = False,
+        waves: Waves = ALL_AT_ONCE,
+        image_ids: Mapping[str, str] | None = None,
     ) -> Admitted:
         """Every id has exactly one run, or nothing happened.
 
-        Raises RequestError: bad-request (context field), not-found (kind instance or image, ids), in-progress (kind state, ids).
+        Args: rehearse: nothing will be written, so no password is needed. image_ids: the image of each instance, where they differ (a retry).
+        Raises RequestError: bad-request (context field), not-found (kind instance or image, ids), in-progress (kind state, ids), locked and
+        own-host (kind server, ids).
         """
-        if not 1 <= len(instance_ids) <= MAX_BATCH or len(set(instance_ids)) != len(instance_ids):
-            raise RequestError("bad-request", f"instance_id_set wants 1 to {MAX_BATCH} distinct ids.", field="instance_id_set")
+        if not 1 <= len(instance_ids) <= self.max_batch or len(set(instance_ids)) != len(instance_ids):
+            raise RequestError("bad-request", f"instance_id_set wants 1 to {self.max_batch} distinct ids.", field="instance_id_set")
         project_id = credential.project_id
         instances = self._find_instances(project_id, instance_ids)
-        images = self._find_images(project_id, instances, image_id)
-        for os_type in sorted({images[i.id].os_type for i in instances}):
+        images = self._find_images(project_id, instances, image_id, image_ids or {})
+        for os_type in sorted({images[i.id].os_type for i in instances} if not rehearse else ()):
             if fault := find_password_fault(password, user=user_for(os_type)):
                 raise RequestError("bad-request", f"password {fault}.", field="password")
         busy = [i.id for i in instances if not may_reinstall(i.state)]
         if busy:
             raise RequestError("in-progress", "", kind="state", ids=busy)
-        secrets = {os_type: self._secret(os_type, password) for os_type in {images[i.id].os_type for i in instances}}
+        servers = self.store.servers.get_servers([i.server_id for i in instances])
+        self.refuse_protected([servers[i.server_id] for i in instances])
+        secrets = {os_type: "" if rehearse else self._secret(os_type, password) for os_type in {images[i.id].os_type for i in instances}}
 
         now = self.store.now()
-        batch = Batch(new_id(), project_id, image_id, now, credential.name, None)
-        servers = self.store.servers.get_servers([i.server_id for i in instances])
+        batch = Batch(
+            new_id(), project_id, image_id, now, credential.name, None, rehearse=rehearse,
+            canary=waves.canary, at_once=waves.at_once, max_failed=waves.max_failed,
+        )  # fmt: skip
         run_ids = [new_id() for _ in instances]
-        self.store.sealer.make_run_keys(run_ids)
-        runs = [
-            self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data)
-            for run_id, i in zip(run_ids, instances, strict=True)
-        ]
         answer = {"status": 202, "body": {"instances": [{"id": i} for i in instance_ids]}, "batch_id": batch.id}
         try:
+            self.store.sealer.make_run_keys(run_ids)
+            runs = [
+                self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data)
+                for run_id, i in zip(run_ids, instances, strict=True)
+            ]
             self.store.runs.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
         except BaseException:
             for run_id in run_ids:
                 self.store.sealer.destroy_run(run_id)
             raise
         return Admitted(batch.id, tuple(instance_ids))
+
+    def refuse_protected(self, servers: Sequence[Server]) -> None:
+        """Raises RequestError locked or own-host, naming the first server and its reason, with the ids of all."""
+        if locked := [s for s in servers if s.locked_at is not None]:
+            said = f"{locked[0].name}, by {locked[0].locked_by} on {locked[0].locked_at:%Y-%m-%d}: {locked[0].lock_reason}"
+            raise RequestError("locked", said, kind="server", ids=[s.id for s in locked])
+        hosts = self.store.servers.list_hosts()
+        own = [(s, why) for s in servers if (why := find_own_host(s, hosts))]
+        if own:
+            raise RequestError("own-host", f"{own[0][0].name} has {own[0][1]}.", kind="server", ids=[s.id for s, _ in own])
 
     def _find_instances(self, project_id: str, ids: Sequence[str]) -> list[Instance]:
         found, _ = self.store.servers.list_instances(project_id, ids=ids)
@@ -84,9 +112,9 @@ class Fleet:
             raise RequestError("not-found", "", kind="instance", ids=missing)
         return [by_id[i] for i in ids]
 
-    def _find_images(self, project_id: str, instances: Sequence[Instance], image_id: str | None) -> dict[str, Image]:
+    def _find_images(self, project_id: str, instances: Sequence[Instance], image_id: str | None, each: Mapping[str, str]) -> dict[str, Image]:
         """The image of each instance: the one asked for, or its current one, refused where that is unknown."""
-        wanted = {i.id: image_id or i.image_id for i in instances}
+        wanted = {i.id: each.get(i.id) or image_id or i.image_id for i in instances}
         unknown = [i for i, image in wanted.items() if image is None]
         if unknown:
             raise RequestError("bad-request", "image_id is needed: the current image is not known.", field="image_id", ids=unknown)
@@ -106,5 +134,5 @@ class Fleet:
         sealer = self.store.sealer
         sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": user_data}))
         token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
-        deadline_at = self.store.now() + timedelta(seconds=self.run_timeout_s)
-        return NewRun(run_id, instance, server, image.id, deadline_at, sealed, token, session, nonce, ssh_keys)
+        begin_by = self.store.now() + timedelta(seconds=self.waiting_timeout_s)
+        return NewRun(run_id, instance, server, image.id, begin_by, self.run_timeout_s, sealed, token, session, nonce, ssh_keys)

@@ -62,11 +62,14 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
         await run.wait_for("agent-ready", waits.agent_ready_s)
         await run.step("plan", do.plan)
         # ════ the line: in here the agent asks to cross, and the store commits it ════
-        await run.wait_for("written", waits.written_s)
+        told = await run.wait_for("written", waits.written_s)
     except RunFailed as error:
         if await run.step("close-before-line", do.close_before_line):
             return await return_what_was_found(run, do, error, waits, touched=touched)
         return await stop_half_written(run, do, error, waits)
+    if told.get("rehearsed"):  # all was checked and nothing written; the store lets no rehearsal cross
+        await run.step("close-before-line", do.close_before_line)
+        return await return_what_was_found(run, do, None, waits, touched=True)
 
     # The image is verified on the disk: from here on the server stays on, whatever happens, unless another disk booted.
     try:
@@ -81,15 +84,20 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
     return await end(run, do, Ending.PROVED, None)
 
 
-async def return_what_was_found(run: Run, do: Effects, cause: RunFailed, waits: Waits, *, touched: bool) -> str:
-    """Before the line: the old OS runs again (or, where there was none, the server is off), read back. The disk was never written."""
+async def return_what_was_found(run: Run, do: Effects, cause: RunFailed | None, waits: Waits, *, touched: bool) -> str:
+    """Before the line: the old OS runs again (or, where there was none, the server is off), read back. The disk was never written.
+
+    `cause` None: a rehearsal that went well.
+    """
+    ending = Ending.RETURNED if cause else Ending.REHEARSED
     if not touched:
-        return await end(run, do, Ending.RETURNED, cause)
+        return await end(run, do, ending, cause)
     try:
         await insist(run, "return", do.return_what_was_found, waits)
     except RunFailed as failure:
-        return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"First: {cause} Then: {failure}"))
-    return await end(run, do, Ending.RETURNED, cause)
+        first = f"First: {cause} " if cause else "The rehearsal itself went well. "
+        return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"{first}Then: {failure}"))
+    return await end(run, do, ending, cause)
 
 
 async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Waits) -> str:
