@@ -31,7 +31,8 @@ from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
-from repave.images.importer import import_image
+from repave.generation import Watch, begin_life, stand_path
+from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.own_host import read_own_host
 from repave.ramdisk.media import BootMedia
@@ -67,7 +68,7 @@ class ImageDesk:
         self.store, self.folder, self.quota_bytes = store, folder, quota_bytes
 
     def room_bytes(self) -> int:
-        return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes())
+        return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes() - RESERVE_BYTES)
 
     def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
         made = import_image(file, self.store, max_bytes=self.quota_bytes)

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from operator_site import Site, start_site
 
+from repave.images.importer import RESERVE_BYTES
+
 MIB = 1024 * 1024
 
 
@@ -58,6 +60,38 @@ def test_a_refused_upload_leaves_nothing(site: Site, query: str, headers: dict[s
     assert (answer.status_code, answer.json()["class"]) == (status, slug), answer.text
     assert site.files() == []
     assert [i["name"] for i in site.ask("GET", "/images").json()["items"]] == ["taken"]
+
+
+def test_what_can_not_fit_is_refused_by_its_length_alone(site: Site) -> None:
+    at = urlsplit(site.url)
+    head = f"POST /repave/v1/images?name=big HTTP/1.1\r\nHost: x\r\nX-Auth-Token: {site.tokens['admin']}\r\nContent-Length: {65 * MIB}\r\n\r\n"
+    with socket.create_connection((at.hostname or "", at.port or 0), timeout=20) as sock:
+        sock.sendall(head.encode())  # and not a byte of the image
+        assert b"507" in sock.recv(4096).splitlines()[0]
+    assert site.files() == []
+
+
+def test_a_reserve_of_the_disk_is_never_given_to_images(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.images.store, "free_bytes", lambda: RESERVE_BYTES + 5)
+    assert site.images.room_bytes() == 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk: only root may")
+def test_a_disk_that_fills_up_during_an_upload_leaves_nothing_and_gives_its_room_back(tmp_path: Path) -> None:
+    (tmp_path / "site/images").mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", tmp_path / "site/images"], capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        with start_site(tmp_path / "site") as site:
+            # The check by length sees a large disk, as when somebody else fills it meanwhile.
+            site.images.store.free_bytes = lambda: 1 << 40
+            before = os.statvfs(tmp_path / "site/images").f_bfree
+            answer = site.ask("POST", "/images?name=big", data=os.urandom(24 * MIB))
+            assert (answer.status_code, answer.json()["class"]) == (507, "image-quota"), answer.text
+            assert site.files() == [] and site.ask("GET", "/images").json()["items"] == []
+            assert abs(os.statvfs(tmp_path / "site/images").f_bfree - before) < 16  # but for folders
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "site/images"], check=True)
 
 
 def test_an_upload_broken_half_way_leaves_nothing(site: Site) -> None:

@@ -4,6 +4,7 @@ The body of POST is the file itself. It is hashed while it goes to a temporary f
 whatever happens next: a broken upload, a refused or an imported image.
 """
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -63,6 +64,10 @@ async def add_image(
             sha256 = await _receive(request.stream(), file, room_bytes)
         except ClientDisconnect:
             raise ImageError("image-refused", "The upload broke off.") from None
+        except OSError as error:  # whoever else writes to this disk was faster
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ImageError("image-quota", "The disk of the image store is full.") from None
         if x_repave_sha256 and sha256 != x_repave_sha256.lower():
             raise ImageError("image-refused", f"Its SHA-256 is {sha256}, not the one announced.")
         return await run_in_threadpool(_store_image, scope, file, name=name, os_type=os_type)
