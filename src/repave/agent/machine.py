@@ -45,6 +45,15 @@ class Machine(Protocol):
     def power_off(self) -> None: ...
 
 
+def is_ramdisk(mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether we run from an initramfs, not from an installed system: the agent's every ending reboots or powers off (proc(5), kernel: ramfs-rootfs)."""
+    try:
+        roots = [fields[2] for line in mounts.read_text().splitlines() if len(fields := line.split()) > 2 and fields[1] == "/"]
+    except OSError:
+        return False
+    return bool(roots) and roots[-1] == "rootfs"
+
+
 class RealMachine:
     """The server we run on. `roots` are parameters for tests; ioctl and reboot are the kernel's."""
 
