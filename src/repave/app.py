@@ -31,7 +31,6 @@ from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
-from repave.generation import Watch, begin_life, stand_path
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.own_host import read_own_host
