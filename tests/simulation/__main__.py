@@ -1,0 +1,112 @@
+"""`python tests/simulation --seeds 2000`: so many worlds on all cores; `--seed N` plays one again and tells what happened in it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import observers
+from virtual_time import Stuck
+from world import World
+
+CALM_SHARE = 0.45  # of the worlds: nothing goes wrong in them
+BLOCK = 20
+
+
+@dataclass
+class Count:
+    seeds: int = 0
+    reinstalls: int = 0
+    faulty: int = 0
+    most_kinds: int = 0
+    events: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    broken: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, other: Count) -> None:
+        for name in ("seeds", "reinstalls", "faulty", "events"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.most_kinds = max(self.most_kinds, other.most_kinds)
+        self.outcomes += other.outcomes
+        self.kinds += other.kinds
+        self.broken += other.broken
+
+
+def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
+    """One world; what is broken in it and its fingerprint."""
+    world, found = World(seed), Count(seeds=1)
+    if tell:
+        world.time.lines = []
+    try:
+        chance = 0.0 if world.time.rng.random() < CALM_SHARE else 0.75
+        try:
+            world.play(chance=chance)
+            found.broken = [(seed, b) for b in observers.observe(world)]
+        except Stuck as stuck:
+            found.broken = [(seed, f"I4 the world does not come to rest: {stuck}")]
+        for this in world.rounds:
+            around = {k for k, on in (("crash", this.crashes), ("database-busy", this.busy)) if on}
+            for fired in (t.fired | around for t in this.troubles.values()):
+                found.reinstalls += 1
+                found.faulty += bool(fired)
+                found.kinds.update(fired)
+            found.most_kinds = max(found.most_kinds, len(set().union(around, *(t.fired for t in this.troubles.values()))))
+        found.outcomes.update(str(row[0]) for row in world.disk.rows("SELECT outcome FROM runs"))
+        found.events = world.time.events
+        if tell:
+            print(*world.time.lines or (), sep="\n")
+            for n, this in enumerate(world.rounds):
+                print(f"round {n}:", {k: t.faults for k, t in this.troubles.items() if t.faults}, f"crashes {this.crashes}, busy {this.busy}")
+            print(*world.disk.rows("SELECT server_id, epoch, outcome, error FROM runs"), sep="\n")
+        return found, world.time.fingerprint()
+    finally:
+        world.close()
+
+
+def play_block(seeds: list[int]) -> Count:
+    total = Count()
+    for seed in seeds:
+        total.add(play_seed(seed)[0])
+    gc.collect()
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--at-most-s", type=float, default=1e9, help="begin no more seeds after so many seconds")
+    args = parser.parse_args()
+    if args.seed is not None:
+        found, fingerprint = play_seed(args.seed, tell=True)
+        print(f"fingerprint {fingerprint}", *(b for _, b in found.broken), sep="\n")
+        sys.exit(bool(found.broken))
+    began, total = time.monotonic(), Count()
+    blocks = [list(range(s, min(s + BLOCK, args.first + args.seeds))) for s in range(args.first, args.first + args.seeds, BLOCK)]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for start in range(0, len(blocks), 2 * args.jobs):
+            if time.monotonic() - began > args.at_most_s:
+                break
+            for count in pool.map(play_block, blocks[start : start + 2 * args.jobs]):
+                total.add(count)
+    for seed, what in total.broken[:20]:
+        print(f"seed {seed}: {what}\n    again: .venv/bin/python tests/simulation --seed {seed}")
+    print("endings:", dict(total.outcomes.most_common()))
+    print("faults:", dict(total.kinds.most_common()))
+    print(f"most kinds of fault in one world: {total.most_kinds}; {total.events:,} events; {time.monotonic() - began:.0f} s on {args.jobs} cores")
+    share = round(100 * total.faulty / max(1, total.reinstalls))
+    print(f"simulation: {total.seeds:,} seeds, {total.reinstalls:,} reinstalls, {share} % with faults, {len(total.broken)} violations")
+    sys.exit(bool(total.broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Slices of the long lanes: simulated worlds, deaths at points, and the same seed twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def run(*command: str, hash_seed: str = "random") -> str:
+    """What it prints; it must say that nothing is broken."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=HERE, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_seed_is_one_run_whatever_the_order_of_sets():
+    fingerprints = {re.findall("fingerprint (.*)", run(".", "--seed", "17", hash_seed=h))[0] for h in ("1", "2")}
+    assert len(fingerprints) == 1
+
+
+def test_simulated_worlds_with_faults_break_no_invariant(capsys):
+    last = run(".", "--seeds", "2000", "--at-most-s", "100").splitlines()[-1]
+    with capsys.disabled():
+        print(f"\n{last}")
+    assert re.search(r"\b0 violations", last)
+    assert int(re.findall(r"(\d+) % with faults", last)[0]) >= 33
+
+
+def test_a_death_at_every_point_of_every_ending_changes_no_end(capsys):
+    last = run("crash_points.py", "--pairs", "100").splitlines()[-1]
+    with capsys.disabled():
+        print(f"\n{last}")
+    assert int(re.findall(r"(\d+) discovered", last)[0]) >= 250
