@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
@@ -217,30 +218,43 @@ def serve(folder: Path) -> None:
         site.store.servers.record_host(read_own_host())
         site.engine.start(site.effects)
         try:
-            asyncio.run(_serve(site))
+            uvloop.run(_serve(site))
         finally:
             site.engine.stop()
 
 
 async def _serve(site: Site) -> None:
+    """The API in this loop; machines (agents, boot media) in a loop and threads of their own, so that neither waits for the other's share."""
     settings = site.settings
     hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
-    provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
-    servers = [
-        _server(build_api(site), settings.api_listen, settings.api_certificate),
+    provisioning_certificate = make_certificate(settings.key_file.parent, hosts)
+    api = [_server(build_api(site), settings.api_listen, settings.api_certificate)]
+    machines = [
         _server(build_provisioning(site), settings.provisioning_listen, provisioning_certificate),
         _server(build_media(site), settings.media_listen, None),
     ]
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        for server in servers:
+        for server in (*api, *machines):
             server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     log.info("serving", api=settings.api_listen, provisioning=settings.provisioning_listen, media=settings.media_listen)
-    await asyncio.gather(*(server._serve() for server in servers))
+    try:
+        await asyncio.gather(_run_all(api), asyncio.to_thread(uvloop.run, _run_all(machines)))
+    finally:
+        stop()
+
+
+async def _run_all(servers: list[uvicorn.Server]) -> None:
+    """Until all have ended; when one can not start, the others end too."""
+    try:
+        await asyncio.gather(*(server._serve() for server in servers))
+    finally:
+        for server in servers:
+            server.should_exit = True
 
 
 def _server(app: FastAPI, listen: str, certificate: Path | None) -> uvicorn.Server:
