@@ -4,10 +4,10 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help run test check rack bench docs clean install
+.PHONY: help run test power-loss check rack bench docs clean install
 
 help: ## This list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 install: $(VENV)/installed ## Debian packages and the virtual environment (the other targets call it)
 
@@ -23,8 +23,11 @@ $(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
 run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
 	@$(VENV)/bin/python -m repave.lab.demo
 
-test: install ## All tests; T=unit|contract|flow|rack for one lane
+test: install ## All tests; T=unit|contract|flow|rack|power_loss for one lane
 	@tools/test $(T)
+
+power-loss: install ## Power lost at any write of the agent: 20,000 disks judged, 104 booted (20 minutes); IMAGES= BOOTS=
+	@$(VENV)/bin/python -u tests/power_loss $(if $(IMAGES),--images $(IMAGES)) $(if $(BOOTS),--boots $(BOOTS))
 
 check: install ## Format, lint, types, import directions, generated docs
 	$(VENV)/bin/ruff format --check src tests bench
