@@ -47,6 +47,13 @@ def test_two_disks_with_one_serial_are_refused_even_when_the_hint_fits():
     assert e.value.slug == "ambiguous-root-disk"
 
 
+def test_two_disks_with_one_serial_are_refused_and_both_named_even_when_their_wwns_differ():
+    with pytest.raises(RunFailed) as e:
+        choose_root_disk([disk(wwn="w1", boots=True), disk("/dev/sdb", "S1", wwn="w2")], {"wwn": "w1"})
+    assert e.value.slug == "ambiguous-root-disk"
+    assert "/dev/sda" in str(e.value) and "/dev/sdb" in str(e.value)
+
+
 def test_a_disk_without_serial_and_wwn_can_not_be_named():
     with pytest.raises(RunFailed):
         choose_root_disk([disk(serial="")], {})

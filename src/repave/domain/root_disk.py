@@ -42,7 +42,7 @@ def choose_root_disk(disks: Sequence[Disk], hints: Mapping[str, Any]) -> Disk:
         raise RunFailed("no-root-disk", f"Seen: {_names(disks) or 'no disk at all'}.")
     for disk in candidates:
         same = [d for d in candidates if d["serial"] and d["serial"] == disk["serial"]]
-        if len(same) > 1 and not (disk["wwn"] and len({d["wwn"] for d in same}) == len(same)):
+        if len(same) > 1:  # also where their WWNs differ: the new OS proves its disk by the serial
             raise RunFailed("ambiguous-root-disk", f"Two disks have the same serial: {_names(same)}.")
     if hints:
         matching = [d for d in candidates if all(_fits(d, name, value) for name, value in hints.items())]
