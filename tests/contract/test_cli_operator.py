@@ -297,3 +297,50 @@ def test_explain_knows_every_code(tmp_path: Path) -> None:
 
 def test_the_generated_docs_are_up_to_date() -> None:
     assert docs.main(["--check"]) == 0
+
+
+# ---- what may still be done to a batch; protection ----
+
+
+def test_a_batch_is_cancelled_after_it_said_what_will_happen_and_retried_by_one_command(fleet: Cli) -> None:
+    argv = ("--image", "tiny", "--yes", "--expect", "3", "--password-stdin", "--detach")
+    assert fleet.run("reinstall", "web[01-03]", "--at-once", "1", *argv, stdin=NEW_PASSWORD + "\n").returncode == 0
+    assert "1 of this batch at once" in fleet.run("batch", "show").stdout
+    refused = fleet.run("cancel")
+    assert refused.returncode == 3 and "web[01-03]" in refused.stderr and "its server is not touched" in refused.stderr
+    paused = fleet.run("batch", "pause")
+    assert paused.returncode == 0 and "3 wait" in paused.stderr
+    assert "paused" in fleet.run("batch", "show").stdout
+    assert fleet.run("batch", "resume").returncode == 0
+    done = fleet.run("cancel", "--yes")
+    assert done.returncode == 0 and "web[02-03]  not started" in done.stdout
+    first = next(r for r in fleet.site.store.runs.list_runs(live=True))
+    fleet.site.store.runs.record_ending(first.id, Ending.RETURNED, first.cancel)
+    shown = fleet.run("batch", "show").stdout
+    assert "web[02-03]  not started · Repave.1010" in shown and "repave batch retry" in shown
+    again = fleet.run("batch", "retry", "--yes", "--expect", "3", "--password-stdin", "--detach", stdin=NEW_PASSWORD + "\n")
+    assert again.returncode == 0, again.stderr
+    assert len(fleet.items("batch", "ls")) == 2
+
+
+def test_a_rehearsal_asks_no_password_and_its_plan_says_nothing_is_written(fleet: Cli) -> None:
+    done = fleet.run("reinstall", "web[01-02]", "--image", "tiny", "--rehearse", "--yes", "--expect", "2", "--detach")
+    assert done.returncode == 0, done.stderr
+    assert "WRITTEN  nothing" in done.stderr and "ERASED" not in done.stderr
+    assert fleet.items("batch", "ls")[0]["rehearse"]
+
+
+def test_a_locked_server_stops_the_plan_with_its_reason(fleet: Cli) -> None:
+    assert fleet.run("server", "lock", "web[01-02]", "--reason", "database, ask first").returncode == 0
+    refused = fleet.run("reinstall", "web[01-03]", "--image", "tiny", "--yes", "--expect", "3", "--password-stdin", stdin=NEW_PASSWORD + "\n")
+    assert refused.returncode == 3 and "database, ask first" in refused.stderr and "Repave.1007" in refused.stderr
+    assert fleet.run("server", "unlock", "web[01-02]").returncode == 0
+    assert [s["lock"] for s in fleet.items("server", "ls")] == [None] * 4
+
+
+def test_a_board_swap_wants_the_new_serial_number(fleet: Cli) -> None:
+    fleet.site.bmcs.known["https://web01.bmc.invalid"] = "SN99"
+    assert fleet.run("server", "replace", "web01", "--yes").returncode == 2
+    assert fleet.run("server", "replace", "web01", "--yes", "--expect-serial", "SN98").returncode == 3
+    done = fleet.run("server", "replace", "web01", "--yes", "--expect-serial", "SN99")
+    assert done.returncode == 0 and "SN1 → SN99" in done.stderr, done.stderr

@@ -130,3 +130,30 @@ def test_the_sites_admin_adds_projects_and_their_keys_and_a_key_may_expire(site:
     assert made["token"] not in listed and made["sk"] not in listed and made["ak"] in listed
     assert site.ask("DELETE", f"/keys/{made['id']}?project=gpu").status_code == 204
     assert site.ask("GET", "/whoami", headers={"X-Auth-Token": made["token"]}).status_code == 401
+
+
+def test_a_board_swap_is_shown_first_confirmed_by_what_was_shown_and_audited(site: Site) -> None:
+    before = site.add_server("web01")
+    site.add_server("web02")
+    url = "https://web01.bmc.invalid"
+    site.bmcs.known[url] = "SN77"
+    assert site.ask("POST", "/servers/web01/replace", json={}, as_="operator").status_code == 403
+    shown = site.ask("POST", "/servers/web01/replace", json={}).json()
+    assert (shown["replaced"], shown["before"]["serial"], shown["after"]["serial"]) == (False, before["serial"], "SN77")
+    assert site.ask("GET", "/servers/web01").json()["serial"] == before["serial"]
+    assert site.ask("POST", "/servers/web01/replace", json={"serial": "SN78", "uuid": shown["after"]["uuid"]}).status_code == 409
+    done = site.ask("POST", "/servers/web01/replace", json={"serial": "SN77", "uuid": shown["after"]["uuid"]}).json()
+    assert done["replaced"] and site.ask("GET", "/servers/web01").json()["serial"] == "SN77"
+    event = site.ask("GET", "/events").json()["items"][-1]
+    assert (event["type"], event["old_serial"], event["new_serial"]) == ("server.replaced", before["serial"], "SN77")
+    site.bmcs.known[url] = "SN2"  # web02's
+    taken = site.ask("POST", "/servers/web01/replace", json={"serial": "SN2", "uuid": "00000000-0000-0000-0000-000000000002"})
+    assert taken.status_code == 409 and "web01 and web02" in taken.json()["cause"]
+
+
+def test_two_servers_with_one_serial_number_are_refused_and_both_named(site: Site) -> None:
+    site.add_server("web01")
+    site.bmcs.known["https://web02.bmc.invalid"] = "SN1"
+    body = {"name": "web02", "bmc_url": "https://web02.bmc.invalid", "bmc_username": "root", "bmc_password": BMC_PASSWORD}
+    answer = site.ask("POST", "/servers", json=body)
+    assert answer.status_code == 409 and "web02 and web01" in answer.json()["cause"]

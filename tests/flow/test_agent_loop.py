@@ -356,3 +356,14 @@ def test_a_clock_that_is_years_behind_does_not_keep_a_server_from_its_run(tmp_pa
     with open_rack(tmp_path, image, make_certificate(days_from_now=4000)) as rack:
         assert rack.run() == 0
         assert rack.end.reports[-1]["verified"]
+
+
+def test_a_rehearsal_checks_and_measures_and_stops_before_the_line(rack: Rack) -> None:
+    rack.end.plan["rehearse"] = True
+    assert rack.run() == 0
+    assert rack.untouched()
+    assert "POST /agent/v1/cross" not in rack.end.paths
+    (report,) = rack.end.reports
+    assert (report["verified"], report["error"], report["disk_serial"]) == (False, None, "ROOT-1")
+    assert report["rehearsal"]["fetched_bytes"] > 0 and report["rehearsal"]["data_bytes"] > 0
+    assert rack.state["ended"] == "power-off"
