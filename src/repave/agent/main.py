@@ -31,6 +31,7 @@ from repave.images.manifest import Manifest, parse_manifest
 
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of some TiB
 REHEARSED_CHUNKS = 8  # 32 MiB of disk at most: enough to know the link, small against the image
+PLAN_FIRST_PAUSE_S = 0.1
 CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
 
 
@@ -136,11 +137,14 @@ class Agent:
         return inventory, float(answer.get("poll_s", 1))
 
     def _wait_for_plan(self, poll_s: float) -> Plan:
+        """The plan is made within half a second of the hello as a rule, so the first pauses are short."""
+        pause_s = min(PLAN_FIRST_PAUSE_S, poll_s)
         while True:
             answer = self._client.insist("GET", "/agent/v1/plan", while_true=self._patience())
             if answer.status == 200:
                 return Plan(**answer.json())
-            time.sleep(poll_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, poll_s)
 
     def _fetch_manifest(self, plan: Plan, disk: Disk, inventory: Inventory) -> Manifest:
         """Before the line, with everything that can be found out from it: a run that must fail fails with the disk untouched."""
