@@ -227,7 +227,7 @@ async def _serve(site: Site) -> None:
     """The API in this loop; machines (agents, boot media) in a loop and threads of their own, so that neither waits for the other's share."""
     settings = site.settings
     hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
-    provisioning_certificate = make_certificate(settings.key_file.parent, hosts)
+    provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
     api = [_server(build_api(site), settings.api_listen, settings.api_certificate)]
     machines = [
         _server(build_provisioning(site), settings.provisioning_listen, provisioning_certificate),

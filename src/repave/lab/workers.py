@@ -211,7 +211,8 @@ class Workers:
         query = f"SELECT count(*) FROM dbos.workflow_status WHERE status = 'ENQUEUED' OR (status = 'PENDING' AND executor_id = '{dead}')"  # noqa: S608
         while self._column(query)[0]:
             if time.monotonic() - began > deadline_s:
-                raise TimeoutError(f"runs of {dead} were not taken over within {deadline_s} s")
+                busy = self._column("SELECT state || ' ' || coalesce(wait_event_type, '') || ' ' || query FROM pg_stat_activity WHERE state <> 'idle'")
+                raise TimeoutError(f"runs of {dead} were not taken over within {deadline_s} s; {self.owners()}; {busy}")
             time.sleep(0.02)
         return time.monotonic() - began
 

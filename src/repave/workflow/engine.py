@@ -133,6 +133,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """`lock_path`: on a local disk. `shared`: folders that all workers of the database have in common."""
         self.store, self._url, self._waits = store, url, waits
+        self._idle_s = times.fence_s  # a worker that is stopped inside a transaction of DBOS's loses its locks before its lease
         self.lease = Lease(store.engine, lock_path, version=APPLICATION_VERSION, times=times, shared=shared)
         self._client: DBOSClient | None = None
         self._stop = threading.Event()
@@ -158,7 +159,9 @@ class Engine:
         launched.wait()
         if failure:
             raise failure[0]
-        self._client = DBOSClient(system_database_url=self._url, serializer=JsonSerializer(), application_name="repave")
+        self._client = DBOSClient(
+            system_database_url=self._url, serializer=JsonSerializer(), application_name="repave", sys_db_idle_transaction_timeout_sec=self._idle_s
+        )  # fmt: skip
         self.store.tell = self._tell
         self.lease.start(self._take_over)
         reconciler = threading.Thread(target=self._reconcile_forever, name="reconciler", daemon=True)
@@ -174,6 +177,7 @@ class Engine:
                 "application_version": APPLICATION_VERSION,
                 "serializer": JsonSerializer(),
                 "max_executor_threads": 32,
+                "sys_db_idle_transaction_timeout_sec": self._idle_s,
                 "log_level": "WARNING",
                 "notification_listener_polling_interval_sec": 0.25,
             }

@@ -1,0 +1,186 @@
+"""Two workers on one PostgreSQL, real processes: one is killed, stopped or restarted in the middle of a batch, and every run still ends `running`, once."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+
+from repave.lab import scripted_os
+from repave.lab.workers import Worker, Workers, start_workers
+
+PASSWORD = "Flow-7!canary"
+COUNT = 6
+LEASE_S, BEAT_S = 6.0, 0.5  # other tests share the cores: a beat must never be this late
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Workers]:
+    """Six machines, two workers, leases of a few seconds."""
+    folder = Path(tempfile.mkdtemp(prefix="rpw-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with start_workers(folder, machines=COUNT, worker_beat_s=BEAT_S, worker_fence_s=4.0, worker_lease_s=LEASE_S) as site:
+            yield site
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _both_up(site: Workers) -> None:
+    for worker in site.workers:
+        if worker.process is None or worker.process.poll() is not None:
+            site.start(worker)
+
+
+def names(site: Workers) -> list[str]:
+    return [m.name for m in site.machines]
+
+
+def begin(site: Workers) -> tuple[str, dict[str, int]]:
+    """A batch of all machines, and how long each console was before."""
+    consoles = {m.name: len(m.console.read_text()) for m in site.machines}
+    return site.reinstall(names(site), PASSWORD), consoles
+
+
+def busiest(site: Workers) -> Worker:
+    """The worker that has most runs under way, once most runs are under way."""
+    owners = wait_until(lambda: len(site.owners()) >= COUNT - 1 and site.owners(), deadline_s=60, what=lambda: str(site.owners()))
+    owned = list(owners.values())
+    return max(site.workers, key=lambda w: owned.count(w.executor_id))
+
+
+def other(site: Workers, worker: Worker) -> Worker:
+    return next(w for w in site.workers if w is not worker)
+
+
+def wait_for_step(site: Workers, worker: Worker, batch: str, step: str) -> None:
+    events = lambda: site.client(worker).items("/events", batch=batch)  # noqa: E731
+    wait_until(lambda: any(e["type"] == "run.step" and e["step"] == step for e in events()), deadline_s=60, what=lambda: step)
+
+
+def assert_ended_once(site: Workers, worker: Worker, batch: str, consoles: dict[str, int]) -> None:
+    """Asked of `worker`: each instance had one run; it crossed once, its machine wrote once and started the new OS once."""
+    client = site.client(worker)
+    wait_until(lambda: client.get(f"/batches/{batch}")["state"] != "working", deadline_s=180, what=lambda: str(client.get(f"/batches/{batch}")))
+    runs = {r["server"]: r for r in client.get(f"/batches/{batch}")["runs"]}
+    events = client.items("/events", batch=batch)
+    for machine in site.machines:
+        since = machine.console.read_text()[consoles[machine.name] :]
+        assert runs[machine.name]["state"] == "running", (runs[machine.name], since)
+        types = [e["type"] for e in events if e.get("server") == machine.name]
+        assert (types.count("run.accepted"), types.count("run.crossed"), types.count("run.ended")) == (1, 1, 1), types
+        assert (since.count("crossed the line"), since.count("first boot as"), since.count("home: taken")) == (1, 1, 1), since
+        assert scripted_os.find_config_drive(machine.root_disk) is None
+    assert [p for p in (site.folder / "secret/run-keys").iterdir()] == []
+
+
+def test_one_batch_runs_on_both_workers_whoever_hears_the_agents(site):
+    batch, consoles = begin(site)
+    assert_ended_once(site, site.workers[1], batch, consoles)
+
+
+@pytest.mark.parametrize("step", ["power-off", "boot-ramdisk", "write-image"])
+def test_a_worker_killed_for_good_is_taken_over_within_its_lease(site, step):
+    batch, consoles = begin(site)
+    dead = busiest(site)
+    left = other(site, dead)
+    if step != "write-image":  # that one is the agent's word, told right after its crossing
+        wait_for_step(site, left, batch, step)
+    else:
+        wait_until(lambda: any(e["type"] == "run.crossed" for e in site.client(left).items("/events", batch=batch)), deadline_s=60, what=lambda: step)
+    dead.kill()
+    site.balance()
+    took_s = site.wait_until_taken_over(dead.executor_id)
+    print(f"takeover after a kill at {step}: {took_s:.1f} s with a lease of {LEASE_S:.0f} s")
+    assert took_s < LEASE_S + 2 * BEAT_S + 5
+    assert_ended_once(site, left, batch, consoles)
+
+
+def test_a_worker_started_again_on_its_machine_goes_on_at_once(site):
+    batch, consoles = begin(site)
+    dead = busiest(site)
+    wait_for_step(site, other(site, dead), batch, "boot-ramdisk")
+    id_before = dead.executor_id
+    other(site, dead).kill()  # nobody else could take the runs over
+    dead.kill()
+    began = time.monotonic()
+    site.start(dead)
+    assert dead.executor_id != id_before
+    assert site.owners() == {} or id_before not in site.owners().values()
+    print(f"gone on {time.monotonic() - began:.1f} s after the restart began")
+    assert_ended_once(site, dead, batch, consoles)
+
+
+def test_a_worker_that_was_stopped_past_its_lease_ends_itself_without_a_further_effect(site):
+    batch, consoles = begin(site)
+    frozen = busiest(site)
+    left = other(site, frozen)
+    wait_for_step(site, left, batch, "power-off")
+    frozen.kill(signal.SIGSTOP)
+    site.balance(without=[frozen])
+    site.wait_until_taken_over(frozen.executor_id)
+    assert_ended_once(site, left, batch, consoles)
+    seen = {m.name: m.console.read_bytes() for m in site.machines}
+    requests = count_bmc_writes(site)
+    frozen.kill(signal.SIGCONT)
+    assert frozen.process is not None
+    began = time.monotonic()
+    assert frozen.process.wait(30) == 76, frozen.log.read_text()[-1000:]
+    print(f"ended itself {time.monotonic() - began:.2f} s after it went on")
+    assert {m.name: m.console.read_bytes() for m in site.machines} == seen
+    assert count_bmc_writes(site) == requests
+
+
+def count_bmc_writes(site: Workers) -> int:
+    """Requests other than GET that the BMCs logged."""
+    log = (site.folder / "rack/scripted.log").read_text(errors="replace")
+    return sum(log.count(f'"{method} /redfish') for method in ("POST", "PATCH", "DELETE"))
+
+
+def test_a_worker_that_ends_in_order_leaves_its_runs_to_the_other_at_once(site):
+    """A rolling upgrade within one application version: one worker after the other is ended and started, with runs in flight."""
+    batch, consoles = begin(site)
+    leaving = busiest(site)
+    stays = other(site, leaving)
+    wait_for_step(site, stays, batch, "boot-ramdisk")
+    assert leaving.process is not None
+    leaving.kill(signal.SIGTERM)
+    site.balance(without=[leaving])
+    assert leaving.process.wait(30) == 0, leaving.log.read_text()[-2000:]
+    took_s = site.wait_until_taken_over(leaving.executor_id)
+    print(f"handed over {took_s:.1f} s after the end")
+    assert took_s < LEASE_S
+    site.start(leaving)
+    assert_ended_once(site, leaving, batch, consoles)
+
+
+def test_a_second_worker_with_another_key_or_other_folders_is_refused(site, tmp_path):
+    def refusal(**changes: str) -> str:
+        worker = site.add()
+        site.workers.remove(worker)
+        for name, value in changes.items():
+            text = (worker.folder / "repave.toml").read_text().splitlines()
+            text = [f'{name} = "{value}"' if line.startswith(f"{name} =") else line for line in text]
+            (worker.folder / "repave.toml").write_text("\n".join(text))
+        with pytest.raises(RuntimeError):
+            site.start(worker)
+        said = worker.log.read_text()
+        shutil.rmtree(worker.folder)
+        return said
+
+    assert "Repave.9008" in (said := refusal(key_file=str(tmp_path / "a/key"))) and "key file" in said
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("key", "ca.pem", "ca.key"):
+        shutil.copy(site.folder / "secret" / name, copied / name)
+    assert "Repave.9008" in (said := refusal(key_file=str(copied / "key"))) and "share it" in said
+    (copied / "ca.pem").write_text("another")
+    assert "Repave.9008" in (said := refusal(key_file=str(copied / "key"))) and "CA" in said
+    assert "Repave.9008" in (said := refusal(images_dir=str(tmp_path / "images"))) and "images" in said
