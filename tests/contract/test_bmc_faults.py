@@ -84,6 +84,22 @@ def test_what_is_so_already_is_not_sent(fake: FakeBmc) -> None:
     assert not fake.sent("POST") and not fake.sent("PATCH")
 
 
+def test_one_answer_out_of_a_cache_does_not_pass_for_a_server_that_is_off(fake: FakeBmc) -> None:
+    answered: list[str] = []
+
+    def stale_once(handler: Handler, apply: Callable[[], Answer]) -> Answer:
+        status, body = apply()
+        answered.append(body["PowerState"])
+        return (status, body | {"PowerState": "Off"}) if len(answered) == 1 else (status, body)
+
+    with open_bmc(fake) as bmc:
+        bmc.probe()
+        fake.rule("GET", SYSTEM, stale_once)
+        bmc.power_off()
+    assert answered[0] == "On"
+    assert fake.get(SYSTEM)["PowerState"] == "Off"
+
+
 def test_graceful_first_then_force(fake: FakeBmc) -> None:
     fake.rule("POST", RESET, lambda handler, apply: (204, None) if len(fake.sent("POST")) == 1 else apply())
     with open_bmc(fake) as bmc:
