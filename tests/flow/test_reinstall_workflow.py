@@ -1,6 +1,6 @@
 """The workflow against every way its steps can go: twice, killed after each, each failing for good, each wait timing out.
 
-Real: the workflow, its effects, the store on SQLite, the sealer, the image store, the config drive. At the far end: a BMC and a machine, scripted.
+Real: the workflow, its effects, the store on both databases, the sealer, the image store, the config drive. At the far end: a BMC and a machine, scripted.
 The port is a journal in memory: a crash is an exception after the record, and the same journal goes on in a second life.
 """
 
@@ -170,10 +170,10 @@ class Journal:
 class World:
     """One server, one instance, one image, one admitted run."""
 
-    def __init__(self, folder: Path, *, blank: bool = False, rehearse: bool = False) -> None:
+    def __init__(self, folder: Path, *, blank: bool = False, rehearse: bool = False, url: str = "") -> None:
         self.folder = folder
         self.machine = Machine(power=Power.OFF, disk="", os="") if blank else Machine()
-        self.store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=lambda: datetime.now(UTC))
+        self.store = Store.open(url or f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=lambda: datetime.now(UTC))
         self.inbox: dict[str, dict] = {}
         self.store.tell = lambda conn, run_id, event, message: self.inbox.setdefault(event, message)
         self.images = ImageStore(folder / "images")
@@ -245,8 +245,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
+def world(tmp_path, database_url):
+    made = World(tmp_path, url=database_url)
     yield made
     made.store.close()
 

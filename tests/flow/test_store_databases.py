@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from threading import Barrier, Event, Thread
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 
-from repave.errors import RepaveError
+from repave.domain.model import Credential, Image, Instance, Role, Server
+from repave.domain.states import Ending
+from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer
-from repave.store import Store
+from repave.store import Store, new_id
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date, open_scripts
 from repave.store.tables import META
+from repave.workflow.fleet import Fleet
 
 
 def now() -> datetime:
@@ -50,8 +56,6 @@ def test_the_revisions_are_one_line_of_history():
 def test_a_database_from_before_there_were_revisions_is_upgraded_and_keeps_its_rows(engine):
     with engine.execution_options(repave_write=True).begin() as conn:
         first = next(s for s in open_scripts().walk_revisions() if s.down_revision is None)
-        from alembic.operations import Operations
-
         with Operations.context(MigrationContext.configure(conn)):
             first.module.upgrade()
         conn.execute(sa.text("INSERT INTO projects VALUES ('p', 'default', 'd')"))
@@ -81,3 +85,130 @@ def test_ten_that_open_an_empty_database_at_once_find_it_made_once(database_url,
     engine = open_engine(database_url)
     assert revision(engine) == open_scripts().get_current_head()
     engine.dispose()
+
+
+# ---- facts that nobody overtakes ----
+
+
+@dataclass
+class Fleetful:
+    """A store with servers, each with an instance that runs, and who may reinstall them."""
+
+    store: Store
+    fleet: Fleet
+    credential: Credential
+    image: Image
+    instances: list[Instance]
+
+    def admit(self, *numbers: int) -> str:
+        ids = [self.instances[n].id for n in numbers]
+        return self.fleet.admit(credential=self.credential, instance_ids=ids, image_id=self.image.id, password="Canary-7!canary").batch_id
+
+
+@pytest.fixture
+def many(database_url, tmp_path):
+    store = Store.open(database_url, sealer=Sealer.open(tmp_path / "secret/key"), now=now)
+    project = store.access.add_project("default")
+    credential, _, _ = store.access.add_credential(project.id, "op", Role.OPERATOR)
+    image = Image(new_id(), project.id, "img", "Linux", "amd64", "uefi", "0" * 64, 1 << 20, 512, 100, 0, now())
+    store.images.add_image(image)
+    instances = []
+    for number in range(12):
+        name = f"s{number}"
+        server = Server(
+            new_id(), name, project.id, f"https://{name}.invalid", "admin", "true", None, None, "Lab", "M1", name, f"uuid-{name}", (),
+            "amd64", "uefi", "r1", "1", {}, None, now(),
+        )  # fmt: skip
+        instances.append(store.servers.add_server(server, bmc_password="x", blank=False))
+    yield Fleetful(store, Fleet(store, lambda conn, runs: None, run_timeout_s=3600), credential, image, instances)
+    store.close()
+
+
+def test_of_two_requests_that_overlap_at_once_one_wins_whole(many, tmp_path):
+    """Five rounds: two servers in common, asked for in opposite order, as two clients do."""
+
+    def ask(numbers: list[int]) -> list[int]:
+        start.wait()
+        try:
+            many.admit(*numbers)
+        except RequestError as refused:
+            assert refused.slug == "in-progress"
+            return []
+        return numbers
+
+    for base in range(0, 10, 2):
+        start = Barrier(2)
+        with ThreadPoolExecutor(2) as pool:
+            won = list(pool.map(ask, [[base, base + 1], [base + 1, base]]))
+        assert sorted(map(len, won)) == [0, 2]
+    runs = many.store.runs.list_runs()
+    assert len(runs) == len({r.instance_id for r in runs}) == 10
+    states = [many.store.servers.find_instance(many.credential.project_id, i.id).state.value for i in many.instances]
+    assert states == ["pending"] * 10 + ["running"] * 2
+    assert len([p for p in (tmp_path / "secret/run-keys").iterdir() if p.is_file()]) == 10  # the losers' keys are gone
+
+
+def test_of_a_crossing_and_a_rollback_at_once_one_wins(many):
+    """Ten machines: for each, the agent asks to cross while the workflow closes the run."""
+    batch = many.admit(*range(10))
+    runs = many.store.runs.list_runs(batch_id=batch)
+    for run in runs:
+        many.store.runs.record_hello(run.id, f"boot-{run.id}", {"boot_id": f"boot-{run.id}"})
+        many.store.runs.record_plan(run.id, {"plan_id": "p", "disk_path": "/dev/vda", "disk_serial": "D"})
+
+    def race(run_id: str) -> tuple[bool, bool]:
+        start = Barrier(2)
+
+        def do(fact):
+            start.wait()
+            return fact()
+
+        with ThreadPoolExecutor(2) as pool:
+            crossed = pool.submit(do, lambda: many.store.runs.record_crossing(run_id, "p"))
+            closed = pool.submit(do, lambda: many.store.runs.close_before_line(run_id))
+            return crossed.result(), closed.result()
+
+    outcomes = [race(run.id) for run in runs]
+    assert all(crossed is not closed for crossed, closed in outcomes), outcomes
+
+
+def test_a_batch_whose_last_runs_end_at_once_has_ended(many):
+    """The bug: on PostgreSQL each of two endings saw the other's run still live, and the batch was never over."""
+    for _ in range(3):
+        batch = many.admit(0, 1, 2, 3)
+        runs = many.store.runs.list_runs(batch_id=batch)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(lambda run: many.store.runs.record_ending(run.id, Ending.RETURNED, RepaveError("unreachable").as_json()), runs))
+        assert many.store.runs.find_batch(many.credential.project_id, batch).ended_at is not None
+
+
+def test_who_follows_the_events_misses_none(many):
+    """The bug: numbers are given before the commit, so on PostgreSQL a reader could see 8, go on from there, and never be shown 7."""
+    run = many.store.runs.list_runs(batch_id=many.admit(0))[0]
+    over, seen = Event(), []
+
+    def follow() -> None:
+        after = 0
+        while True:
+            last = over.is_set()
+            for event in many.store.events.list_events(many.credential.project_id, after=after):
+                seen.append(event.seq)
+                after = event.seq
+            if last:
+                return
+
+    follower = Thread(target=follow)
+    follower.start()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: many.store.runs.record_note(run.id, "run.note", number=n), range(100)))
+    over.set()
+    follower.join()
+    assert seen == [e.seq for e in many.store.events.list_events(many.credential.project_id)]
+
+
+def test_another_key_file_is_refused(database_url, tmp_path):
+    Store.open(database_url, sealer=Sealer.open(tmp_path / "a/key"), now=now).close()
+    Store.open(database_url, sealer=Sealer.open(tmp_path / "a/key"), now=now).close()
+    with pytest.raises(RepaveError) as refused:
+        Store.open(database_url, sealer=Sealer.open(tmp_path / "b/key"), now=now)
+    assert refused.value.slug == "not-this-site"

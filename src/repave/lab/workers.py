@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -42,10 +43,11 @@ Json = dict[str, Any]
 
 
 class Balancer:
-    """One loopback port; each connection goes to the next of `backends` that takes it."""
+    """One loopback port; each connection goes to the next of `backends` that takes it. `heard`: the first line that each client sent."""
 
     def __init__(self) -> None:
         self.backends: list[int] = []
+        self.heard: list[str] = []
         self.port = 0
         self._next = 0
 
@@ -58,10 +60,13 @@ class Balancer:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._next += 1
+        first = await reader.read(65536)
+        self.heard.append(first.split(b"\r\n", 1)[0].decode("latin-1"))
         order = self.backends[self._next % len(self.backends) :] + self.backends[: self._next % len(self.backends)]
         for port in order:
             with contextlib.suppress(OSError):
                 other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
+                other_writer.write(first)
                 await asyncio.gather(_pump(reader, other_writer), _pump(other_reader, writer), return_exceptions=True)
                 return
         writer.close()
@@ -129,6 +134,7 @@ class Workers:
     token: str = ""
     project_id: str = ""
     ids: dict[str, str] = field(default_factory=dict)
+    bmcs: list[Balancer] = field(default_factory=list)  # one in front of each BMC: the driver opens a connection for each request
 
     def __post_init__(self) -> None:
         self.engine = open_engine(self.url)
@@ -194,6 +200,10 @@ class Workers:
             raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
         return str(client.items("/batches", limit=1)[0]["id"])
 
+    def bmc_writes(self) -> list[str]:
+        """The requests that were meant to change something, BMC by BMC."""
+        return [line for bmc in self.bmcs for line in bmc.heard if not line.startswith("GET ")]
+
     # ---- what the database says ----
 
     def executors(self) -> list[str]:
@@ -225,12 +235,10 @@ class Workers:
 def start_workers(folder: Path, *, machines: int, workers: int = 2, **settings: Any) -> Iterator[Workers]:
     """The site runs: every machine is registered and runs its old OS. `folder` must be open to other users (PostgreSQL's)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        start_postgres(folder / "pg") as url,
-        start_balancer() as agents,
-        start_balancer() as media,
-        start_scripted_rack(folder / "rack", count=machines) as rack,
-    ):
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(start_postgres(folder / "pg"))
+        agents, media = stack.enter_context(start_balancer()), stack.enter_context(start_balancer())
+        rack = stack.enter_context(start_scripted_rack(folder / "rack", count=machines))
         site = Workers(folder, url, agents, media, SHORT | settings, list(rack.machines))
         try:
             scripted_os.build_disc(folder / "boot.iso")
@@ -239,7 +247,11 @@ def start_workers(folder: Path, *, machines: int, workers: int = 2, **settings: 
             for number, machine in enumerate(site.machines, 1):
                 scripted_os.write_old_os(machine.root_disk)
                 power_on(machine)
-                site.ids[machine.name] = register_machine(site.client(), machine, unit=number)["instance"]["id"]
+                bmc = stack.enter_context(start_balancer())
+                bmc.backends = [machine.bmc_port]
+                site.bmcs.append(bmc)
+                behind = dataclasses.replace(machine, bmc_url=f"http://127.0.0.1:{bmc.port}")
+                site.ids[machine.name] = register_machine(site.client(), behind, unit=number)["instance"]["id"]
             import_image(site.client(), scripted_os.build_image(folder / "tiny-1.raw", "tiny-1"), name="tiny-1")
             yield site
         finally:
