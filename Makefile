@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help run test power-loss check rack bench docs clean install
+.PHONY: help soak crashes sabotage run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,15 @@ check: install ## Format, lint, types, import directions, generated docs
 
 rack: install ## A virtual rack of two machines that stays up; end it with: .venv/bin/repave rack down
 	$(REPAVE) rack up 2
+
+soak: install ## Simulated fleets on a virtual clock: SEEDS=20000 worlds of ten reinstalls each
+	@$(VENV)/bin/python tests/simulation --seeds $(or $(SEEDS),20000) --first $(or $(FIRST),1)
+
+crashes: install ## The service dies at every point of every ending, then twice: PAIRS=2000
+	@$(VENV)/bin/python tests/simulation/crash_points.py --pairs $(or $(PAIRS),2000)
+
+sabotage: install ## Each observer's planted bug must be found
+	@$(VENV)/bin/python tests/simulation/planted_bugs.py
 
 bench: install ## Figures beside references measured in the same run
 	$(VENV)/bin/python -m bench

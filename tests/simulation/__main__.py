@@ -48,9 +48,9 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
         chance = 0.0 if world.time.rng.random() < CALM_SHARE else 0.75
         try:
             world.play(chance=chance)
-            found.broken = [(seed, b) for b in observers.observe(world)]
         except Stuck as stuck:
-            found.broken = [(seed, f"I4 the world does not come to rest: {stuck}")]
+            found.broken.append((seed, f"I4 the world does not come to rest: {stuck}"))
+        found.broken += [(seed, b) for b in observers.observe(world)]
         for this in world.rounds:
             around = {k for k, on in (("crash", this.crashes), ("database-busy", this.busy)) if on}
             for fired in (t.fired | around for t in this.troubles.values()):
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--at-most-s", type=float, default=1e9, help="begin no more seeds after so many seconds")
+    parser.add_argument("--until-broken", action="store_true", help="begin no more seeds once something is broken")
     args = parser.parse_args()
     if args.seed is not None:
         found, fingerprint = play_seed(args.seed, tell=True)
@@ -94,11 +95,11 @@ def main() -> None:
     blocks = [list(range(s, min(s + BLOCK, args.first + args.seeds))) for s in range(args.first, args.first + args.seeds, BLOCK)]
     with ProcessPoolExecutor(args.jobs) as pool:
         for start in range(0, len(blocks), 2 * args.jobs):
-            if time.monotonic() - began > args.at_most_s:
+            if time.monotonic() - began > args.at_most_s or (args.until_broken and total.broken):
                 break
             for count in pool.map(play_block, blocks[start : start + 2 * args.jobs]):
                 total.add(count)
-    for seed, what in total.broken[:20]:
+    for seed, what in total.broken if args.until_broken else total.broken[:20]:
         print(f"seed {seed}: {what}\n    again: .venv/bin/python tests/simulation --seed {seed}")
     print("endings:", dict(total.outcomes.most_common()))
     print("faults:", dict(total.kinds.most_common()))

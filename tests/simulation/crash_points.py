@@ -39,10 +39,13 @@ ENDINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def play(ending: str, *, at: tuple[str, ...] = (), points: list[str] | None = None, meddling: Meddling | None = None) -> tuple[str, list[str]]:
+def play(
+    ending: str, *, at: tuple[str, ...] = (), points: list[str] | None = None, meddling: Meddling | None = None, down_s: float = 5.0
+) -> tuple[str, list[str]]:
     """The run's outcome and what is broken."""
     world = World(SEED, servers=1, blank_share=0.0)
     world.service.crashes.at, world.service.crashes.points = list(at), points
+    world.service.crashes.down_s = down_s
     world.service.meddling = meddling or Meddling()
     try:
         try:
@@ -62,10 +65,10 @@ def discover(ending: str) -> list[str]:
     return points
 
 
-def judge(case: tuple[str, tuple[str, ...]]) -> list[str]:
+def judge(case: tuple[str, tuple[str, ...], float]) -> list[str]:
     """A run that was cut comes to the end it would have had, and nothing is broken."""
-    ending, at = case
-    outcome, broken = play(ending, at=at)
+    ending, at, down_s = case
+    outcome, broken = play(ending, at=at, down_s=down_s)
     wanted = ending.partition(":")[0]
     if outcome != wanted:
         broken.append(f"ended {outcome}, not {wanted}")
@@ -94,22 +97,27 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=200, help="double crashes, sampled")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", choices=ENDINGS, help="this ending alone")
+    parser.add_argument("--down", type=float, default=5.0, help="seconds until the next process is there; an agent's lease is 60")
     args = parser.parse_args()
+    if args.only:
+        for other in set(ENDINGS) - {args.only}:
+            del ENDINGS[other]
     rng = random.Random(SEED)
     with ProcessPoolExecutor(args.jobs) as pool:
         points = dict(zip(ENDINGS, pool.map(discover, ENDINGS), strict=True))
-        single = [(ending, (p,)) for ending, found in points.items() for p in found]
+        single = [(ending, (p,), args.down) for ending, found in points.items() for p in found]
         pairs = []
         for _ in range(args.pairs):
             ending = rng.choice(list(ENDINGS))
-            pairs.append((ending, tuple(sorted(rng.sample(points[ending], 2), key=points[ending].index))))
+            pairs.append((ending, tuple(sorted(rng.sample(points[ending], 2), key=points[ending].index)), args.down))
         broken = [b for found in pool.map(judge, [*single, *pairs], chunksize=20) for b in found]
         counted: Counter[str] = Counter()
         for count, found in pool.map(judge_steps, ENDINGS):
             counted += count
             broken += found
-    print(*broken[:40], sep="\n")
-    kinds = Counter(p.split()[0] for _, (p,) in single)
+    print(*broken[:200], sep="\n")
+    kinds = Counter(p.split()[0] for _, (p,), _ in single)
     print(f"points by kind: {dict(kinds)}; steps: {dict(counted)}")
     print(f"crash points: {len(single)} discovered, {len(single)} crashed at, {len(pairs)} double crashes, {len(broken)} violations")
     sys.exit(bool(broken))

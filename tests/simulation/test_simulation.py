@@ -26,7 +26,7 @@ def test_a_seed_is_one_run_whatever_the_order_of_sets():
 
 
 def test_simulated_worlds_with_faults_break_no_invariant(capsys):
-    last = run(".", "--seeds", "2000", "--at-most-s", "100").splitlines()[-1]
+    last = run(".", "--seeds", "2000", "--at-most-s", "90").splitlines()[-1]
     with capsys.disabled():
         print(f"\n{last}")
     assert re.search(r"\b0 violations", last)
@@ -34,7 +34,7 @@ def test_simulated_worlds_with_faults_break_no_invariant(capsys):
 
 
 def test_a_death_at_every_point_of_every_ending_changes_no_end(capsys):
-    last = run("crash_points.py", "--pairs", "100").splitlines()[-1]
+    last = run("crash_points.py", "--pairs", "50").splitlines()[-1]
     with capsys.disabled():
         print(f"\n{last}")
     assert int(re.findall(r"(\d+) discovered", last)[0]) >= 250

@@ -53,6 +53,7 @@ class Round:
     troubles: dict[str, Trouble]
     disks: dict[str, tuple[str, ...]]
     found: dict[str, str]
+    drives: dict[str, tuple[str, bool]]  # media and override
     batch_id: str = ""
     ended: dict[str, float] = field(default_factory=dict)  # machine -> when the client saw the end
     after: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each machine was when the world had settled
@@ -154,7 +155,9 @@ class World:
         rng, now = self.time.rng, self.time.now
         ids = [self.instances[n].id for n in names]
         disks = {n: m.root.content() for n, m in self.machines.items()}
-        this = Round(now, ids, Answer(), troubles, disks, {n: m.runs_now for n, m in self.machines.items()})
+        this = Round(
+            now, ids, Answer(), troubles, disks, {n: m.runs_now for n, m in self.machines.items()}, {n: (m.media, m.override) for n, m in self.machines.items()}
+        )
         self.rounds.append(this)
         lives, refusals = self.service.lives, self.service.refusals
         for name in names:

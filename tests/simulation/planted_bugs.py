@@ -1,0 +1,89 @@
+"""Sabotage: each observer's twin, a bug of one line in a copy of the source, which must turn it red. `make sabotage`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORLDS = ("--seeds", "200", "--jobs", "1", "--until-broken")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`finds` is what must be said; `lane` the program that must say it."""
+
+    says: str
+    path: str
+    old: str
+    new: str
+    finds: str
+    lane: tuple[str, ...] = (".", *WORLDS)
+
+
+_EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
+_CRASH = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved", "--down", "120")
+BUGS = (
+    Bug("the plan names another disk", _EFFECTS, 'choose_root_disk(found["disks"], server.root_disk)', 'found["disks"][-1]', "I1 "),
+    Bug("LBA 0 is not cleared first", "tests/simulation/far_end.py", 'for place in ("lba0", "table", "backup")', 'for place in ("table", "backup")', "I3 "),
+    Bug("an ending loses its cause", _EFFECTS, "record_ending(run_id, ending, error)", "record_ending(run_id, ending, None)", "I4 "),
+    Bug("the proof is not compared", _EFFECTS, "        verify_proof(run)\n        return None", "        return None", "I5 "),
+    Bug("the old system is not started again", _EFFECTS, "            if run.found_state is InstanceState.RUNNING:\n                bmc.power_on()",
+        "            if False:\n                bmc.power_on()", "I6 "),
+    Bug("the line is not asked for on the way back", _RUNS, ".where(RUNS.c.id == run_id)).scalar_one() is None",
+        ".where(RUNS.c.id == run_id)).scalar_one() is None or True", "I6 "),
+    Bug("a refused request leaves keys", _FLEET, "        busy = [", "        self.store.sealer.make_run_keys([new_id()])\n        busy = [", "I7 "),
+    Bug("the hash is stored in clear", _FLEET, "sealer.seal_for_run(run_id, json.dumps(", "str(json.dumps(", "I8 "),
+    Bug("one id has no run", _RUNS, "for n, run in enumerate(runs, 1)]", "for n, run in enumerate(runs[1:], 1)]", "I9 "),
+    Bug("a server is touched after the end", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n",
+        "        self.store.sealer.destroy_run(run_id)\n"
+        "        with self.open_bmc(self.store.servers.get_server(self.store.runs.get_run(run_id).server_id)) as bmc:\n            bmc.eject_media()\n",
+        "I11 "),
+    Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
+    Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),
+    Bug("media stay in", _EFFECTS, "                bmc.power_off()\n                bmc.eject_media()", "                bmc.power_off()", "I13 "),
+    Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
+        "            with self.open_bmc(self.store.servers.list_servers(server.project_id)[0][-1]) as other:\n                other.power_off()\n"
+        "            forced = bmc.power_off(", "I14 "),
+    Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
+        "            if False:\n                self._run_event", "I15 "),
+    Bug("a repeated step cuts the first boot", _EFFECTS, "if run.step is not Step.FIRST_BOOT:", "if True:", "ended unproved, not proved", _CRASH),
+)  # fmt: skip
+
+
+def plant(bug: Bug) -> tuple[bool, str]:
+    """Whether the bug was found, and what was said."""
+    with tempfile.TemporaryDirectory(prefix="repave-sabotage-") as folder:
+        for part in ("src", "tests/simulation"):
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(folder) / bug.path
+        text = path.read_text()
+        if text.count(bug.old) < 1:
+            return False, f"the line is not there any more: {bug.old!r}"
+        path.write_text(text.replace(bug.old, bug.new, 1))
+        env = os.environ | {"PYTHONPATH": str(Path(folder) / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, *bug.lane], cwd=Path(folder) / "tests/simulation", env=env, capture_output=True, text=True, timeout=900, check=False
+        )
+        said = [line for line in done.stdout.splitlines() if bug.finds in line]
+        return bool(done.returncode) and bool(said), said[0] if said else (done.stdout + done.stderr)[-600:]
+
+
+def main() -> None:
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = list(pool.map(plant, BUGS))
+    for bug, (found, said) in zip(BUGS, results, strict=True):
+        print(f"{'found' if found else 'MISSED':8}{bug.says}: {said.strip()[:200]}")
+    hits = sum(found for found, _ in results)
+    print(f"sabotage: {len(BUGS)} planted, {hits} found")
+    sys.exit(hits != len(BUGS))
+
+
+if __name__ == "__main__":
+    main()
