@@ -215,6 +215,13 @@ class Workers:
             rows = conn.execute(sa.text("SELECT workflow_uuid, executor_id FROM dbos.workflow_status WHERE status = 'PENDING'"))
             return {r[0]: r[1] for r in rows}
 
+    def queued(self) -> set[str]:
+        return set(self._column("SELECT workflow_uuid FROM dbos.workflow_status WHERE status = 'ENQUEUED'"))
+
+    def reaped(self) -> list[str]:
+        """Executors that were declared dead, or gave their lease up."""
+        return self._column("SELECT executor_id FROM workers WHERE reaped")
+
     def wait_until_taken_over(self, dead: str, *, deadline_s: float = 60) -> float:
         """Seconds until no run under way or queued belongs to the executor any more, and what it had is owned again or over. Raises TimeoutError."""
         began = time.monotonic()
