@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import random
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import far_end
@@ -87,7 +86,7 @@ def render_drive(first_boot: Any) -> bytes:
 
 @functools.cache
 def shared_image() -> tuple[ImageStore, Manifest, str]:
-    folder = Path(tempfile.mkdtemp(prefix="repave-simulation-", dir=scratch_folder()))
+    folder = scratch_folder() / f"repave-simulation-{os.getuid()}"  # 5 KB, always the same, shared by all processes: nothing is left to remove
     images = ImageStore(folder)
     chunks = []
     for number in range(far_end.WINDOWS):
