@@ -13,9 +13,11 @@ from pathlib import Path
 RUN = {
     "id": "r1", "server": "web01", "state": "working", "step": "write-image", "step_index": 5, "steps": 8, "past_the_line": True, "percent": 40,
     "rate_bytes_per_s": 2e8, "error": None, "os_now": "tiny", "durations_s": {"write-image": 3.0}, "created_at": "2026-11-24T14:00:00Z", "ended_at": None,
+    "late": False, "usual_s": None, "eta_s": None, "waits_for": None, "rehearsal": None,
 }  # fmt: skip
-COUNTS = {"running": 0, "working": 1, "waiting": 0, "failed": 0}
-WORKING = {"id": "b1", "state": "working", "image": "tiny", "counts": COUNTS, "created_at": "2026-11-24T14:00:00Z", "ended_at": None, "runs": [RUN]}
+COUNTS = {"running": 0, "working": 1, "waiting": 0, "failed": 0, "cancelled": 0}
+SINCE = {"created_at": "2026-11-24T14:00:00Z", "paused_at": None, "stopped": None, "rehearse": False}
+WORKING = {"id": "b1", "state": "working", "image": "tiny", "counts": COUNTS, "ended_at": None, "runs": [RUN]} | SINCE
 ENDED_AT = "2026-11-24T14:01:05Z"
 ENDED = WORKING | {"state": "succeeded", "ended_at": ENDED_AT, "runs": [RUN | {"state": "running", "step": "proof", "step_index": 8, "ended_at": ENDED_AT}]}
 
