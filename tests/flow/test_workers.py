@@ -17,7 +17,7 @@ from repave.lab.workers import Worker, Workers, start_workers
 
 PASSWORD = "Flow-7!canary"
 COUNT = 6
-LEASE_S, BEAT_S = 6.0, 0.5  # other tests share the cores: a beat must never be this late
+LEASE_S, FENCE_S, BEAT_S = 6.0, 4.0, 0.5  # other tests share the cores: a beat must never be this late
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def site() -> Iterator[Workers]:
     folder = Path(tempfile.mkdtemp(prefix="rpw-", dir="/tmp"))
     folder.chmod(0o755)
     try:
-        with start_workers(folder, machines=COUNT, worker_beat_s=BEAT_S, worker_fence_s=4.0, worker_lease_s=LEASE_S) as site:
+        with start_workers(folder, machines=COUNT, worker_beat_s=BEAT_S, worker_fence_s=FENCE_S, worker_lease_s=LEASE_S) as site:
             yield site
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,6 +137,24 @@ def test_a_worker_that_was_stopped_past_its_lease_ends_itself_without_a_further_
     print(f"ended itself {time.monotonic() - began:.2f} s after it went on")
     assert {m.name: m.console.read_bytes() for m in site.machines} == seen
     assert site.bmc_writes() == asked
+
+
+def test_a_database_that_is_away_longer_than_the_lease_costs_no_worker_and_no_run(site):
+    """Nobody could renew, so nobody is declared dead: both do nothing until it is back, and the interrupted steps are done again."""
+    batch, consoles = begin(site)
+    reaped = site.reaped()
+    wait_for_step(site, site.workers[0], batch, "power-off")
+    backends = site.database.backends
+    site.database.cut()
+    time.sleep(0.5)  # what was sent before is through
+    time.sleep(FENCE_S)
+    asked = site.bmc_writes()
+    time.sleep(LEASE_S)
+    assert site.bmc_writes() == asked
+    site.database.backends = backends
+    assert_ended_once(site, site.workers[1], batch, consoles)
+    assert site.reaped() == reaped
+    assert [w.process.poll() for w in site.workers] == [None, None]
 
 
 def test_a_worker_that_ends_in_order_leaves_its_runs_to_the_other_at_once(site):

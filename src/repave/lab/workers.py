@@ -50,6 +50,15 @@ class Balancer:
         self.heard: list[str] = []
         self.port = 0
         self._next = 0
+        self._open: set[asyncio.StreamWriter] = set()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def cut(self) -> None:
+        """No backend any more, and every connection is ended."""
+        self.backends = []
+        assert self.loop is not None
+        for writer in list(self._open):
+            self.loop.call_soon_threadsafe(writer.close)
 
     async def _serve(self, started: threading.Event, stop: asyncio.Event) -> None:
         server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
@@ -59,17 +68,24 @@ class Balancer:
         server.close()
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            await self._connect(reader, writer)
+        finally:
+            self._open.discard(writer)
+            writer.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._next += 1
         first = await reader.read(65536)
         self.heard.append(first.split(b"\r\n", 1)[0].decode("latin-1"))
-        order = self.backends[self._next % len(self.backends) :] + self.backends[: self._next % len(self.backends)]
-        for port in order:
+        backends = self.backends
+        for port in (backends[(self._next + n) % len(backends)] for n in range(len(backends))):
             with contextlib.suppress(OSError):
                 other_reader, other_writer = await asyncio.open_connection("127.0.0.1", port)
                 other_writer.write(first)
                 await asyncio.gather(_pump(reader, other_writer), _pump(other_reader, writer), return_exceptions=True)
                 return
-        writer.close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -88,6 +104,7 @@ def start_balancer() -> Iterator[Balancer]:
     """A balancer without backends yet."""
     balancer, started, loop = Balancer(), threading.Event(), asyncio.new_event_loop()
     stop = asyncio.Event()
+    balancer.loop = loop
     thread = threading.Thread(target=lambda: loop.run_until_complete(balancer._serve(started, stop)), daemon=True)
     thread.start()
     started.wait()
@@ -126,6 +143,7 @@ class Workers:
 
     folder: Path
     url: str
+    database: Balancer  # what the workers see of it; `url` is the database itself
     agents: Balancer
     media: Balancer
     settings: Json
@@ -143,8 +161,9 @@ class Workers:
         """One more worker: settings of its own, the first makes the site."""
         api, provisioning, media = find_free_ports(3)
         worker = Worker(self.folder / f"w{len(self.workers) + 1}", api, provisioning, media)
+        seen_url = self.url.replace(str(self.engine.url.port), str(self.database.port))
         changes = {
-            "database_url": self.url, "key_file": str(self.folder / "secret/key"), "images_dir": str(self.folder / "images"),
+            "database_url": seen_url, "key_file": str(self.folder / "secret/key"), "images_dir": str(self.folder / "images"),
             "api_listen": f"127.0.0.1:{api}", "provisioning_listen": f"127.0.0.1:{provisioning}", "media_listen": f"127.0.0.1:{media}",
             "agent_url": f"https://127.0.0.1:{self.agents.port}", "media_url": f"http://127.0.0.1:{self.media.port}",
             "boot_iso": str(self.folder / "boot.iso"), "graceful_s": 5, **self.settings,
@@ -244,9 +263,11 @@ def start_workers(folder: Path, *, machines: int, workers: int = 2, **settings: 
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(start_postgres(folder / "pg"))
-        agents, media = stack.enter_context(start_balancer()), stack.enter_context(start_balancer())
+        database, agents, media = (stack.enter_context(start_balancer()) for _ in range(3))
         rack = stack.enter_context(start_scripted_rack(folder / "rack", count=machines))
-        site = Workers(folder, url, agents, media, SHORT | settings, list(rack.machines))
+        site = Workers(folder, url, database, agents, media, SHORT | settings, list(rack.machines))
+        assert site.engine.url.port is not None
+        database.backends = [site.engine.url.port]
         try:
             scripted_os.build_disc(folder / "boot.iso")
             for _ in range(workers):

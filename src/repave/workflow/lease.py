@@ -64,6 +64,7 @@ class Lease:
         self._lock_path = Path(f"{engine.url.database}.worker") if self.alone else lock_path
         self.executor_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         self._stop, self._renewed_at = threading.Event(), _boot_s()
+        self._steady_since = 0.0  # the database was there for us from then on: others had the chance to renew too
         self._threads: list[threading.Thread] = []
         self._engine = engine if self.alone else _own_connections(engine, times)
 
@@ -145,6 +146,8 @@ class Lease:
                 mine = sa.and_(WORKERS.c.executor_id == self.executor_id, ~WORKERS.c.reaped)
                 if not self._write(sa.update(WORKERS).where(mine).values(beat_at_ms=self._now_ms())):
                     self._end("another worker owns our runs now", REAPED)
+                if asked_at - self._renewed_at > self._times.fence_s:
+                    self._steady_since = _boot_s()
                 self._renewed_at = asked_at  # when we asked, not when the answer came
             except sa.exc.SQLAlchemyError as error:
                 log.warning("lease not renewed", error=type(error).__name__)
@@ -167,6 +170,9 @@ class Lease:
     def _gone(self) -> sa.ColumnElement[bool]:
         """Other workers that are dead: their lease ran out, or we hold the lock that was theirs."""
         late = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000)
+        # After an absence of the database, whoever is back first must not judge the others.
+        if not self.holds() or _boot_s() - self._steady_since < self._times.lease_s:
+            late = sa.false()
         gone = sa.true() if self.alone else sa.or_(late, WORKERS.c.slot == self._slot)
         return sa.and_(WORKERS.c.executor_id != self.executor_id, ~WORKERS.c.reaped, gone)
 
