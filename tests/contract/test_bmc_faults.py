@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from redfish_fake import Answer, FakeBmc, Handler, refusal, small_bmc, start_bmc
 
 from repave.bmc import BmcAddress, Power
+from repave.bmc.connector import Connector
 from repave.bmc.redfish import RedfishBmc
 from repave.errors import BmcError
 
@@ -286,6 +287,28 @@ def test_a_bmc_that_does_not_answer_is_told_in_time() -> None:
         with RedfishBmc(BmcAddress(url, "admin", "secret"), deadline_s=2.5) as bmc:
             assert slug_of(bmc.probe) == "timeout"  # it listens and never answers
         assert time.monotonic() - began < 5
+
+
+def test_a_worker_that_may_no_longer_write_sends_no_byte_of_the_request_it_had_connected_for() -> None:
+    class NoLonger(Exception): ...
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+        heard: list[bytes] = []
+
+        def refuse() -> None:
+            connection, _ = listener.accept()  # in time only when the client has connected already: the latest moment to ask
+            threading.Thread(target=lambda: heard.append(connection.recv(65536))).start()
+            raise NoLonger
+
+        connector = Connector(BmcAddress(f"http://127.0.0.1:{listener.getsockname()[1]}", "a", "b"), observe=lambda line: None, before_write=refuse)
+        connector.deadline = time.monotonic() + 8
+        with pytest.raises(NoLonger):
+            connector.post("/redfish/v1/Systems/1/Actions/ComputerSystem.Reset", data={"ResetType": "ForceOff"})
+        deadline = time.monotonic() + 5
+        while not heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert heard == [b""]
 
 
 def test_one_call_at_a_time_reaches_a_bmc(fake: FakeBmc) -> None:

@@ -70,6 +70,7 @@ class _Wire:
         self.connection: HTTPConnection | None = None  # None until connected, TLS handshake and pin included
         self.certificate_sha256: str | None = None
         self.was_cut = False
+        self.may_send: Callable[[], None] = lambda: None
 
     def opened(self, connection: HTTPConnection) -> None:
         self.connection = connection
@@ -92,6 +93,23 @@ class _Wire:
             self.connection = None
 
 
+def _watched(base: type[HTTPConnection], wire: _Wire) -> type[Any]:
+    """urllib3's connection, which tells `wire` when it is open and asks it before anything is sent."""
+
+    class Watched(base):  # type: ignore[valid-type, misc]
+        def connect(self) -> None:
+            super().connect()
+            wire.opened(self)
+
+        def send(self, data: Any) -> None:
+            if self.sock is None:
+                self.connect()
+            wire.may_send()
+            super().send(data)
+
+    return Watched
+
+
 class _Adapter(HTTPAdapter):
     """A requests adapter that pins the certificate and tells `_Wire` of each connection."""
 
@@ -103,21 +121,11 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         wire = self._wire
 
-        class PlainConnection(HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                wire.opened(self)
-
-        class TlsConnection(HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                wire.opened(self)
-
         class PlainPool(HTTPConnectionPool):
-            ConnectionCls = PlainConnection
+            ConnectionCls = _watched(HTTPConnection, wire)
 
         class TlsPool(HTTPSConnectionPool):
-            ConnectionCls = TlsConnection
+            ConnectionCls = _watched(HTTPSConnection, wire)
 
         if self._fingerprint:
             kwargs["assert_fingerprint"] = self._fingerprint
@@ -132,7 +140,10 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
     """
 
     def __init__(self, address: BmcAddress, *, observe: Callable[[str], None], before_write: Callable[[], None] = lambda: None) -> None:
-        """`before_write` is asked right before each request but GET; what it raises is the answer."""
+        """`before_write` is asked before each request but GET, when it is connected and only the sending is left; what it raises is the answer.
+
+        Asked any earlier, a worker that is stopped for minutes while it connects would still send what it may no longer (engines.md 5).
+        """
         parts = urlsplit(address.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BmcError("not_redfish", "The address is not an http or https URL.")
@@ -182,8 +193,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         sent |= {"Content-Type": "application/json"} if data is not None else {}
         sent |= headers or {}
         tries = GET_TRIES if method == "GET" else 1
-        if method != "GET":
-            self._before_write()
+        self._wire.may_send = self._before_write if method != "GET" else lambda: None
         for attempt in range(1, tries + 1):
             try:
                 response = self._send(method, url, data, sent, None if anonymous else self._auth_header)
