@@ -17,7 +17,7 @@ from repave.domain.model import Credential, Image, Instance, Role, Server
 from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer
-from repave.store import Store, new_id
+from repave.store import Cancelled, Store, new_id
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date, open_scripts
 from repave.store.tables import META
@@ -180,6 +180,23 @@ def test_a_batch_whose_last_runs_end_at_once_has_ended(many):
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(lambda run: many.store.runs.record_ending(run.id, Ending.RETURNED, RepaveError("unreachable").as_json()), runs))
         assert many.store.runs.find_batch(many.credential.project_id, batch).ended_at is not None
+
+
+def test_a_batch_that_is_cancelled_while_its_runs_go_on_costs_nobody_an_error(many):
+    """The bug: on PostgreSQL a step held its run's row and waited for the lock of events, a cancel the other way round; one of them was ended."""
+    for _ in range(5):
+        batch = many.admit(*range(12))
+        runs = many.store.runs.list_runs(batch_id=batch)
+        for run in runs:
+            many.store.runs.record_hello(run.id, f"boot-{run.id}", {"boot_id": f"boot-{run.id}"})
+            many.store.runs.record_plan(run.id, {"plan_id": "p", "disk_path": "/dev/vda", "disk_serial": "D"})
+        with ThreadPoolExecutor(13) as pool:
+            crossings = {run.id: pool.submit(many.store.runs.record_crossing, run.id, "p") for run in runs}
+            cancelled = pool.submit(many.store.batches.cancel, batch, [run.id for run in runs], actor="op")
+            crossed = {run_id: c.result() for run_id, c in crossings.items()}
+        assert crossed == {run_id: what is Cancelled.PAST_THE_LINE for run_id, what in cancelled.result().items()}
+        for run in runs:
+            many.store.runs.record_ending(run.id, Ending.RETURN_FAILED, RepaveError("unreachable").as_json())
 
 
 def test_who_follows_the_events_misses_none(many):

@@ -14,8 +14,7 @@ import sqlalchemy as sa
 from repave.secrets import Sealer
 from repave.store.access import Access
 from repave.store.batches import Batches, Cancelled
-from repave.store.database import Database, Tell, new_id, open_engine
-from repave.store.endings import Enqueue
+from repave.store.database import Database, Enqueue, Tell, new_id, open_engine
 from repave.store.events import Events
 from repave.store.images import Images
 from repave.store.marks import Marks

@@ -12,7 +12,7 @@ from repave.domain.states import Ending
 from repave.errors import RequestError
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.endings import close_for, end_run, go_on, take_turn, why_waiting
+from repave.store.endings import close_for, end_run, go_on, why_waiting
 from repave.store.tables import BATCHES, RUNS
 
 
@@ -34,7 +34,6 @@ class Batches:
     def pause(self, batch_id: str, *, actor: str) -> None:
         """No waiting run of this batch begins; those under way go on. Repeatable."""
         with self._db.write() as conn:
-            take_turn(conn)
             where = sa.and_(BATCHES.c.id == batch_id, BATCHES.c.paused_at.is_(None), BATCHES.c.ended_at.is_(None))
             found = conn.execute(sa.update(BATCHES).where(where).values(paused_at=self._db.now()).returning(BATCHES.c.project_id)).first()
             if found:
@@ -43,26 +42,24 @@ class Batches:
     def resume(self, batch_id: str, *, actor: str) -> None:
         """What waits begins as its rules allow. Repeatable."""
         with self._db.write() as conn:
-            take_turn(conn)
             where = sa.and_(BATCHES.c.id == batch_id, BATCHES.c.paused_at.is_not(None))
             found = conn.execute(sa.update(BATCHES).where(where).values(paused_at=None).returning(BATCHES.c.project_id)).first()
             if found:
                 self._db.event(conn, "batch.resumed", found.project_id, batch_id=batch_id, actor=actor)
-            ended = go_on(self._db, conn, self._db.enqueue, self._db.limits)
+            ended = go_on(self._db, conn)
         self._destroy(ended)
 
     def cancel(self, batch_id: str, run_ids: Sequence[str], *, actor: str) -> dict[str, Cancelled]:
         """What became of each run, by its id. Committed before it is answered: a run that is `returning` can not cross any more. Repeatable."""
         done: dict[str, Cancelled] = {}
         with self._db.write() as conn:
-            take_turn(conn)
             where = sa.and_(RUNS.c.batch_id == batch_id, RUNS.c.id.in_(run_ids))
             for row in conn.execute(sa.select(RUNS).where(where).order_by(RUNS.c.number)).all():
                 done[row.id] = self._cancel(conn, row.id, waits=row.released_at is None, actor=actor)
                 if done[row.id] in (Cancelled.NOT_STARTED, Cancelled.RETURNING):
                     about = {"batch_id": batch_id, "run_id": row.id, "server_id": row.server_id}
                     self._db.event(conn, "run.cancelled", row.project_id, actor=actor, **about, what=done[row.id].value)
-            ended = go_on(self._db, conn, self._db.enqueue, self._db.limits)
+            ended = go_on(self._db, conn)
         self._destroy([*ended, *(run_id for run_id, what in done.items() if what is Cancelled.NOT_STARTED)])
         return done
 

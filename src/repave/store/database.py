@@ -18,10 +18,11 @@ from repave.secrets import Sealer
 from repave.store.tables import EVENTS
 
 Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
+Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or rows of them): queues their workflows with the transaction
 
 
 _IDLE_MS = 20_000  # ours last milliseconds
-_EVENTS_LOCK = 0x7265706176650002  # beside the one of migrations/
+_WRITERS_LOCK = 0x7265706176650002  # beside the one of migrations/
 
 
 def new_id() -> str:
@@ -35,15 +36,21 @@ class Database:
 
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         self.engine, self.sealer, self.now = engine, sealer, now
-        # SQLite takes one writer at a time and lets the others poll, up to 0.1 s each: they wait here instead, and are woken at once.
+        # SQLite lets writers poll for its lock, up to 0.1 s each: they wait here instead, and are woken at once.
         self._turn: AbstractContextManager[object] = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
         self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
-        self.enqueue: Callable[[sa.Connection, Sequence[Any]], None] = lambda conn, runs: None  # the engine's; set by workflow.fleet
+        self.enqueue: Enqueue = lambda conn, runs: None  # the engine's; set by workflow.fleet
         self.limits = Limits()  # the site's; set by workflow.fleet
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
+        """A transaction that changes something: one at a time, on both databases and over all workers.
+
+        So limits are counted right, whoever follows the events misses none (`seq` is given before the commit), and no two wait for each other.
+        """
         with self._turn, self.engine.connect().execution_options(repave_write=True) as conn, conn.begin():
+            if self.engine.dialect.name == "postgresql":
+                conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             yield conn
 
     def rows(self, statement: sa.Select[Any]) -> list[sa.RowMapping]:
@@ -61,8 +68,6 @@ class Database:
         """One audit row for each of `each`: actor and the ids it is about have columns of their own, the rest is its data."""
         names = ("batch_id", "run_id", "server_id")
         fixed = {"at": self.now(), "project_id": project_id, "type": type_}
-        if self.engine.dialect.name == "postgresql":  # until the commit, so that a reader who has seen `seq` misses none that is smaller
-            conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_EVENTS_LOCK)))
         conn.execute(
             sa.insert(EVENTS),
             [

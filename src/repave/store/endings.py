@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -18,28 +18,8 @@ from repave.store import rows
 from repave.store.database import Database
 from repave.store.tables import BATCHES, EVENTS, IMAGES, INSTANCES, RUNS, SERVERS
 
-_LOCK = 0x7265706176650002  # beside the one of migrations/
 _ASIDE = ("cancelled", "batch-stopped")
 _GOOD = tuple(e.value for e in GOOD_ENDINGS)
-
-
-class Queued(Protocol):
-    """A run that may begin."""
-
-    @property
-    def id(self) -> str: ...
-
-
-class Enqueue(Protocol):
-    """Queues the workflows of these runs when the caller's transaction commits."""
-
-    def __call__(self, conn: sa.Connection, runs: Sequence[Any], /) -> None: ...
-
-
-def take_turn(conn: sa.Connection) -> None:
-    """Until the caller's transaction ends nobody else begins, stops or cancels runs: limits are counted right. SQLite has one writer anyway."""
-    if conn.dialect.name == "postgresql":
-        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
 
 
 def move_instance(db: Database, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
@@ -134,7 +114,7 @@ def stop_batch(db: Database, conn: sa.Connection, batch_id: str, reason: str) ->
 # ---- waiting ----
 
 
-def go_on(db: Database, conn: sa.Connection, enqueue: Enqueue, limits: Limits) -> list[str]:
+def go_on(db: Database, conn: sa.Connection) -> list[str]:
     """Batches past their limit are stopped, and what may begin now is queued. Returns the ids of the runs that ended with a stopped batch."""
     waiting = sa.and_(RUNS.c.ended_at.is_(None), RUNS.c.released_at.is_(None))
     wanted = list(conn.execute(sa.select(RUNS.c.batch_id).where(waiting).distinct().order_by(RUNS.c.batch_id)).scalars())
@@ -144,8 +124,8 @@ def go_on(db: Database, conn: sa.Connection, enqueue: Enqueue, limits: Limits) -
     for batch_id, batch in _standings(conn, stoppable_ids).items():
         if reason := find_stop_reason(batch):
             ended += stop_batch(db, conn, batch_id, reason)
-    verdicts = why_waiting(conn, wanted, limits)
-    _release(db, conn, [run_id for run_id, why in verdicts.items() if not why], enqueue)
+    verdicts = why_waiting(conn, wanted, db.limits)
+    _release(db, conn, [run_id for run_id, why in verdicts.items() if not why])
     return ended
 
 
@@ -158,7 +138,7 @@ def why_waiting(conn: sa.Connection, batch_ids: Sequence[str], limits: Limits) -
     return judge_waiting(_standings(conn, batch_ids), Counter(racks), limits)
 
 
-def _release(db: Database, conn: sa.Connection, run_ids: Sequence[str], enqueue: Enqueue) -> None:
+def _release(db: Database, conn: sa.Connection, run_ids: Sequence[str]) -> None:
     """These runs may begin, each once: their time counts from here, and their workflows are queued with the caller's transaction."""
     now = db.now()
     open_ = sa.and_(RUNS.c.id.in_(run_ids), RUNS.c.released_at.is_(None), RUNS.c.ended_at.is_(None))
@@ -168,7 +148,7 @@ def _release(db: Database, conn: sa.Connection, run_ids: Sequence[str], enqueue:
     for timeout_s, found in by_timeout.items():
         values = {"released_at": now, "deadline_at": now + timedelta(seconds=timeout_s)}
         conn.execute(sa.update(RUNS).where(RUNS.c.id.in_([r.id for r in found])).values(**values))
-        enqueue(conn, found)
+        db.enqueue(conn, found)
 
 
 def _standings(conn: sa.Connection, batch_ids: Sequence[str]) -> dict[str, Standing]:

@@ -17,7 +17,7 @@ from repave.errors import RepaveError, RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.endings import Enqueue, end_run, go_on, take_turn
+from repave.store.endings import end_run, go_on
 from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 
@@ -44,14 +44,13 @@ class Runs:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, enqueue: Enqueue, answer_key: str | None, answer: dict[str, Any]) -> None:
+    def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, answer_key: str | None, answer: dict[str, Any]) -> None:
         """Batch, runs, states, audit rows, the stored answer and the queued workflows of those that may begin now: all or none.
 
         Raises RequestError in-progress, naming the ids, where an instance is no longer in the state it was found in; locked, where a server is.
         """
         now = self._db.now()
         with self._db.write() as conn:
-            take_turn(conn)
             conn.execute(sa.insert(BATCHES).values(**asdict(batch)))
             self._occupy(conn, [run.instance for run in runs])
             free = sa.and_(SERVERS.c.id.in_([run.server.id for run in runs]), SERVERS.c.locked_at.is_(None))
@@ -64,12 +63,10 @@ class Runs:
             self._db.write_events(conn, "run.accepted", batch.project_id, [about | {"run_id": run.id, "server_id": run.server.id} for run in runs])
             if answer_key is not None:
                 conn.execute(sa.insert(ANSWERS).values(key=answer_key, answer=answer, at=now))
-            go_on(self._db, conn, enqueue, self._db.limits)
+            go_on(self._db, conn)
 
     def _occupy(self, conn: sa.Connection, instances: Sequence[Instance]) -> None:
         """All of them are `pending`, by compare-and-set of the state each was found in. Raises RequestError in-progress, naming the others."""
-        wanted = sa.select(INSTANCES.c.id).where(INSTANCES.c.id.in_([i.id for i in instances]))
-        conn.execute(wanted.order_by(INSTANCES.c.id).with_for_update())  # in one order, so that two overlapping requests never wait for each other
         taken: set[str] = set()
         for state in {i.state for i in instances}:
             after = next_situation(state, Ending.ACCEPTED)
@@ -261,10 +258,9 @@ class Runs:
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
         """The run and its instance are at their end, the batch too when it was the last; what waited for it begins. The first ending stands. Repeatable."""
         with self._db.write() as conn:
-            take_turn(conn)
             if not end_run(self._db, conn, run_id, ending, error):
                 return False
-            also_ended = go_on(self._db, conn, self._db.enqueue, self._db.limits)
+            also_ended = go_on(self._db, conn)
         for other in also_ended:
             self._db.sealer.destroy_run(other)
         return True
@@ -277,14 +273,13 @@ class Runs:
         now = self._db.now()
         reaped: list[str] = []
         with self._db.write() as conn:
-            take_turn(conn)
             lost = sa.and_(RUNS.c.released_at.is_not(None), RUNS.c.deadline_at < now - timedelta(seconds=REAP_GRACE_S))
             never = sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < now)
             for row in conn.execute(sa.select(RUNS).where(RUNS.c.ended_at.is_(None), sa.or_(lost, never))).all():
                 ending, cause = _overdue(row)
                 if end_run(self._db, conn, row.id, ending, RepaveError("deadline", cause).as_json()):
                     reaped.append(row.id)
-            reaped += go_on(self._db, conn, self._db.enqueue, self._db.limits)
+            reaped += go_on(self._db, conn)
         for run_id in reaped:
             self._db.sealer.destroy_run(run_id)
         return reaped

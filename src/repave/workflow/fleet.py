@@ -36,7 +36,7 @@ class Fleet:
         self, store: Store, enqueue: Enqueue, *, run_timeout_s: float, waiting_timeout_s: float = WAITING_TIMEOUT_S, limits: Limits = NO_LIMITS,
         max_batch: int = MAX_BATCH,
     ) -> None:  # fmt: skip
-        self.store, self.enqueue, self.run_timeout_s, self.waiting_timeout_s, self.max_batch = store, enqueue, run_timeout_s, waiting_timeout_s, max_batch
+        self.store, self.run_timeout_s, self.waiting_timeout_s, self.max_batch = store, run_timeout_s, waiting_timeout_s, max_batch
         store.enqueue, store.limits = enqueue, limits  # a run that ends lets others begin, in its own transaction
 
     def admit(
@@ -87,7 +87,7 @@ class Fleet:
                 self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data)
                 for run_id, i in zip(run_ids, instances, strict=True)
             ]
-            self.store.runs.accept_batch(batch, runs, enqueue=self.enqueue, answer_key=answer_key, answer=answer)
+            self.store.runs.accept_batch(batch, runs, answer_key=answer_key, answer=answer)
         except BaseException:
             for run_id in run_ids:
                 self.store.sealer.destroy_run(run_id)
