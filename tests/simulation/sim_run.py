@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from durable import Disk
 from virtual_time import Signal, VirtualTime
 
-from repave.errors import DeadlinePassed, RunFailed
+from repave.errors import RunFailed
 from repave.workflow.engine import _DATABASE_PAUSES_S, JsonSerializer
-from repave.workflow.run import Json
+from repave.workflow.run import Json, open_message
 
 _JSON = JsonSerializer()
 
@@ -90,12 +90,7 @@ class SimRun:
                 self._time.wait(self._news, until)
             self._record(event, message)
             self._at(f"wait {event} recorded")
-        if message is None:
-            slug = "boot_override_ignored" if event == "agent-ready" else "deadline"
-            raise DeadlinePassed(slug, f"No {event} within {deadline_s / 60:.0f} minutes.")
-        if error := message.get("error"):
-            raise RunFailed(error["class"], error.get("cause", ""), **error.get("context", {}))
-        return dict(message)
+        return open_message(event, message, deadline_s)
 
     def _take(self, event: str) -> dict[str, Any] | None:
         if self._meddling.silent == event:

@@ -21,7 +21,8 @@ def copy(folder: Path | None = None, /, *, to: str, json: bool = False) -> None:
     folder
         The site; default REPAVE_SITE, or here.
     to
-        SQLAlchemy URL: postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, or sqlite:////PATH.
+        SQLAlchemy URL: postgresql+psycopg://USER@HOST/DATABASE, or sqlite:////PATH. Leave the password out, others see a command's words: it is
+        read from PGPASSWORD or ~/.pgpass.
     """
     from repave.config import SETTINGS_FILE, load_settings
     from repave.store.copying import copy_database

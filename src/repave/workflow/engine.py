@@ -29,7 +29,7 @@ from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
 from repave.workflow.lease import Lease, LeaseGiven, LeaseLapsed, LeaseTimes
 from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
-from repave.workflow.run import Json
+from repave.workflow.run import Json, open_message
 
 QUEUE = "reinstalls"
 APPLICATION_VERSION = "1"  # changes only with the order or names of the workflow's steps
@@ -107,13 +107,7 @@ class DbosRun:
         return await DBOS.run_step_async({"name": name}, call)
 
     async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
-        message = await DBOS.recv_async(event, timeout_seconds=deadline_s)
-        if message is None:
-            slug = "boot_override_ignored" if event == "agent-ready" else "deadline"
-            raise DeadlinePassed(slug, f"No {event} within {deadline_s / 60:.0f} minutes.")
-        if error := message.get("error"):
-            raise RunFailed(error["class"], error.get("cause", ""), **error.get("context", {}))
-        return dict(message)
+        return open_message(event, await DBOS.recv_async(event, timeout_seconds=deadline_s), deadline_s)
 
     async def sleep(self, seconds: float) -> None:
         await DBOS.sleep_async(seconds)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Protocol
 
+from repave.errors import DeadlinePassed, RunFailed
+
 Json = Any  # None, bool, int, float, str, list or dict of these
 
 
@@ -30,3 +32,13 @@ class Run(Protocol):
 
     async def now(self) -> datetime:
         """The time, recorded: the same again when replayed."""
+
+
+def open_message(event: str, message: dict[str, Json] | None, deadline_s: float) -> dict[str, Json]:
+    """What `wait_for` makes of what came; None: nothing did within `deadline_s` seconds. Raises DeadlinePassed, or the message's "error" as RunFailed."""
+    if message is None:
+        slug = "boot_override_ignored" if event == "agent-ready" else "deadline"
+        raise DeadlinePassed(slug, f"No {event} within {deadline_s / 60:.0f} minutes.")
+    if error := message.get("error"):
+        raise RunFailed(error["class"], error.get("cause", ""), **error.get("context", {}))
+    return dict(message)
