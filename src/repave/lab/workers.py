@@ -78,6 +78,8 @@ class Balancer:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._next += 1
         first = await reader.read(65536)
+        if not first:  # connected, and gone without a word
+            return
         self.heard.append(first.split(b"\r\n", 1)[0].decode("latin-1"))
         backends = self.backends
         for port in (backends[(self._next + n) % len(backends)] for n in range(len(backends))):
