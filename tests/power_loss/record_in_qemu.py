@@ -6,10 +6,8 @@ The ramdisk is the product's, built from this tree; only the CD is left out (OVM
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import http.server
-import ipaddress
 import json
 import shutil
 import ssl
@@ -19,12 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from firmware import CODE, VARIABLES
 
 from repave.agent.protocol import Slot
+from repave.ca import make_ca, make_certificate
 from repave.images.importer import import_image
 from repave.images.store import ImageStore
 from repave.ramdisk.build import build_ramdisk
@@ -106,33 +102,17 @@ def start_far_end(folder: Path, plan: dict[str, Any], manifest: bytes, store: Im
 
         def log_message(self, *_: object) -> None: ...
 
-    ca_pem = make_certificates(folder / "server.pem")
+    make_ca(folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem")
+    context.load_cert_chain(make_certificate(folder, ["10.0.2.2"], folder / "server.pem"))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
     thread.start()
     try:
-        yield server.server_port, ca_pem, reports
+        yield server.server_port, (folder / "ca.pem").read_text(), reports
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def make_certificates(path: Path) -> str:
-    """`path` holds key and certificate of 10.0.2.2; returns the CA that signed it."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "power-loss test CA")])
-    made = x509.CertificateBuilder(issuer_name=ca_name, not_valid_before=now - datetime.timedelta(1), not_valid_after=now + datetime.timedelta(1))
-    ca = made.subject_name(ca_name).public_key(ca_key.public_key()).serial_number(1).add_extension(x509.BasicConstraints(True, None), True)
-    leaf = made.subject_name(x509.Name([])).public_key(key.public_key()).serial_number(2)
-    leaf = leaf.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("10.0.2.2"))]), True)
-    pem = serialization.Encoding.PEM
-    path.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) + leaf.sign(ca_key, hashes.SHA256()).public_bytes(pem)
-    )
-    return ca.sign(ca_key, hashes.SHA256()).public_bytes(pem).decode()

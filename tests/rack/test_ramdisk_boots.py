@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import http.server
-import ipaddress
 import json
 import os
 import queue
@@ -19,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from repave.agent.protocol import Slot
+from repave.ca import make_ca, make_certificate
 from repave.ramdisk.build import BootFiles, build_ramdisk
 from repave.ramdisk.media import BootMedia, build_iso, render_slot
 
@@ -71,8 +67,9 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
 @pytest.mark.timeout(600)
 def test_an_address_on_a_tagged_vlan_speaks_with_its_tag(media: BootMedia, tmp_path: Path) -> None:
     """The bug: the VLAN was taken and never told to the ramdisk. QEMU's network drops tagged frames, so they are looked at and not answered."""
-    sent, ca_pem = tmp_path / "sent.pcap", make_certificates(tmp_path / "server.pem")
-    slot = render_slot(Slot("run-1", "https://10.0.2.2:1", TOKEN, ca_pem, STATIC | {"vlan": 42}))
+    sent = tmp_path / "sent.pcap"
+    make_ca(tmp_path)
+    slot = render_slot(Slot("run-1", "https://10.0.2.2:1", TOKEN, (tmp_path / "ca.pem").read_text(), STATIC | {"vlan": 42}))
     with machine(tmp_path, media.read(0, media.size, slot), make_local_disk(tmp_path / "disk.img"), dump=sent) as console:
         wait_for_line(".42 10.0.2.77/24", console)
         tagged = bytes.fromhex(MAC.replace(":", "") + "8100" + "002a" + "0806")  # from our NIC, IEEE 802.1Q, VLAN 42, ARP
@@ -145,7 +142,7 @@ def make_local_disk(path: Path, files: BootFiles | None = None, *, says: str = "
 @contextlib.contextmanager
 def provisioning_listener(folder: Path) -> Iterator[tuple[str, str, queue.Queue[tuple[str, str, Any]]]]:
     """A TLS server that machines see as 10.0.2.2; it takes every hello down and refuses it. Gives URL, CA, hellos."""
-    ca_pem = make_certificates(folder / "server.pem")
+    make_ca(folder)
     hellos: queue.Queue[tuple[str, str, Any]] = queue.Queue()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -160,31 +157,16 @@ def provisioning_listener(folder: Path) -> Iterator[tuple[str, str, queue.Queue[
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem")
+    context.load_cert_chain(make_certificate(folder, ["10.0.2.2"], folder / "server.pem"))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"https://10.0.2.2:{server.server_port}", ca_pem, hellos
+        yield f"https://10.0.2.2:{server.server_port}", (folder / "ca.pem").read_text(), hellos
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def make_certificates(path: Path) -> str:
-    """`path` holds key and certificate of 10.0.2.2; returns the CA that signed it."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test CA")])
-    template = x509.CertificateBuilder(issuer_name=ca_name, not_valid_before=now, not_valid_after=now + datetime.timedelta(days=1))
-    ca = template.subject_name(ca_name).public_key(ca_key.public_key()).serial_number(1).add_extension(x509.BasicConstraints(True, None), True)
-    leaf = template.subject_name(x509.Name([])).public_key(key.public_key()).serial_number(2)
-    leaf = leaf.add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("10.0.2.2"))]), True)
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(private + leaf.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    return ca.sign(ca_key, hashes.SHA256()).public_bytes(pem).decode()
 
 
 def wait_for(hellos: queue.Queue[tuple[str, str, Any]], console: Path) -> tuple[str, str, Any]:
