@@ -100,11 +100,16 @@ class Sealer:
 
     def list_old_runs(self, *, before: float) -> set[str]:
         """The runs whose keys were made before this moment (seconds since 1970)."""
-        return {path.name.split(".")[0] for path in self._run_keys.iterdir() if path.stat().st_mtime < before}
+        found = set()
+        for path in self._run_keys.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # destroyed while we look
+                if path.stat().st_mtime < before:
+                    found.add(path.name.removeprefix(".").split(".")[0])  # a leading dot: half written by a process that died
+        return found
 
     def destroy_run(self, run_id: str) -> None:
         """Nothing sealed or derived for this run can be had again. Repeatable."""
-        for path in (self._run_keys / run_id, *self._run_keys.glob(f"{run_id}.*")):
+        for path in (self._run_keys / run_id, *self._run_keys.glob(f"{run_id}.*"), *self._run_keys.glob(f".{run_id}.*")):
             path.unlink(missing_ok=True)
 
     def _run_key(self, run_id: str) -> bytes:
@@ -124,6 +129,15 @@ def write_private(path: Path, data: bytes) -> None:
 def write_private_files(files: Mapping[Path, bytes]) -> None:
     """Each of these files, in folders that are there, holds its data, mode 0600, whole or not at all; durable on return."""
     temporary = {path: path.with_name(f".{path.name}.new") for path in files}
+    try:
+        _write_all(temporary, files)
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(temporary: Mapping[Path, Path], files: Mapping[Path, bytes]) -> None:
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open(temporary[path], "wb", buffering=0, opener=_open_private)) for path in files]
         for f, data in zip(opened, files.values(), strict=True):

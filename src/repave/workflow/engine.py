@@ -250,14 +250,14 @@ class Engine:
                 self._reconcile_run(run, statuses.get(run.id), now)
             except Exception as error:  # one run's trouble is not the others'
                 log.error("reconcile failed", run_id=run.id, error=type(error).__name__)
+        for run_id in self.store.runs.reap():
+            log.error("run ended past its deadline", run_id=run_id)
+        self.store.runs.tell_late()
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():
             ended = self.store.runs.find_run(orphan)
             if ended is None or ended.ended_at is not None:
                 self.store.sealer.destroy_run(orphan)
-        for run_id in self.store.runs.reap():
-            log.error("run ended past its deadline", run_id=run_id)
-        self.store.runs.tell_late()
 
     def _reconcile_run(self, run: RunRow, status: str | None, now: datetime) -> None:
         if run.released_at is None:  # it waits, and has no workflow yet
