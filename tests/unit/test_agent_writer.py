@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import math
 import os
 import shutil
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,6 +348,34 @@ def test_a_device_that_can_not_make_zeros_gets_them_written(case: Case, monkeypa
     monkeypatch.setattr(target._libc, "fallocate", refuse)
     case.write()
     assert_holds_the_image(case, old)
+
+
+def test_a_device_that_can_not_make_zeros_gets_them_from_all_workers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: of two workers in the same refused call, the second to hear of it found only the last way left, and failed for good."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 2 * MIB)
+    both_asked, first_is_done, turns = threading.Barrier(2), threading.Event(), iter((0, 1))
+
+    def refuse(*args: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    def refuse_both(*args: object) -> None:
+        turn = next(turns)
+        both_asked.wait(5)
+        if turn == 1:
+            first_is_done.wait(5)
+        raise OSError(errno.ENOTTY, "refused")
+
+    monkeypatch.setattr(target._libc, "fallocate", refuse)
+    monkeypatch.setattr(fcntl, "ioctl", refuse_both)
+    with target.TargetDisk(path, sector_bytes=512, size_bytes=2 * MIB) as disk, ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(disk.make_zero, n * MIB, MIB) for n in range(2)]
+        next(as_completed(done)).result()
+        first_is_done.set()
+        for future in done:
+            future.result()
+    assert path.read_bytes() == bytes(2 * MIB)
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,14 @@ class TargetDisk:
     def make_zero(self, offset: int, length: int) -> None:
         """The range reads as zeros afterwards, by the cheapest way that this device has."""
         while True:
-            way = self._zero_by[0]
+            way, *others = self._zero_by
             try:
                 way(offset, length)
                 break
             except OSError as e:
-                if e.errno not in _CANNOT or len(self._zero_by) == 1:
+                if e.errno not in _CANNOT or not others:
                     raise _failed("disk-write", offset, e) from e
-                with self._lock:
-                    if self._zero_by[0] == way:
-                        self._zero_by = self._zero_by[1:]
+                self._zero_by = min(others, self._zero_by, key=len)  # another worker may have gone further
         with self._lock:
             self.bytes_zeroed += length
 
