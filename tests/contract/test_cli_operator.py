@@ -231,7 +231,10 @@ def test_a_watcher_that_stops_leaves_the_batch_alone(fleet: Cli) -> None:
     body = {"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD}
     batch = fleet.site.ask("POST", "/reinstall", json=body).json()
     assert fleet.run("watch", "--timeout", "0.5").returncode == 124
-    watcher = subprocess.Popen([*REPAVE, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=fleet.env(), cwd=fleet.folder)
+    watcher = subprocess.Popen(
+        [*REPAVE, "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=fleet.env(), cwd=fleet.folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in a shell's background inherit that it is ignored
+    )  # fmt: skip
     try:
         assert watcher.stdout is not None and "waiting" in watcher.stdout.readline()
         watcher.send_signal(signal.SIGINT)
