@@ -26,7 +26,7 @@ from repave.api.media import build_media_router
 from repave.api.operator import build_operator_router
 from repave.auth import Authenticator
 from repave.bmc import Bmc, BmcAddress, BmcFacts
-from repave.bmc.redfish import RedfishBmc
+from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
@@ -142,10 +142,13 @@ def open_site(settings: Settings) -> Iterator[Site]:
     images = ImageStore(settings.images_dir)
     places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), (secret_dir / "ca.pem").read_text(), settings.graceful_s)
 
+    known_paths = dict[tuple[str, str | None], Paths]()
+
     @contextlib.contextmanager
     def open_bmc(server: Server) -> Iterator[Bmc]:
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
-        with RedfishBmc(address, before_write=engine.lease.require) as bmc:
+        paths = known_paths.setdefault((address.url, address.system_uri), Paths())
+        with RedfishBmc(address, before_write=engine.lease.require, paths=paths) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)

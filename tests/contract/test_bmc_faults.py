@@ -19,7 +19,7 @@ from redfish_fake import Answer, FakeBmc, Handler, refusal, small_bmc, start_bmc
 
 from repave.bmc import BmcAddress, Power
 from repave.bmc.connector import Connector
-from repave.bmc.redfish import RedfishBmc
+from repave.bmc.redfish import Paths, RedfishBmc
 from repave.errors import BmcError
 
 ISO = "http://10.9.8.7:8472/media/5f1c/boot.iso"
@@ -73,6 +73,27 @@ def test_a_lost_answer_without_effect_is_no_success(fake: FakeBmc) -> None:
     with open_bmc(fake, deadline_s=2.5) as bmc:
         assert slug_of(bmc.power_off) == "power_failed"
     assert len(fake.sent("POST", RESET)) == 1
+
+
+def test_paths_that_are_kept_save_questions_and_are_found_anew_after_a_failure(fake: FakeBmc) -> None:
+    paths, address = Paths(), BmcAddress(fake.url, "admin", "secret")
+    with RedfishBmc(address, paths=paths) as bmc:
+        bmc.insert_media([ISO])
+    fake.seen.clear()
+    with RedfishBmc(address, paths=paths) as bmc:
+        bmc.eject_media()
+    assert not fake.get(CD)["Inserted"]
+    assert {s.path for s in fake.seen} == {CD, f"{CD}/Actions/{EJECT}"}
+
+    moved = f"{SYSTEM}/VirtualMedia/CD2"
+    slot = fake.resources[moved.lower()] = fake.resources.pop(CD.lower())
+    slot["Actions"] = {f"#{name}": {"target": f"{moved}/Actions/{name}"} for name in (INSERT, EJECT)}
+    fake.get(f"{SYSTEM}/VirtualMedia")["Members"] = [{"@odata.id": moved}]
+    with RedfishBmc(address, paths=paths) as bmc:
+        assert slug_of(lambda: bmc.insert_media([ISO])) == "protocol"
+        assert not fake.get(moved)["Inserted"]
+        bmc.insert_media([ISO])
+    assert fake.get(moved)["Inserted"]
 
 
 def test_what_is_so_already_is_not_sent(fake: FakeBmc) -> None:

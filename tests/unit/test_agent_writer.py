@@ -291,7 +291,17 @@ def test_a_chunk_file_that_rots_in_the_store_is_found(case: Case, tmp_path: Path
 
 @pytest.mark.parametrize("raw", [b"\xff" * (4 * MIB - 1), b"\xff" * (4 * MIB + 1), b"\xff" * 4 * MIB, bytes(900 * MIB)], ids=["short", "long", "other", "bomb"])
 def test_a_frame_that_is_not_its_window_is_refused_although_its_digest_is_right(case: Case, raw: bytes) -> None:
-    data = zstandard.compress(raw)
+    refuses_frame(case, zstandard.compress(raw))
+
+
+def test_a_frame_that_fails_its_own_checksum_is_refused_although_its_digest_is_right(case: Case) -> None:
+    data = case.fetch(case.manifest.chunks[5].sha256)
+    assert all(zstandard.get_frame_parameters(case.fetch(chunk.sha256)).has_checksum for chunk in case.manifest.chunks)
+    refuses_frame(case, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def refuses_frame(case: Case, data: bytes) -> None:
+    """Chunk 5 is `data`, and the manifest says so."""
     bad = dataclasses.replace(case.manifest.chunks[5], sha256=hashlib.sha256(data).hexdigest(), compressed_bytes=len(data))
     chunks = (*case.manifest.chunks[:5], bad, *case.manifest.chunks[6:])
     case.manifest = dataclasses.replace(case.manifest, chunks=chunks)

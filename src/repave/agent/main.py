@@ -9,7 +9,6 @@ What it prints goes to the serial console: one line a step, seconds since start,
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import threading
@@ -58,8 +57,15 @@ class Console:
         print(f"repave-agent {time.monotonic() - self._started:8.3f}s  {self.clean(text)}", flush=True)
 
 
+def run_in_ramdisk() -> None:
+    """What the ramdisk's /init calls, and never returns from."""
+    sys.exit(run_agent(Path("/") / protocol.SLOT_FILE, RealMachine()))
+
+
 def main() -> None:
     """`repave-agent run --slot PATH [--machine-file PATH]`."""
+    import argparse  # not in the ramdisk's start: the less it imports, the sooner it says hello
+
     parser = argparse.ArgumentParser(prog="repave-agent")
     run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="do what the run of this boot's media wants")
     run.add_argument("--slot", type=Path, required=True, help=f"the run's {protocol.SLOT_FILE}")

@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +31,7 @@ POWER_SETTLE_S = 60.0  # ForceOff shows within 10 s on real machines; some show 
 INSERT_SETTLE_S = 25.0  # iBMC needs 12-15 s (peers.md 4.1), others under 5
 EJECT_SETTLE_S = 15.0
 BOOT_SETTLE_S = 10.0  # iDRAC shows the override a few seconds after it took it
-POLL_S = (0.2, 0.5, 1.0, 2.0)  # pauses between readings; the last one repeats
+POLL_S = (0.2, 0.3, 0.5, 1.0)  # pauses between readings; the last one repeats
 BUSY_TRIES = 4
 BUSY_PAUSE_S = 3.0  # iLO and iDRAC refuse for some seconds after a power change
 MAX_MEMBERS = 64  # of a collection; more is no server's BMC
@@ -47,11 +48,26 @@ def _lock_of(origin: str) -> threading.Lock:
         return _locks.setdefault(origin, threading.Lock())
 
 
+@dataclass
+class Paths:
+    """Where a BMC keeps its host system and its CD slots; never what they hold. A slow BMC takes a second for each answer that this saves."""
+
+    system: str | None = None
+    slots: list[str] | None = None
+
+    def forget(self) -> None:
+        self.system = self.slots = None
+
+
 class RedfishBmc(Bmc):
-    """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`)."""
+    """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`).
+
+    `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
+    """
 
     def __init__(
-        self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None, before_write: Callable[[], None] = lambda: None
+        self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None,
+        before_write: Callable[[], None] = lambda: None, paths: Paths | None = None,
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
         self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
@@ -60,8 +76,7 @@ class RedfishBmc(Bmc):
         named = address.system_uri or (path if "/Systems/" in path else None)
         self._named_system = named
         self._root: dict[str, Any] | None = None
-        self._system_uri: str | None = None
-        self._slots: list[str] | None = None
+        self._paths = paths or Paths()
 
     def close(self) -> None:
         self._connector.close()
@@ -76,10 +91,11 @@ class RedfishBmc(Bmc):
 
     def probe(self) -> BmcFacts:
         with self._call():
+            self._paths.forget()
             system = self._read_system()
             slots = self._find_slots()
             return BmcFacts(
-                system_uri=self._system_uri or "",
+                system_uri=self._paths.system or "",
                 manufacturer=as_text(system.get("Manufacturer")),
                 model=as_text(system.get("Model")),
                 serial=as_text(system.get("SerialNumber")),
@@ -187,9 +203,11 @@ class RedfishBmc(Bmc):
         deadline = time.monotonic() + self.deadline_s + extra_s
         if not self._lock.acquire(timeout=self.deadline_s):
             raise BmcError("busy", "Another call to this BMC is under way.")
+        went_well = False
         try:
             self._connector.deadline = deadline
             yield
+            went_well = True
         except LostAnswer as e:
             raise BmcError(e.slug, e.detail) from e
         except NotJson as e:
@@ -200,6 +218,8 @@ class RedfishBmc(Bmc):
             # sushy's parser meets JSON of any shape; what it cannot digest is the BMC's doing.
             raise BmcError("protocol", f"An answer has a shape that makes no sense ({type(e).__name__}).") from e
         finally:
+            if not went_well:
+                self._paths.forget()
             self._lock.release()
 
     def _get(self, uri: str) -> tuple[dict[str, Any], Any]:
@@ -277,9 +297,9 @@ class RedfishBmc(Bmc):
 
     def _read_system(self) -> dict[str, Any]:
         """The host's ComputerSystem as it is now."""
-        if self._system_uri is None:
+        if self._paths.system is None:
             return self._find_system()
-        return self._get(self._system_uri)[0]
+        return self._get(self._paths.system)[0]
 
     def _find_system(self) -> dict[str, Any]:
         root = self._service_root()
@@ -288,7 +308,7 @@ class RedfishBmc(Bmc):
                 system = self._get(self._named_system)[0]
             except sushy_errors.ResourceNotFoundError as e:
                 raise BmcError("no_system", "The system named does not exist.") from e
-            self._system_uri = self._named_system
+            self._paths.system = self._named_system
             return system
         links = self._members(link_of(root.get("Systems")), needed=True)
         systems = {uri: self._find(uri, needed=True) for uri in links}
@@ -297,7 +317,7 @@ class RedfishBmc(Bmc):
             raise BmcError("no_system")
         if len(hosts) > 1:
             raise BmcError("ambiguous_system", ", ".join(hosts))
-        self._system_uri = hosts[0]
+        self._paths.system = hosts[0]
         return systems[hosts[0]]
 
     def _macs(self, system: dict[str, Any]) -> tuple[str, ...]:
@@ -374,7 +394,7 @@ class RedfishBmc(Bmc):
         The system's own come before its managers' (iDRAC9 moved them at 6.00 and kept the old ones; N), slots with the
         standard action before those with PATCH or only a vendor's action.
         """
-        if self._slots is None:
+        if self._paths.slots is None:
             system = self._read_system()
             named = [link_of(m) for m in as_list(as_dict(system.get("Links")).get("ManagedBy"))]
             managers = [m for m in (self._find(uri, needed=True) for uri in named) if m]
@@ -388,8 +408,8 @@ class RedfishBmc(Bmc):
                     slot, headers = self._get(uri)
                     if quirks.takes_cd(slot):
                         found[uri] = quirks.insert_way(slot, headers.get("Allow"))
-            self._slots = sorted(found, key=lambda uri: ("action", "patch", "").index(found[uri]))
-        return self._slots
+            self._paths.slots = sorted(found, key=lambda uri: ("action", "patch", "").index(found[uri]))
+        return self._paths.slots
 
     def _choose_slot(self, urls: Sequence[str]) -> tuple[str, str, list[str]]:
         """The slot, how to insert, and those of `urls` that it may take, in their order."""
@@ -504,7 +524,7 @@ class RedfishBmc(Bmc):
 
         Some keep it in the Settings resource (GH200, Nokia: D, S); others have a Settings resource without it (Lenovo: S).
         """
-        boot, uri = as_dict(system.get("Boot")), self._system_uri or ""
+        boot, uri = as_dict(system.get("Boot")), self._paths.system or ""
         settings_uri = link_of(as_dict(system.get("@Redfish.Settings")).get("SettingsObject"))
         pending = as_dict(self._find(settings_uri).get("Boot"))
         name = "BootSourceOverrideTarget@Redfish.AllowableValues"

@@ -194,7 +194,7 @@ def _zero_window(length: int) -> tuple[Chunk, bytes]:
 
 def _compress(window: bytes, extents: tuple[tuple[int, int], ...]) -> tuple[Chunk, bytes]:
     if not hasattr(_local, "compressor"):  # one a thread: it is not safe to share
-        _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        _local.compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)  # the agent relies on it
     data: bytes = _local.compressor.compress(window)
     return Chunk(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(window).hexdigest(), extents), data
 
