@@ -225,6 +225,19 @@ def test_a_retry_is_a_new_batch_of_what_did_not_end_well_with_the_same_images(si
     assert site.ask("POST", "/plans", json={"retry": batch["id"]}, as_="other").status_code == 404
 
 
+def test_a_retry_of_a_rehearsal_is_a_rehearsal_of_what_failed_and_never_a_reinstall(site: Site, three: list[str]) -> None:
+    batch = reinstall(site, three, rehearse=True, password="")
+    runs = {r["server"]: r["id"] for r in batch["runs"]}
+    for name in ("web01", "web03"):
+        site.store.runs.record_ending(runs[name], Ending.REHEARSED, None)
+    fail(site, runs["web02"])
+    asked = {"retry": batch["id"], "password": NEW_PASSWORD}
+    refused = site.ask("POST", "/reinstall", json=asked)
+    assert refused.status_code == 400 and "rehearse:" in refused.json()["detail"]
+    again = site.ask("POST", "/reinstall", json=asked | {"rehearse": True}).json()
+    assert again["rehearse"] and [r["server"] for r in again["runs"]] == ["web02"]
+
+
 def test_a_locked_server_and_our_own_host_are_problems_of_the_plan_and_refused(site: Site, three: list[str]) -> None:
     assert site.ask("POST", "/servers/web02/lock", json={"reason": ""}).status_code == 400
     assert site.ask("POST", "/servers/web02/lock", json={"reason": "database"}, as_="viewer").status_code == 403

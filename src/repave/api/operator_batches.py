@@ -144,9 +144,12 @@ def reinstall(scope: Operator, asked: Reinstall, response: Response) -> Json:
     """All of them are accepted, each with one run; or nothing happened. The same rules as CloudDC's route."""
     if asked.plan is not None and asked.plan != _plan(scope, asked)["id"]:
         raise RequestError("conflict", "The plan is out of date: image, servers or states have changed since.", field="plan")
+    pairs = _resolve(scope, asked)
+    if asked.retry is not None and _get_batch(scope, asked.retry).rehearse and not asked.rehearse:
+        raise RequestError("bad-request", "rehearse: that batch was a rehearsal, and so is its retry; to reinstall its servers name them.", field="rehearse")
     image_id = get_image(scope, asked.image).id if asked.image else None
     admitted = scope.desk.fleet.admit(
-        credential=scope.credential, instance_ids=[i.id for _, i in _resolve(scope, asked)], image_id=image_id, password=asked.password,
+        credential=scope.credential, instance_ids=[i.id for _, i in pairs], image_id=image_id, password=asked.password,
         ssh_keys=tuple(asked.ssh_keys), user_data=asked.user_data, rehearse=asked.rehearse,
         waves=Waves(asked.canary, asked.at_once, asked.max_failed), image_ids=_images_of_retry(scope, asked),
     )  # fmt: skip

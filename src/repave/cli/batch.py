@@ -150,6 +150,7 @@ def retry(
 ) -> int:  # fmt: skip
     """Reinstall again what did not end well in a batch (default: the newest), each with its image: a new batch, after plan and confirmation.
 
+    A rehearsal's retry is a rehearsal.
     The password is asked for again: the old one was destroyed when its run ended.
     """
     from repave.cli.reinstall import Waves, begin, refuse_unconfirmed
@@ -157,6 +158,7 @@ def retry(
     refuse_unconfirmed(yes=yes, expect=expect)
     client = Client(project)
     target: Json = {"retry": batch_id or _newest(client)}
+    rehearse = rehearse or bool(client.get(f"/batches/{target['retry']}")["rehearse"])
     waves = Waves(canary, at_once, max_failed)
     return begin(
         client, target, {}, waves=waves, rehearse=rehearse, yes=yes, expect=expect, password_stdin=password_stdin, detach=detach, timeout=timeout, json=json

@@ -80,9 +80,9 @@ class Batches:
             return why_waiting(conn, [batch.id], self._db.limits)
 
     def list_retryable(self, batch: Batch) -> list[RunRow]:
-        """Its ended runs that left no proved new OS, on servers that nobody reinstalled since."""
+        """Its ended runs that did not reach what was asked of them (a proved new OS, or a rehearsal), on servers that nobody reinstalled since."""
         latest = sa.select(sa.func.max(RUNS.c.epoch)).where(RUNS.c.server_id == sa.bindparam("server_id")).scalar_subquery()
-        good = (Ending.PROVED.value, Ending.LATE_PROOF.value)
+        good = (Ending.PROVED.value, Ending.LATE_PROOF.value, Ending.REHEARSED.value)
         found = []
         with self._db.engine.connect() as conn:
             query = sa.select(RUNS).where(RUNS.c.batch_id == batch.id, RUNS.c.ended_at.is_not(None), RUNS.c.outcome.not_in(good)).order_by(RUNS.c.number)
