@@ -142,7 +142,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     images = ImageStore(settings.images_dir)
     places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), (secret_dir / "ca.pem").read_text(), settings.graceful_s)
 
-    known_paths = dict[tuple[str, str | None], Paths]()
+    known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
     @contextlib.contextmanager
     def open_bmc(server: Server) -> Iterator[Bmc]:

@@ -21,6 +21,12 @@ def test_the_agent_refuses_to_run_on_an_installed_system(tmp_path: Path, slot: s
     assert done.stdout == ""
 
 
+def test_what_the_ramdisk_starts_refuses_on_an_installed_system_too(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", "from repave.agent.main import run_in_ramdisk; run_in_ramdisk()"]
+    done = subprocess.run(argv, capture_output=True, text=True, env={"PATH": str(tmp_path)}, timeout=30)
+    assert done.returncode == 1 and "nothing was touched" in done.stderr and done.stdout == ""
+
+
 def test_a_ramdisk_is_told_by_its_root_file_system(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     for text, found in (("rootfs / rootfs rw 0 0\nproc /proc proc rw 0 0\n", True), ("rootfs / rootfs rw 0 0\n/dev/vda2 / ext4 rw 0 0\n", False), ("", False)):

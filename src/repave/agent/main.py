@@ -31,6 +31,7 @@ from repave.images.manifest import Manifest, parse_manifest
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of some TiB
 REHEARSED_CHUNKS = 8  # 32 MiB of disk at most: enough to know the link, small against the image
 PLAN_FIRST_PAUSE_S = 0.1
+_NOT_HERE = "this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched."
 CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
 
 
@@ -59,6 +60,8 @@ class Console:
 
 def run_in_ramdisk() -> None:
     """What the ramdisk's /init calls, and never returns from."""
+    if not is_ramdisk():
+        sys.exit(_NOT_HERE)
     sys.exit(run_agent(Path("/") / protocol.SLOT_FILE, RealMachine()))
 
 
@@ -72,7 +75,7 @@ def main() -> None:
     run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
     arguments = parser.parse_args()
     if arguments.machine_file is None and not is_ramdisk():
-        run.error("this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched.")
+        run.error(_NOT_HERE)
     machine: Machine = FileMachine(arguments.machine_file) if arguments.machine_file else RealMachine()
     sys.exit(run_agent(arguments.slot, machine))
 
