@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import structlog
 import uvicorn
 import uvloop
@@ -21,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from repave.api.agent import MAX_BODY_BYTES, build_agent_router
 from repave.api.asgi import BodyLimit, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
+from repave.api.health import build_health_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
 from repave.api.operator import build_operator_router
@@ -32,12 +34,15 @@ from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
+from repave.generation import Watch, begin_life, stand_path
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.own_host import read_own_host
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
 from repave.store import Store
+from repave.store.database import is_unavailable
+from repave.store.stand import check_file
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
@@ -95,6 +100,7 @@ class Site:
     fleet: Fleet
     effects: ServerEffects
     places: Places
+    watch: Watch
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -136,6 +142,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     secret_dir = settings.key_file.parent
     sealer = Sealer.open(settings.key_file)
     make_ca(secret_dir)
+    check_file(settings.database_url)
     store = Store.open(settings.database_url, sealer=sealer, now=utc_now)
     store.marks.check_ca(hashlib.sha256((secret_dir / "ca.pem").read_bytes()).hexdigest())
     assert settings.images_dir is not None
@@ -162,7 +169,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
         max_batch=settings.batch_max,
     )  # fmt: skip
     try:
-        yield Site(settings, store, images, engine, fleet, effects, places)
+        yield Site(settings, store, images, engine, fleet, effects, places, Watch(store, stand_path(settings.key_file), settings.data_dir))
     finally:
         store.close()
 
@@ -181,6 +188,7 @@ def build_api(site: Site) -> FastAPI:
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
     app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc))
+    app.include_router(build_health_router(site.watch.health))
     install_wire(app)
     return app
 
@@ -217,11 +225,21 @@ def serve(folder: Path) -> None:
         raise RepaveError("bad-request", "api_listen is not loopback: api_certificate is needed.", field="api_listen")
     configure_logging()
     ensure_boot_iso(settings)
+    try:
+        _serve_site(settings)
+    except (sa.exc.DBAPIError, OSError) as error:
+        if not is_unavailable(error):
+            raise
+        raise RepaveError("database-unavailable", f"{getattr(error, 'orig', None) or error}.") from None
+
+
+def _serve_site(settings: Settings) -> None:
     with open_site(settings) as site:
         site.store.servers.record_host(read_own_host())
-        site.engine.start(site.effects)
+        site.engine.start(site.effects, first=lambda: begin_life(site.store, stand_path(settings.key_file)))
         try:
-            uvloop.run(_serve(site))
+            with site.watch.running():
+                uvloop.run(_serve(site))
         finally:
             site.engine.stop()
 

@@ -61,11 +61,11 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, settings_cls.model_config.get("toml_file"))
 
 
-def load_settings(folder: Path) -> Settings:
-    """The settings of the site in `folder`. Relative paths become absolute, from that folder."""
+def load_settings(folder: Path, file: Path | None = None) -> Settings:
+    """The settings of the site in `folder`, from its settings file or from `file`. Relative paths become absolute, from that folder."""
 
     class SiteSettings(Settings):
-        model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=folder / SETTINGS_FILE)
+        model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=file or folder / SETTINGS_FILE)
 
     settings = SiteSettings()
     settings.data_dir = (folder / settings.data_dir).resolve()

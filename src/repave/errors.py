@@ -111,6 +111,12 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9005", "service-unreachable", Who.US, True, "The service does not answer.", "It is not running, or the address is wrong.", "repave serve, or set REPAVE_ENDPOINT.", "everything"),
     ("9006", "stale-run", Who.US, False, "This run is over.", "Another run, or the end of this one, came first.", "Nothing; look at repave batch ls.", "everything"),
     ("9007", "database-newer", Who.US, False, "The database was made by a newer version of Repave.", "Its tables have a revision that this program does not know.", "Run that version, or restore the backup from before the upgrade.", "everything"),
+    ("9020", "restored", Who.US, False, "A backup was restored while this run was under way in it.", "What the run did after the backup was made is not known. It was ended, and its server left as it is.", "Look at the server; then reinstall it.", "not known: look at the server"),
+    ("9021", "old-state", Who.US, False, "The database is older than this site.", "An earlier copy was put back. A run in it may have ended since, and would wipe its server again.", "repave restore FILE; or, to go on with this database: repave restore --accept-database. Its live runs end, no server is touched.", "everything"),
+    ("9022", "restore-unfinished", Who.US, False, "A restore was begun and did not finish.", "It was interrupted: what is here may be half of each.", "Run the same repave restore FILE again.", "everything"),
+    ("9023", "backup-refused", Who.REQUEST, False, "This backup can not be used.", "It is damaged, or no backup of ours.", "Use another backup; repave restore checks before it replaces anything.", "everything"),
+    ("9024", "database-unavailable", Who.US, True, "The database can not be used now.", "Its disk is full, it is read-only, locked or away.", "Look at /repave/v1/health and the log, make room; then retry.", "this request started nothing"),
+    ("9025", "database-corrupt", Who.US, False, "The database is damaged.", "Its own check found pages that make no sense.", "repave restore FILE, with the newest backup; keep the damaged file.", "everything"),
     ("9008", "not-this-site", Who.US, False, "This service does not fit the database.", "The key file, CA or a shared folder is not the one that the database was begun with.", "Give it the same secret folder and image folder as the other workers: docs/operations.md.", "everything"),
 )
 # fmt: on

@@ -13,6 +13,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
+import sqlalchemy as sa
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +27,7 @@ from repave.api.body import MAX_BODY_BYTES
 from repave.api.wire_errors import WireError, answer_for, from_status, internal
 from repave.auth import Presented
 from repave.errors import RepaveError, RequestError
+from repave.store.database import is_unavailable
 
 BODY_TIMEOUT_S = 60.0  # 64 KiB in a minute: slower than any link that works
 MAX_HEADER_BYTES = 64 * 1024
@@ -69,6 +71,14 @@ def install_wire(app: FastAPI) -> None:
         faults = [f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'body'}: {fault['type']}" for fault in error.errors()]
         return answer_for(request.url.path, RequestError("bad-request", "; ".join(faults), field=faults[0].partition(":")[0]))
 
+    async def on_store(request: Request, error: Exception) -> Response:
+        if not is_unavailable(error):
+            raise error
+        _log.error("database not available", request_id=incoming(request).request_id, error=type(error).__name__)
+        return answer_for(request.url.path, RepaveError("database-unavailable"))
+
+    for of_the_store in (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError):
+        app.add_exception_handler(of_the_store, on_store)
     for kind in (RepaveError, WireError):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http)

@@ -59,6 +59,11 @@ def internal() -> WireError:
     return WireError(500, "iMetal.0099", "Internal server error")
 
 
+def unavailable() -> WireError:
+    """The database takes nothing now. The page knows no code for it; the status is what clients act on, and the SDK sends a 503 again if told to."""
+    return WireError(503, "iMetal.0099", "Internal server error: the database can not be used now", {"Retry-After": "10"})
+
+
 def no_server(ids: Iterable[str] = ()) -> WireError:
     return WireError(404, "iMetal.0100", f"Physical servers ID not found: {_listed(ids)}")
 
@@ -107,6 +112,8 @@ def to_wire(error: RepaveError) -> WireError:
             return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
         case "not-found", _:
             return from_status(404)
+        case "database-unavailable", _:
+            return unavailable()
     return internal()
 
 

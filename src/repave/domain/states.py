@@ -18,6 +18,7 @@ class Ending(enum.StrEnum):
     RETURN_FAILED = "return-failed"  # before the line: could not be confirmed by its deadline
     WRITE_FAILED = "write-failed"  # after the line: image not verified, or the proof names another disk; power off, media out
     UNPROVED = "unproved"  # after the line: image verified, no proof in time; media out, the server stays on
+    RESTORED = "restored"  # the run was under way in a backup that was put back: what it did since then nobody knows
     LATE_PROOF = "late-proof"  # a valid proof after UNPROVED, before a new run
 
 
@@ -48,6 +49,7 @@ TABLE: dict[tuple[InstanceState, Ending, InstanceState | None], tuple[Situation,
     (_S.PENDING, Ending.RETURN_FAILED, None): (Situation(_S.ERROR, _FAILED), "before the line; disk untouched, could not be powered on again"),
     (_S.PENDING, Ending.WRITE_FAILED, None): (Situation(_S.ERROR, _FAILED), "after the line; the root disk is erased and can not boot; power off, media out"),
     (_S.PENDING, Ending.UNPROVED, None): (Situation(_S.ERROR, _FAILED), "after the line; the image is verified on disk; media out, the server stays on"),
+    (_S.PENDING, Ending.RESTORED, None): (Situation(_S.ERROR, _FAILED), "under way in a backup that was put back; the server is left as it is"),
     (_S.ERROR, Ending.LATE_PROOF, None): (Situation(_S.RUNNING, _O.REINSTALL_SUCCEED), "a valid proof that came late"),
 }  # fmt: skip
 

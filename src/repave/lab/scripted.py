@@ -260,6 +260,18 @@ class Player:
             console.write(line + "\n")
 
 
+def _with_log(app: Any, log: Path, name: str) -> Any:
+    """The BMC, which writes down what it is asked to change."""
+
+    def logged(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            with log.open("a") as out:
+                out.write(f"{name} {environ['REQUEST_METHOD']} {environ['PATH_INFO']}\n")
+        return app(environ, start_response)
+
+    return logged
+
+
 def serve(folder: Path) -> None:
     """All machines of the rack in `folder`, until the process is ended."""
     from sushy_tools.emulator import main as emulator
@@ -304,7 +316,7 @@ def serve(folder: Path) -> None:
     servers = []
     for m in state.machines:
         guarded = emulator.RedfishAuthMiddleware(emulator.app, str(folder / f"{m.name}.htpasswd"))
-        servers.append(make_server("127.0.0.1", m.bmc_port, guarded, threaded=True))
+        servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder / BMC_LOG, m.name), threaded=True))
     threads = [threading.Thread(target=server.serve_forever, name=f"bmc-{i}") for i, server in enumerate(servers)]
     for thread in threads:
         thread.start()

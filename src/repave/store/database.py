@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import threading
 import time
@@ -83,6 +84,14 @@ class Database:
         assert counted is not None
         page = sa.select(table).where(*where).order_by(table.c.id).limit(limit)
         return self.rows(page.where(table.c.id > after) if after else page), counted["n"]
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """The database or the disk under it takes nothing now: full, read-only, locked, away, damaged. Not: a statement that is wrong."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    kinds = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+    return isinstance(error, kinds) or type(error) is sa.exc.DatabaseError
 
 
 def open_engine(url: str) -> sa.Engine:

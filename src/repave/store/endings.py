@@ -75,6 +75,8 @@ def _durations(conn: sa.Connection, row: Any, ended_at: Any) -> dict[str, float]
 
 def _untouched(ending: Ending, *, crossed: bool) -> str:
     """What is true of the disks at this ending: the line decides, not the kind of error."""
+    if ending is Ending.RESTORED:
+        return "not known: the run may have gone on after the backup was made"
     if not crossed:
         return "the root disk was not written"
     return "data disks; the image on the root disk is verified" if ending is Ending.UNPROVED else "data disks; the root disk is erased"

@@ -22,6 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, DBOSClient, Serializer
+from dbos._dbos import _get_dbos_instance
 
 from repave.domain.model import RunRow
 from repave.domain.states import Ending
@@ -130,13 +131,19 @@ class Engine:
         self._idle_s = times.fence_s  # a worker that is stopped inside a transaction of DBOS's loses its locks before its lease
         self.lease = Lease(store.engine, lock_path, version=APPLICATION_VERSION, times=times, shared=shared)
         self._client: DBOSClient | None = None
+        self._lost: set[str] = set()  # workflows that nothing ran when we looked last
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(64, thread_name_prefix="effect")
 
-    def start(self, effects: Effects) -> None:
-        """Workflows run, those of dead workers go on. Raises RepaveError: see `Lease.take`."""
+    def start(self, effects: Effects, *, first: Callable[[], object] = lambda: None) -> None:
+        """Workflows run, those of dead workers go on. Raises RepaveError: see `Lease.take`. `first` is asked when the lock is held and nothing runs yet."""
         self.lease.take()
+        try:
+            first()
+        except BaseException:
+            self.lease.give()
+            raise
         launched = threading.Event()
         failure: list[BaseException] = []
 
@@ -236,9 +243,24 @@ class Engine:
     def _reconcile_forever(self) -> None:
         while not self._stop.wait(RECONCILE_S):
             try:
+                self._revive()
                 self.reconcile()
             except Exception as error:  # the next round may do better; a reconciler that died would be silence
                 log.error("reconcile failed", error=type(error).__name__)
+
+    def _revive(self) -> None:
+        """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one kills the workflow and leaves its row PENDING.
+
+        Only what was lost in the round before too: between its dequeuing and its begin a workflow is not active yet.
+        """
+        c, dbos = self._workflow_status.c, _get_dbos_instance()  # private in 3.4, as is all of this
+        mine = sa.and_(c.status == "PENDING", c.executor_id == self.lease.executor_id)
+        with self.store.engine.connect() as conn:
+            lost = set(conn.execute(sa.select(c.workflow_uuid).where(mine)).scalars()) - set(dbos._active_workflows_set.activeList())
+        for run_id in lost & self._lost:
+            if self.lease.holds() and dbos._sys_db.reenqueue_for_recovery(run_id, [self.lease.executor_id], QUEUE):
+                log.warning("workflow goes on", run_id=run_id)
+        self._lost = lost
 
     def reconcile(self) -> None:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""

@@ -1,0 +1,166 @@
+"""The site's stand outside the database, beside the key file, and the watch that keeps it and finds a database that fails.
+
+At start the database must be at least as new as this file (domain/generation.py). While the service runs the file follows the database
+within a second: a copy of the database that is put back is then older, unless nothing has happened since it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import sqlalchemy as sa
+import structlog
+
+from repave.domain.generation import Stand, Verdict, judge
+from repave.errors import RepaveError
+from repave.secrets import write_private
+from repave.store import Store
+from repave.store.stand import probe_write, raise_generation, read_stand
+
+FOLLOW_S = 1.0
+PROBE_S = 10.0
+LOW_BYTES = 256 << 20  # a batch of 50 writes about 10 MB; below this there is time to act
+UNDER_WAY = "restore-under-way"
+_FOLLOWS = "the file beside the key file follows the database"
+
+log = structlog.get_logger()
+
+
+def stand_path(key_file: Path) -> Path:
+    return key_file.parent / "generation"
+
+
+def read_stand_file(path: Path) -> Stand | None:
+    """None where there is no such file. Raises RepaveError old-state where it makes no sense: a file that can not be read proves nothing."""
+    try:
+        return Stand(**{name: int(value) for name, value in json.loads(path.read_bytes()).items()})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError):
+        raise RepaveError("old-state", f"{path.name}, beside the key file, is damaged: whether the database is the newest can not be told.") from None
+
+
+def write_stand_file(path: Path, stand: Stand) -> None:
+    """The file holds this stand, durable; a higher one is kept. Several processes may call it at once."""
+    with _locked(path.with_name("generation.lock")):
+        if (now := read_stand_file(path)) is not None and now >= stand:
+            return
+        write_private(path, json.dumps(asdict(stand)).encode())
+
+
+def begin_life(store: Store, path: Path) -> Stand:
+    """The database is the newest state of this site, and its generation is raised, there first and then in the file.
+
+    Raises RepaveError old-state with nothing changed where an older one was put back, and restore-unfinished in the middle of a restore.
+    """
+    if (path.parent / UNDER_WAY).exists():
+        raise RepaveError("restore-unfinished")
+    file, database = read_stand_file(path), read_stand(store)
+    verdict = judge(file, database)
+    if verdict in (Verdict.OLD, Verdict.UNKNOWN):
+        raise RepaveError("old-state", f"It says {_text(database)}, the file beside the key file {_text(file)}.")
+    stand = raise_generation(store, above=file.generation if file else 0)
+    write_stand_file(path, stand)
+    return stand
+
+
+def _text(stand: Stand | None) -> str:
+    return f"generation {stand.generation}, event {stand.events}" if stand else "nothing"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `GET /repave/v1/health` says of one part."""
+
+    ok: bool
+    text: str
+    since: datetime
+
+
+class Watch:
+    """The file follows the database; a database that can not be written, or a disk about to be full, is an alarm in the log and in `health`."""
+
+    def __init__(self, store: Store, path: Path, data_dir: Path) -> None:
+        self._store, self._path, self._data_dir = store, path, data_dir
+        self._stop = threading.Event()
+        self._followed: Stand | None = None
+        self._health: dict[str, Health] = {}
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def health(self) -> dict[str, Health]:
+        return dict(self._health)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Watch]:
+        self.look()
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            self._thread.join(timeout=5)
+            with contextlib.suppress(sa.exc.SQLAlchemyError, OSError):
+                self.follow()
+
+    def look(self) -> None:
+        """The database is probed with a write, the disk for room."""
+        self._try("database", lambda: probe_write(self._store), "it can be written")
+        free = shutil.disk_usage(self._data_dir).free
+        self._tell("disk", free >= LOW_BYTES, f"{free >> 20} MiB free where the database is; it stops at 0")
+        self._try("generation", self.follow, _FOLLOWS)
+
+    def follow(self) -> None:
+        """The file is as new as the database."""
+        stand = read_stand(self._store)
+        if stand is not None and stand != self._followed:
+            write_stand_file(self._path, stand)
+            self._followed = stand
+
+    def _run(self) -> None:
+        probe_at = time.monotonic() + PROBE_S
+        while not self._stop.wait(FOLLOW_S):
+            try:
+                self._try("generation", self.follow, _FOLLOWS)
+                if time.monotonic() >= probe_at:
+                    probe_at = time.monotonic() + PROBE_S
+                    self.look()
+            except Exception as error:  # a watch that died would be silence
+                self._tell("watch", False, type(error).__name__)
+
+    def _try(self, part: str, question: Callable[[], None], good: str) -> None:
+        try:
+            question()
+        except (sa.exc.SQLAlchemyError, OSError) as error:
+            self._tell(part, False, _plain(error))
+        else:
+            self._tell(part, True, good)
+
+    def _tell(self, part: str, ok: bool, text: str) -> None:
+        before = self._health.get(part)
+        since = before.since if before and before.ok == ok else self._store.now()
+        self._health[part] = Health(ok, text, since)
+        if not ok and (before is None or before.ok):
+            log.error("ALARM: new reinstalls are refused or at risk", part=part, cause=text)
+        elif ok and before is not None and not before.ok:
+            log.warning("alarm over", part=part, cause=text)
+
+
+def _plain(error: Exception) -> str:
+    """The driver's own words, without SQL or values."""
+    return str(getattr(error, "orig", None) or error).splitlines()[0][:200]

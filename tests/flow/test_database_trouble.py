@@ -1,0 +1,189 @@
+"""The disk under the database is full, read-only, locked or damaged: no 202, nothing half done, running writes finish, and it is said loudly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import PASSWORD, Lab, build_heavy_image, wait_until
+
+from repave.lab.rack import rack_down, rack_up
+from repave.lab.service import import_image
+
+ROOM = "900m"
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+
+
+class SmallSite(Lab):
+    """Its site is on a file system of its own, which can be made full and roomy again."""
+
+    @property
+    def site(self) -> Path:
+        return self.folder / "site"
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Not a page more can be written."""
+        used = shutil.disk_usage(self.site).used
+        subprocess.run(["mount", "-o", f"remount,size={used}", self.site], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["mount", "-o", f"remount,size={ROOM}", self.site], check=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Another process writes, and does not end its transaction."""
+        conn = sqlite3.connect(self.site / "repave-data/repave.db", timeout=30, isolation_level=None)
+        conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            conn.execute("ROLLBACK")
+            conn.close()
+
+    def put(self, names: list[str], *, timeout_s: float = 90) -> requests.Response:
+        url = f"{self.values['endpoint']}/v1/{self.values['project_id']}/instances/reinstall"
+        body = {"image_id": self.image("tiny-1")["id"], "password": PASSWORD, "instance_id_set": [self.ids[n] for n in names]}
+        return requests.put(url, json=body, headers={"X-Auth-Token": self.values["token"]}, timeout=timeout_s)
+
+    def health(self) -> dict:
+        return requests.get(f"{self.values['endpoint']}/repave/v1/health", timeout=30).json()
+
+    def wait_for_health(self, status: str) -> dict:
+        wait_until(lambda: self.health()["status"] == status, deadline_s=40, what=lambda: str(self.health()))
+        return self.health()
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[SmallSite]:
+    folder = Path(tempfile.mkdtemp(prefix="rpv-", dir="/tmp"))
+    (folder / "site").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM},mode=700", "tmpfs", folder / "site"], check=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HUAWEICLOUD_SDK_HOME", str(folder))
+            small = SmallSite(folder, rack_up(2, scripted=True, folder=folder, debian=False))
+            import_image(small.client, build_heavy_image(folder / "heavy.raw"), name="heavy")
+            yield small
+    finally:
+        with contextlib.suppress(Exception):
+            rack_down(folder)
+        subprocess.run(["umount", "-l", folder / "site"], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_full_disk_gives_no_202_leaves_nothing_and_is_an_alarm(small):
+    before, keys = small.batches(), small.keys()
+    assert small.health()["status"] == "ok"
+    with small.full():
+        answer = small.put(["lab01", "lab02"])
+        assert (answer.status_code, answer.json()["error_code"]) == (503, "iMetal.0099"), answer.text
+        assert "Retry-After" in answer.headers
+        own = requests.post(
+            f"{small.values['endpoint']}/repave/v1/projects", json={"name": "more"}, headers={"X-Auth-Token": small.values["token"]}, timeout=60
+        )
+        assert (own.status_code, own.json()["code"]) == (503, "Repave.9024"), own.text
+        assert small.status("lab01")["state"] == "running"  # reading goes on
+        wait_until(lambda: not small.health()["parts"]["database"]["ok"], deadline_s=40, what=lambda: str(small.health()))
+        said = small.health()
+        assert "full" in said["parts"]["database"]["text"] and not said["parts"]["disk"]["ok"]
+        assert requests.get(f"{small.values['endpoint']}/repave/v1/health", timeout=30).status_code == 503
+    small.wait_for_health("ok")
+    log = (small.folder / "service.log").read_text()
+    assert "ALARM" in log and "alarm over" in log
+    assert (small.batches(), small.keys()) == (before, keys)
+    assert not list((small.site / "secret").rglob(".*.new"))
+    assert small.status("lab01")["state"] == "running"
+    assert small.put(["lab01", "lab02"]).status_code == 202
+    assert {r["state"] for r in small.wait_for_end(small.newest_batch()).values()} == {"running"}
+
+
+def test_a_write_under_way_goes_on_while_the_disk_is_full_and_the_run_ends_well(small):
+    small.reinstall(["lab01"], "heavy")
+    batch = small.newest_batch()
+    console = len(small.console("lab01"))
+    small.wait_for_event(batch, "run.crossed", server="lab01")
+    with small.full():
+        wait_until(lambda: small.first_sector("lab01") != bytes(512), deadline_s=60, what=lambda: small.console("lab01")[console:])
+        time.sleep(5)
+    run = small.wait_for_end(batch)["lab01"]
+    assert run["state"] == "running", small.describe(batch)
+    assert small.keys() == []
+
+
+def test_a_disk_that_is_full_before_the_line_delays_the_run_and_loses_nothing(small):
+    small.reinstall(["lab01", "lab02"], "tiny-2")
+    batch = small.newest_batch()
+    with small.full():
+        time.sleep(25)
+        assert requests.get(f"{small.values['endpoint']}/repave/v1/health", timeout=30).status_code == 503
+    small.wait_for_health("ok")
+    runs = small.wait_for_end(batch, deadline_s=240)
+    assert {r["state"] for r in runs.values()} == {"running"}, small.describe(batch)
+    assert small.keys() == []
+
+
+def test_a_writer_that_holds_the_lock_29_seconds_delays_a_202_and_nothing_is_lost(small):
+    answers: list[requests.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(small.put(["lab01"])))
+    with small.locked():
+        asking.start()
+        time.sleep(29)
+    asking.join()
+    assert answers[0].status_code == 202, answers[0].text
+    assert small.wait_for_end(small.newest_batch())["lab01"]["state"] == "running"
+
+
+def test_a_lock_that_is_never_given_back_gives_no_202_and_an_alarm(small):
+    before = small.batches()
+    with small.locked():
+        answer = small.put(["lab01"])
+        assert answer.status_code == 503, answer.text
+        said = small.wait_for_health("failing")
+        assert "locked" in said["parts"]["database"]["text"]
+    small.wait_for_health("ok")
+    assert small.batches() == before and small.keys() == []
+
+
+def serve_refused(small: SmallSite) -> str:
+    done = subprocess.run([sys.executable, "-m", "repave.cli.main", "serve", small.site], capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    return done.stderr
+
+
+def test_a_read_only_or_damaged_database_is_refused_at_start_with_what_to_run(small, tmp_path):
+    small.kill_service()
+    database = small.site / "repave-data/repave.db"
+    subprocess.run(["mount", "-o", "remount,ro", small.site], check=True)
+    try:
+        said = serve_refused(small)
+        assert "Repave.9024" in said and "readonly" in said.lower(), said
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", small.site], check=True)
+    with sqlite3.connect(database) as conn:
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    conn.close()
+    whole = database.read_bytes()
+    try:
+        for where in (20, 4096 * 3 + 5):
+            size = 4096
+            database.write_bytes(whole[:where] + os.urandom(size) + whole[where + size :])
+            said = serve_refused(small)
+            assert "Repave.9025" in said and "repave restore FILE" in said, said
+    finally:
+        database.write_bytes(whole)
+    small.start_service()
+    assert json.dumps(small.status("lab01"))
