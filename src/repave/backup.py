@@ -158,6 +158,7 @@ def restore_backup(folder: Path, file: Path) -> Restored:
                 stand, ended = _end_runs(f"sqlite:///{staged / 'database'}", staged / "key", above=above, why=why)
                 _settle(staged / "database")
             write_private(secret / UNDER_WAY, about["made_at"].encode())
+            _refuse_late_workers(settings, secret / UNDER_WAY)
             kept = _swap(settings, folder, staged)
             if not _is_sqlite(settings):
                 _run_pg(
@@ -295,6 +296,13 @@ def _alone(settings: Settings) -> Iterator[None]:
             except BlockingIOError:
                 raise running from None
         yield
+
+
+def _refuse_late_workers(settings: Settings, mark: Path) -> None:
+    """A worker on PostgreSQL writes its row and then looks for the mark; we do it the other way round, so one of both sees the other."""
+    if not _is_sqlite(settings) and _live_workers(settings):
+        mark.unlink()
+        raise RepaveError("conflict", "A repave serve began meanwhile: stop it first.", field="site")
 
 
 def _live_workers(settings: Settings) -> int:

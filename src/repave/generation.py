@@ -1,14 +1,20 @@
 """The site's stand outside the database, beside the key file, and the watch that keeps it and finds a database that fails.
 
 At start the database must be at least as new as this file (domain/generation.py). While the service runs the file follows the database
-within a second: a copy of the database that is put back is then older, unless nothing has happened since it was made.
+within a second: a copy of the database that is put back is then older, unless nothing has happened since it was made. One that is put back
+under a running service ends it.
+
+Several workers of one database share the folder of the key file (docs/operations.md), so all of them read and write this one file. Where that
+folder is on NFS a reader may see it as it was a while ago: it then proves less, and never locks anybody out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import os
 import shutil
 import threading
 import time
@@ -20,7 +26,7 @@ from pathlib import Path
 import sqlalchemy as sa
 import structlog
 
-from repave.domain.generation import Stand, Verdict, judge
+from repave.domain.generation import NOTHING, Stand, Verdict, judge
 from repave.errors import RepaveError
 from repave.secrets import write_private
 from repave.store import Store
@@ -30,6 +36,8 @@ FOLLOW_S = 1.0
 PROBE_S = 10.0
 LOW_BYTES = 256 << 20  # a batch of 50 writes about 10 MB; below this there is time to act
 UNDER_WAY = "restore-under-way"
+LOCK_S = 5.0  # it is held for one small write; a machine that died with it on NFS may keep it for good, and nobody waits for that
+OLDER = 78  # exit code, beside those of workflow/lease.py
 _FOLLOWS = "the file beside the key file follows the database"
 
 log = structlog.get_logger()
@@ -50,7 +58,7 @@ def read_stand_file(path: Path) -> Stand | None:
 
 
 def write_stand_file(path: Path, stand: Stand) -> None:
-    """The file holds this stand, durable; a higher one is kept. Several processes may call it at once."""
+    """The file holds this stand, durable; a higher one is kept. Several processes may call it at once. Raises OSError: full, read-only, lock not to be had."""
     with _locked(path.with_name("generation.lock")):
         if (now := read_stand_file(path)) is not None and now >= stand:
             return
@@ -64,12 +72,19 @@ def begin_life(store: Store, path: Path) -> Stand:
     """
     if (path.parent / UNDER_WAY).exists():
         raise RepaveError("restore-unfinished")
-    file, database = read_stand_file(path), read_stand(store)
-    verdict = judge(file, database)
-    if verdict in (Verdict.OLD, Verdict.UNKNOWN):
+    for _ in range(2):  # the second look: between the two reads another worker's first start can have made both
+        file = read_stand_file(path)
+        database = read_stand(store)  # after the file: it is never behind what the file said before
+        verdict = judge(file, database)
+        if verdict in (Verdict.FIRST, Verdict.CURRENT):
+            break
+    else:
         raise RepaveError("old-state", f"It says {_text(database)}, the file beside the key file {_text(file)}.")
+    if verdict is Verdict.FIRST:
+        write_stand_file(path, NOTHING)  # else a death after the next line leaves a stand without a file, which is refused
     stand = raise_generation(store, above=file.generation if file else 0)
-    write_stand_file(path, stand)
+    with contextlib.suppress(BlockingIOError):  # the watch goes on trying, and says so
+        write_stand_file(path, stand)
     return stand
 
 
@@ -79,8 +94,16 @@ def _text(stand: Stand | None) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    deadline = time.monotonic() + LOCK_S
     with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(errno.EAGAIN, f"{path.name} is held by another process") from None
+                time.sleep(0.05)
         yield
 
 
@@ -122,12 +145,15 @@ class Watch:
         """The database is probed with a write, the disk for room."""
         self._try("database", lambda: probe_write(self._store), "it can be written")
         free = shutil.disk_usage(self._data_dir).free
-        self._tell("disk", free >= LOW_BYTES, f"{free >> 20} MiB free where the database is; it stops at 0")
+        self._tell("disk", free >= LOW_BYTES, f"{free >> 20} MiB free in data_dir")
         self._try("generation", self.follow, _FOLLOWS)
 
     def follow(self) -> None:
-        """The file is as new as the database."""
+        """The file is as new as the database. Ends the process where the database has become older: nothing of an old state may be acted on."""
         stand = read_stand(self._store)
+        if self._followed is not None and (stand is None or stand < self._followed):
+            log.error("worker ends itself", why="an older database was put back under it", now=_text(stand), before=_text(self._followed))
+            os._exit(OLDER)  # without cleaning up: that would be acting on it too
         if stand is not None and stand != self._followed:
             write_stand_file(self._path, stand)
             self._followed = stand

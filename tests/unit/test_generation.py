@@ -1,15 +1,24 @@
 """An older database that was put back is recognised; a crash between the two places never locks anybody out."""
 
+import contextlib
 import itertools
+import multiprocessing
 import os
+import signal
+import sqlite3
+import sys
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from repave.domain.generation import Stand, Verdict, judge
+from repave.domain.generation import NOTHING, Stand, Verdict, judge
 from repave.errors import RepaveError
-from repave.generation import read_stand_file, write_stand_file
+from repave.generation import begin_life, read_stand_file, stand_path, write_stand_file
 from repave.secrets import Sealer
+from repave.store import Store
 
 
 @pytest.mark.parametrize(
@@ -22,6 +31,8 @@ from repave.secrets import Sealer
         (Stand(3, 70), Stand(3, 69), Verdict.OLD),  # a copy from this very life, before the last fact
         (Stand(3, 70), Stand(2, 99), Verdict.OLD),  # another branch of history, however long it ran
         (Stand(3, 70), None, Verdict.OLD),  # an empty database, or one from before there were generations
+        (NOTHING, None, Verdict.FIRST),  # died in the very first start
+        (NOTHING, Stand(1, 70), Verdict.CURRENT),
         (None, Stand(1, 1), Verdict.UNKNOWN),  # put on another machine without the file
     ],
 )
@@ -41,6 +52,68 @@ def test_whoever_dies_between_any_two_writes_may_start_again():
                 database = Stand(database.generation, database.events + 1) if step == "fact" else Stand(above + 1, database.events)
                 file = database if followed else file
             assert judge(file, database) is Verdict.CURRENT
+
+
+def start(folder: Path) -> Stand:
+    """What a start of the service does with the two."""
+    key = folder / "key"
+    store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(key), now=lambda: datetime.now(UTC))
+    try:
+        return begin_life(store, stand_path(key))
+    finally:
+        store.close()
+
+
+def kill_at(point: int, folder: Path, act: Callable[[], object]) -> bool:
+    """`act` in a process of its own that SIGKILLs itself at its nth touch of a file in `folder`. False where it has fewer."""
+
+    def run() -> None:
+        left = itertools.count(point, -1)
+
+        def look(event: str, args: tuple[object, ...]) -> None:
+            if event in ("open", "os.rename", "os.remove") and str(folder) in str(args[0]) and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(look)
+        act()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def test_a_start_that_is_killed_at_any_touch_of_a_file_locks_nobody_out(tmp_path):
+    start(tmp_path)
+    for life in ("first", "later"):
+        for point in itertools.count():
+            if life == "first":
+                (tmp_path / "generation").unlink()
+                forget(tmp_path)
+            killed = kill_at(point, tmp_path, lambda: start(tmp_path))
+            stand = start(tmp_path)
+            assert read_stand_file(tmp_path / "generation") == stand
+            if not killed:
+                break
+        assert point >= 5, life
+
+
+def test_workers_that_start_a_new_site_at_once_all_start(tmp_path):
+    start(tmp_path)  # the tables, the key
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        for round_ in range(5):
+            (tmp_path / "generation").unlink()
+            forget(tmp_path)
+            stands = pool.map(start, [tmp_path] * 4)
+            assert sorted(s.generation for s in stands) == [1, 2, 3, 4], round_
+            assert read_stand_file(tmp_path / "generation") == max(stands)
+
+
+def forget(folder: Path) -> None:
+    """The database has never been served."""
+    with contextlib.closing(sqlite3.connect(folder / "repave.db")) as conn, conn:
+        conn.execute("DELETE FROM marks WHERE name = 'generation'")
 
 
 def test_the_file_never_goes_back(tmp_path):

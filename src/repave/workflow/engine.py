@@ -251,13 +251,19 @@ class Engine:
     def _revive(self) -> None:
         """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one kills the workflow and leaves its row PENDING.
 
-        Only what was lost in the round before too: between its dequeuing and its begin a workflow is not active yet.
+        Only what was lost in the round before too: between its dequeuing and its begin a workflow is not active yet. One that is running after all
+        loses its claim by this and stops at its next record (DBOS's `owner_xid`).
         """
-        c, dbos = self._workflow_status.c, _get_dbos_instance()  # private in 3.4, as is all of this
+        table, dbos = self._workflow_status, _get_dbos_instance()  # private in 3.4, as is all of this
+        c = table.c
         mine = sa.and_(c.status == "PENDING", c.executor_id == self.lease.executor_id)
         with self.store.engine.connect() as conn:
             lost = set(conn.execute(sa.select(c.workflow_uuid).where(mine)).scalars()) - set(dbos._active_workflows_set.activeList())
-        for run_id in lost & self._lost:
+        again = lost & self._lost
+        if again:
+            with self.store.write() as conn:  # before all that have not begun, as in a takeover
+                conn.execute(sa.update(table).where(c.workflow_uuid.in_(again), mine).values(priority=0))
+        for run_id in again:
             if self.lease.holds() and dbos._sys_db.reenqueue_for_recovery(run_id, [self.lease.executor_id], QUEUE):
                 log.warning("workflow goes on", run_id=run_id)
         self._lost = lost
