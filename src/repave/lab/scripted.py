@@ -34,7 +34,7 @@ from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, crea
 ROOT_DISK_BYTES = 512 << 20
 FAULTS_FILE = "faults.json"
 BMC_LOG = "bmc.log"
-FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors", "hold-disk-boot")
+FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors", "hold-disk-boot", "hold-media")
 
 # A Python start costs 0.3 s of a core: fifty at once would starve the service under test, which has the same cores.
 _starting = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
@@ -136,7 +136,7 @@ class Player:
     def reset(self, kind: str) -> None:
         """A Redfish ResetType, done at once. A restart is off, then on."""
         graceful = kind.startswith("Graceful")
-        if graceful and (not self._os_runs or self._has("ignore-graceful")):
+        if graceful and (not self._os_runs or self.has("ignore-graceful")):
             self._say("the power button was pressed; nobody cares")
             return
         if "Off" in kind or "Shutdown" in kind or "Restart" in kind:
@@ -148,9 +148,9 @@ class Player:
     def _hold_answer(self) -> None:
         """The machine boots from its disk already, while whoever asked for power waits for the BMC's answer until the fault is over."""
         ends_at = time.monotonic() + _HOLD_S
-        if self.boot_target != "Cd" and self._has("hold-disk-boot"):
+        if self.boot_target != "Cd" and self.has("hold-disk-boot"):
             self._say("the BMC holds its answer")
-            while self._has("hold-disk-boot") and time.monotonic() < ends_at:
+            while self.has("hold-disk-boot") and time.monotonic() < ends_at:
                 time.sleep(0.05)
 
     def _power_on(self) -> None:
@@ -172,7 +172,7 @@ class Player:
     def _boot(self, off: threading.Event) -> None:
         """One time of being on. It ends by itself only where the agent switches off; a machine that hangs stays on."""
         try:
-            if self.boot_target == "Cd" and self.cd is not None and not self._has("ignore-override"):
+            if self.boot_target == "Cd" and self.cd is not None and not self.has("ignore-override"):
                 self._say("boot: CD")
                 then = self._run_ramdisk(self.cd, off)
                 if then == "power-off" and not off.is_set():
@@ -190,7 +190,7 @@ class Player:
         if slot is None:
             self._say("ramdisk: no run on these media")
             return "boot-local"
-        if self._has("no-hello"):
+        if self.has("no-hello"):
             self._say("ramdisk: hangs")
             return None
         slot_file, machine_file, ended = (self._folder / f"scripted/{self.machine.name}.{name}" for name in ("slot", "machine", "ended"))
@@ -227,7 +227,7 @@ class Player:
         first_boot = scripted_os.read_first_boot(drive.data)
         scripted_os.erase_config_drive(self.machine.root_disk, drive)
         self._say(f"first boot as {first_boot.hostname}; the config drive is erased")
-        if self._has("never-home"):
+        if self.has("never-home"):
             self._say("does not call home")
             return
         call = {
@@ -236,7 +236,7 @@ class Player:
             "ssh_host_keys": [scripted_os.create_host_key()],
             "password_usable": first_boot.password_usable,
         }
-        while self._has("hold-disk-boot") and not off.is_set():
+        while self.has("hold-disk-boot") and not off.is_set():
             off.wait(0.05)
         self._say("home: " + ("taken" if first_boot.call_home(call, off) else "not taken"))
 
@@ -245,13 +245,13 @@ class Player:
         disk = {
             "path": str(self.machine.root_disk),
             "size_bytes": self.machine.root_disk.stat().st_size,
-            "sector_bytes": 4096 if self._has("4k-sectors") else 512,
+            "sector_bytes": 4096 if self.has("4k-sectors") else 512,
             "serial": self.machine.root_serial,
         }
         m = self.machine
         return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": [disk | {"transport": "virtio"}], "state_path": str(ended)}
 
-    def _has(self, fault: str) -> bool:
+    def has(self, fault: str) -> bool:
         path = self._folder / FAULTS_FILE
         return path.exists() and fault in json.loads(path.read_text()).get(self.machine.name, ())
 
@@ -260,13 +260,16 @@ class Player:
             console.write(line + "\n")
 
 
-def _with_log(app: Any, log: Path, name: str) -> Any:
-    """The BMC, which writes down what it is asked to change."""
+def _with_log(app: Any, folder: Path, player: Player) -> Any:
+    """The BMC, which writes down what it is asked to change, with its faults."""
 
     def logged(environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            with log.open("a") as out:
-                out.write(f"{name} {environ['REQUEST_METHOD']} {environ['PATH_INFO']}\n")
+        changes = environ["REQUEST_METHOD"] not in ("GET", "HEAD")
+        if changes:
+            with (folder / BMC_LOG).open("a") as out:
+                out.write(f"{player.machine.name} {environ['REQUEST_METHOD']} {environ['PATH_INFO']}\n")
+        while changes and "VirtualMedia" in environ["PATH_INFO"] and player.has("hold-media"):
+            time.sleep(0.05)  # its answer waits until the fault is over
         return app(environ, start_response)
 
     return logged
@@ -316,7 +319,7 @@ def serve(folder: Path) -> None:
     servers = []
     for m in state.machines:
         guarded = emulator.RedfishAuthMiddleware(emulator.app, str(folder / f"{m.name}.htpasswd"))
-        servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder / BMC_LOG, m.name), threaded=True))
+        servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder, players[m.uuid]), threaded=True))
     threads = [threading.Thread(target=server.serve_forever, name=f"bmc-{i}") for i, server in enumerate(servers)]
     for thread in threads:
         thread.start()

@@ -28,6 +28,7 @@ from repave.domain.model import RunRow
 from repave.domain.states import Ending
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
+from repave.store.database import is_unavailable
 from repave.workflow.lease import Lease, LeaseGiven, LeaseLapsed, LeaseTimes
 from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
 from repave.workflow.run import Json, open_message
@@ -47,6 +48,10 @@ log = structlog.get_logger()
 
 class RecordedBug(Exception):
     """What an unforeseen error becomes when it is replayed: not a RunFailed, so it takes the same way as the first time."""
+
+
+class NotRecorded(BaseException):
+    """The engine's own record failed with the database. Past DBOS, which takes an Exception for the workflow's outcome: it is no such thing."""
 
 
 class JsonSerializer(Serializer):
@@ -187,7 +192,13 @@ class Engine:
 
         @DBOS.workflow(name="reinstall", max_recovery_attempts=1000)
         async def reinstall_workflow(run_id: str) -> str:
-            return await reinstall(DbosRun(run_id, pool, lease), effects, waits)
+            try:
+                return await reinstall(DbosRun(run_id, pool, lease), effects, waits)
+            except sa.exc.DBAPIError as error:
+                if is_unavailable(error):
+                    log.warning("workflow stands still: the database", run_id=run_id)
+                    raise NotRecorded from None  # its row stays as it is, and `_revive` finds it
+                raise
 
         DBOS.launch()
         DBOS.register_queue(QUEUE, global_concurrency=CONCURRENT_RUNS, polling_interval_sec=0.1)
@@ -249,7 +260,7 @@ class Engine:
                 log.error("reconcile failed", error=type(error).__name__)
 
     def _revive(self) -> None:
-        """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one kills the workflow and leaves its row PENDING.
+        """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one ends them (NotRecorded), or they never began.
 
         Only what was lost in the round before too: between its dequeuing and its begin a workflow is not active yet. One that is running after all
         loses its claim by this and stops at its next record (DBOS's `owner_xid`).
