@@ -6,6 +6,7 @@ each commit, and may end the process there: what was not committed is then gone,
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -14,9 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy.pool import StaticPool
+from sqlite_direct import DirectEngine
 
 from repave import secrets as repave_secrets
 from repave.errors import RunFailed
@@ -25,22 +25,6 @@ from repave.store import Store
 from repave.store.tables import META
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
-
-
-class _Connection(sqlite3.Connection):
-    """SQLite's, which tells before and after each commit that changed something."""
-
-    around: Callable[[str], None] | None = None
-
-    def close(self) -> None:
-        """Stays open: the pool would close it when a task is ended in the middle of a statement."""
-
-    def commit(self) -> None:
-        if self.around is None or not self.in_transaction:
-            return super().commit()
-        self.around("before")
-        super().commit()
-        self.around("after")
 
 
 class KeptKeys(Sealer):
@@ -89,7 +73,8 @@ class Disk:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.engine, self._raw = _engine()
+        self.engine = _engine()
+        self._raw = self.engine.raw
         self.sealer = KeptKeys(b"k" * 32, lambda: (START + timedelta(seconds=clock())).timestamp())
         self.before_begin: Callable[[], None] = lambda: None
         self.at_commit: Callable[[str], None] = lambda edge: None
@@ -98,15 +83,14 @@ class Disk:
         self.inbox: dict[tuple[str, str], dict[str, Any]] = {}
         self.told: Callable[[], None] = lambda: None
         self._open: list[Callable[[], None]] = []  # what the open transaction does to the engine's tables
-        self._raw.around = self._around
+        self.engine.before_begin, self.engine.around = self._begin, self._around
         self.commits = 0
-        _BEGIN[:] = [self._begin]
 
     def now(self) -> datetime:
         return START + timedelta(seconds=self.clock())
 
     def open_store(self) -> Store:
-        store = Store(self.engine, self.sealer, self.now)
+        store = Store(self.engine, self.sealer, self.now)  # type: ignore[arg-type]
         store.tell = self.tell
         store._turn = nullcontext()  # a lock of threads would stand for ever where a task is overtaken; SQLite's one writer at a time stays true
         return store
@@ -133,8 +117,7 @@ class Disk:
         return self._raw.serialize()
 
     def close(self) -> None:
-        _BEGIN.clear()
-        self._raw.around = None
+        self.engine.before_begin, self.engine.around = (lambda: None), (lambda edge: None)
         self._raw.rollback()
 
     def _begin(self) -> None:
@@ -153,33 +136,21 @@ class Disk:
         self.at_commit(edge)
 
 
-_BEGIN: list[Callable[[], None]] = []
-_MADE: list[tuple[sa.Engine, _Connection]] = []
+@functools.cache
+def _open() -> tuple[DirectEngine, bytes]:
+    """One a process, and what its database holds before anything was written: making the tables takes longer than a reinstall."""
+    raw = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+    for pragma in ("synchronous=OFF", "journal_mode=MEMORY", "foreign_keys=ON"):
+        raw.execute(f"PRAGMA {pragma}")
+    engine = DirectEngine(raw)
+    META.create_all(engine.slow)
+    return engine, raw.serialize()
 
 
-def _engine() -> tuple[sa.Engine, _Connection]:
-    """One engine a process, emptied for each world: making it takes longer than a reinstall."""
-    if not _MADE:
-        raw = sqlite3.connect(":memory:", factory=_Connection, check_same_thread=False, isolation_level=None)
-        for pragma in ("synchronous=OFF", "journal_mode=MEMORY", "foreign_keys=ON"):
-            raw.execute(f"PRAGMA {pragma}")
-        engine = sa.create_engine("sqlite://", poolclass=StaticPool, creator=lambda: raw, hide_parameters=True)
-
-        @sa.event.listens_for(engine, "begin")
-        def begin(conn: sa.Connection) -> None:
-            writes = conn.get_execution_options().get("repave_write")
-            for wait in _BEGIN:
-                wait()
-            conn.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-        META.create_all(engine)
-        _MADE.append((engine, raw))
-    engine, raw = _MADE[0]
-    raw.execute("PRAGMA foreign_keys=OFF")
-    for table in META.sorted_tables:
-        raw.execute(f"DELETE FROM {table.name}")
-    raw.execute("PRAGMA foreign_keys=ON")
-    return engine, raw
+def _engine() -> DirectEngine:
+    engine, empty = _open()
+    engine.raw.deserialize(empty)
+    return engine
 
 
 def scratch_folder() -> Path:

@@ -23,6 +23,8 @@ Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or
 
 
 _IDLE_MS = 20_000  # ours last milliseconds
+# What runs often is made once: making a statement and finding it in SQLAlchemy's cache takes longer than SQLite takes to run it.
+_NEW_EVENT = sa.insert(EVENTS)
 _WRITERS_LOCK = 0x7265706176650002  # beside the one of migrations/
 
 
@@ -54,13 +56,15 @@ class Database:
                 conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             yield conn
 
-    def rows(self, statement: sa.Select[Any]) -> list[sa.RowMapping]:
+    def rows(self, statement: sa.Select[Any], **values: Any) -> list[sa.RowMapping]:
         with self.engine.connect() as conn:
-            return [r._mapping for r in conn.execute(statement)]
+            return [r._mapping for r in conn.execute(statement, values)]
 
-    def row(self, statement: sa.Select[Any]) -> sa.RowMapping | None:
-        found = self.rows(statement.limit(1))
-        return found[0] if found else None
+    def row(self, statement: sa.Select[Any], **values: Any) -> sa.RowMapping | None:
+        """The first one."""
+        with self.engine.connect() as conn:
+            found = conn.execute(statement, values).first()
+            return None if found is None else found._mapping
 
     def event(self, conn: sa.Connection, type_: str, project_id: str, **about: Any) -> None:
         self.write_events(conn, type_, project_id, [about])
@@ -70,7 +74,7 @@ class Database:
         names = ("batch_id", "run_id", "server_id")
         fixed = {"at": self.now(), "project_id": project_id, "type": type_}
         conn.execute(
-            sa.insert(EVENTS),
+            _NEW_EVENT,
             [
                 fixed
                 | {"actor": about.get("actor", "repave"), "data": {k: v for k, v in about.items() if k not in (*names, "actor")}}

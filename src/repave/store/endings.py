@@ -21,6 +21,21 @@ from repave.store.tables import BATCHES, EVENTS, IMAGES, INSTANCES, RUNS, SERVER
 _ASIDE = ("cancelled", "batch-stopped")
 _GOOD = tuple(e.value for e in GOOD_ENDINGS)
 
+# Made once: see database.py.
+_RUN = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
+_CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
+_INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.id == sa.bindparam("instance_id"))
+_LIVE = sa.select(RUNS.c.id).where(RUNS.c.batch_id == sa.bindparam("batch"), RUNS.c.ended_at.is_(None)).limit(1)
+_STEPS = (
+    sa.select(EVENTS)
+    .where(EVENTS.c.batch_id == sa.bindparam("batch"), EVENTS.c.run_id == sa.bindparam("run"), EVENTS.c.type.in_(("run.step", "run.crossed")))
+    .order_by(EVENTS.c.seq)
+)
+_WAITING = sa.select(RUNS.c.batch_id).where(RUNS.c.ended_at.is_(None), RUNS.c.released_at.is_(None)).distinct().order_by(RUNS.c.batch_id)
+_STOPPABLE = sa.select(BATCHES.c.id).where(
+    BATCHES.c.ended_at.is_(None), BATCHES.c.stop_reason.is_(None), sa.or_(BATCHES.c.canary.is_not(None), BATCHES.c.max_failed.is_not(None))
+)
+
 
 def move_instance(db: Database, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
     """Compare-and-set of the instance's state by the table in domain/states.py."""
@@ -33,10 +48,10 @@ def move_instance(db: Database, conn: sa.Connection, instance: Instance, ending:
 def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
     """The run and its instance are at their end; the batch too when it was the last. The first ending stands."""
     now = db.now()
-    row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+    row = conn.execute(_RUN, {"run_id": run_id}).one()
     if row.ended_at is not None and ending is not Ending.LATE_PROOF:
         return False
-    instance = rows.instance(conn.execute(sa.select(INSTANCES).where(INSTANCES.c.id == row.instance_id)).one()._mapping)
+    instance = rows.instance(conn.execute(_INSTANCE, {"instance_id": row.instance_id}).one()._mapping)
     good = ending in (Ending.PROVED, Ending.LATE_PROOF)
     if ending in GOOD_ENDINGS:
         error = None
@@ -56,11 +71,10 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
     }  # fmt: skip
     if good:
         values["step"] = Step.PROOF.value
-    conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(**values))
+    conn.execute(_CHANGE, {"run_id": run_id, **values})
     about = {"batch_id": row.batch_id, "run_id": row.id, "server_id": row.server_id}
     db.event(conn, "run.ended", row.project_id, **about, outcome=ending.value, error=error)
-    live = sa.and_(RUNS.c.batch_id == row.batch_id, RUNS.c.ended_at.is_(None))
-    if not conn.execute(sa.select(RUNS.c.id).where(live).limit(1)).first():
+    if conn.execute(_LIVE, {"batch": row.batch_id}).first() is None:
         done = sa.update(BATCHES).where(BATCHES.c.id == row.batch_id, BATCHES.c.ended_at.is_(None)).values(ended_at=now)
         if conn.execute(done).rowcount:
             db.event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
@@ -68,8 +82,7 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
 
 
 def _durations(conn: sa.Connection, row: Any, ended_at: Any) -> dict[str, float]:
-    where = sa.and_(EVENTS.c.batch_id == row.batch_id, EVENTS.c.run_id == row.id, EVENTS.c.type.in_(("run.step", "run.crossed")))
-    begun = [(e.data.get("step", Step.WRITE_IMAGE.value), e.at) for e in conn.execute(sa.select(EVENTS).where(where).order_by(EVENTS.c.seq))]
+    begun = [(e.data.get("step", Step.WRITE_IMAGE.value), e.at) for e in conn.execute(_STEPS, {"batch": row.batch_id, "run": row.id})]
     return step_durations(begun, ended_at)
 
 
@@ -118,10 +131,8 @@ def stop_batch(db: Database, conn: sa.Connection, batch_id: str, reason: str) ->
 
 def go_on(db: Database, conn: sa.Connection) -> list[str]:
     """Batches past their limit are stopped, and what may begin now is queued. Returns the ids of the runs that ended with a stopped batch."""
-    waiting = sa.and_(RUNS.c.ended_at.is_(None), RUNS.c.released_at.is_(None))
-    wanted = list(conn.execute(sa.select(RUNS.c.batch_id).where(waiting).distinct().order_by(RUNS.c.batch_id)).scalars())
-    stoppable = sa.and_(BATCHES.c.ended_at.is_(None), BATCHES.c.stop_reason.is_(None), sa.or_(BATCHES.c.canary.is_not(None), BATCHES.c.max_failed.is_not(None)))
-    stoppable_ids = list(conn.execute(sa.select(BATCHES.c.id).where(stoppable)).scalars())
+    wanted = list(conn.execute(_WAITING).scalars())
+    stoppable_ids = list(conn.execute(_STOPPABLE).scalars())
     ended: list[str] = []
     for batch_id, batch in _standings(conn, stoppable_ids).items():
         if reason := find_stop_reason(batch):

@@ -12,6 +12,8 @@ from repave.store import rows
 from repave.store.database import Database
 from repave.store.tables import IMAGES, RUNS
 
+_BY_ID = sa.select(IMAGES).where(IMAGES.c.project_id == sa.bindparam("project"), IMAGES.c.id == sa.bindparam("image"))  # made once: see database.py
+
 
 class Images:
     """What can be written."""
@@ -31,7 +33,7 @@ class Images:
         return [rows.image(r) for r in self._db.rows(sa.select(IMAGES).where(IMAGES.c.project_id == project_id).order_by(IMAGES.c.name))]
 
     def find_image(self, project_id: str, image_id: str) -> Image | None:
-        row = self._db.row(sa.select(IMAGES).where(IMAGES.c.project_id == project_id, IMAGES.c.id == image_id))
+        row = self._db.row(_BY_ID, project=project_id, image=image_id)
         return rows.image(row) if row else None
 
     def remove_image(self, image: Image, *, actor: str = "repave") -> list[str]:

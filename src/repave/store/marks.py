@@ -22,7 +22,7 @@ class Marks:
         """The sealer opens what is in this database. Raises RepaveError not-this-site."""
         sealer = self._db.sealer
         try:
-            old = self._db.row(sa.select(CREDENTIALS.c.id, CREDENTIALS.c.sk_sealed))
+            old = self._db.row(sa.select(CREDENTIALS.c.id, CREDENTIALS.c.sk_sealed).limit(1))
             if old is not None:
                 sealer.unseal(old["sk_sealed"], about=f"sk:{old['id']}")
             sealer.unseal(self._hold("key", sealer.seal(_SAID, about="mark:key")), about="mark:key")

@@ -26,8 +26,9 @@ Row = Mapping[Any, Any]
 
 def _pick(kind: type, row: Row, **given: Any) -> Any:
     """The fields of `kind` that the row has under the same name, and the ones given."""
+    had = {**row}  # looked up by name several times: SQLAlchemy's own mapping is slow at that
     fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    return kind(**{name: row[name] for name in fields if name in row and name not in given}, **given)
+    return kind(**{name: had[name] for name in fields if name in had and name not in given}, **given)
 
 
 def project(row: Row) -> Project:

@@ -20,6 +20,19 @@ from repave.store.database import Database
 from repave.store.endings import end_run, go_on
 from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
+# Made once: see database.py.
+_BY_ID = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
+_BY_TOKEN = sa.select(RUNS).where(RUNS.c.token_sha256 == sa.bindparam("sha256"))
+_BY_SESSION = sa.select(RUNS).where(RUNS.c.session_sha256 == sa.bindparam("sha256"))
+_BY_NONCE = _BY_ID.where(RUNS.c.nonce_sha256 == sa.bindparam("sha256"))
+_SECRET = sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == sa.bindparam("run_id"))
+_CLOSING = sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == sa.bindparam("run_id"))
+_INVENTORY = (
+    sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
+)
+_EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
+_CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
+
 
 @dataclass(frozen=True)
 class NewRun:
@@ -84,30 +97,30 @@ class Runs:
         return run
 
     def find_run(self, run_id: str) -> RunRow | None:
-        row = self._db.row(sa.select(RUNS).where(RUNS.c.id == run_id))
+        row = self._db.row(_BY_ID, run_id=run_id)
         return rows.run(row) if row else None
 
     def find_run_by_token(self, token: str) -> RunRow | None:
-        row = self._db.row(sa.select(RUNS).where(RUNS.c.token_sha256 == fingerprint(token)))
+        row = self._db.row(_BY_TOKEN, sha256=fingerprint(token))
         return rows.run(row) if row else None
 
     def find_run_by_session(self, token: str) -> RunRow | None:
-        row = self._db.row(sa.select(RUNS).where(RUNS.c.session_sha256 == fingerprint(token)))
+        row = self._db.row(_BY_SESSION, sha256=fingerprint(token))
         return rows.run(row) if row else None
 
     def find_run_by_nonce(self, run_id: str, nonce: str) -> RunRow | None:
-        row = self._db.row(sa.select(RUNS).where(RUNS.c.id == run_id, RUNS.c.nonce_sha256 == fingerprint(nonce)))
+        row = self._db.row(_BY_NONCE, run_id=run_id, sha256=fingerprint(nonce))
         return rows.run(row) if row else None
 
     def get_run_secret(self, run_id: str) -> dict[str, str]:
         """`password` (Linux: its hash) and `user_data`. Raises RunFailed password-gone once the run's key is destroyed."""
-        row = self._db.row(sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == run_id))
+        row = self._db.row(_SECRET, run_id=run_id)
         secret: dict[str, str] = json.loads(self._db.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else ""))
         return secret
 
     def find_inventory(self, server_id: str) -> dict[str, Any] | None:
         """What the ramdisk saw of this server when it last was there."""
-        row = self._db.row(sa.select(RUNS.c.inventory).where(RUNS.c.server_id == server_id, RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()))
+        row = self._db.row(_INVENTORY, server_id=server_id)
         return dict(row["inventory"]) if row and row["inventory"] else None
 
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
@@ -132,17 +145,17 @@ class Runs:
     def record_step(self, run_id: str, step: Step, **data: Any) -> None:
         """The run is in this step. Repeatable: a step already recorded is not recorded again."""
         with self._db.write() as conn:
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             if row.step == step.value and row.started_at is not None and not data:
                 return
             values: dict[str, Any] = {"step": step.value} | ({} if row.started_at else {"started_at": self._db.now()})
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id).values(**values))
+            conn.execute(_CHANGE, {"run_id": run_id, **values})
             self._run_event(conn, "run.step", row, step=step.value, **data)
 
     def record_note(self, run_id: str, type_: str, **data: Any) -> None:
         """An event of this run that changes nothing."""
         with self._db.write() as conn:
-            self._run_event(conn, type_, conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one(), **data)
+            self._run_event(conn, type_, conn.execute(_BY_ID, {"run_id": run_id}).one(), **data)
 
     def _run_event(self, conn: sa.Connection, type_: str, row: Any, **data: Any) -> None:
         self._db.event(conn, type_, row.project_id, batch_id=row.batch_id, run_id=row.id, server_id=row.server_id, **data)
@@ -167,12 +180,12 @@ class Runs:
         """The agent asked again; written down every ten seconds, not at each of its polls."""
         if run.seen_at is None or (self._db.now() - run.seen_at).total_seconds() > 10:
             with self._db.write() as conn:
-                conn.execute(sa.update(RUNS).where(RUNS.c.id == run.id).values(seen_at=self._db.now()))
+                conn.execute(_CHANGE, {"run_id": run.id, "seen_at": self._db.now()})
 
     def record_plan(self, run_id: str, plan: dict[str, Any]) -> None:
         with self._db.write() as conn:
             conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None)).values(plan=plan))
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             self._run_event(
                 conn,
                 "run.plan",
@@ -192,7 +205,7 @@ class Runs:
         """THE LINE. True when this run may write, now or already before (an answer may have been lost)."""
         now = self._db.now()
         with self._db.write() as conn:
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             if not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
                 return False
             # Decided by the update itself, so that it holds on every database: a return or a cancel that committed first wins; a rehearsal never crosses.
@@ -221,7 +234,7 @@ class Runs:
     def record_report(self, run_id: str, report: dict[str, Any]) -> bool:
         """How the write ended; the first report stands."""
         with self._db.write() as conn:
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             if row.report is not None or row.ended_at is not None:
                 return row.report is not None
             good = report.get("verified") and not report.get("error") and row.crossed_at and not row.closed_at
@@ -244,7 +257,7 @@ class Runs:
 
     def record_proof(self, run_id: str, proof: dict[str, Any]) -> None:
         with self._db.write() as conn:
-            row = conn.execute(sa.select(RUNS).where(RUNS.c.id == run_id)).one()
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.proof.is_(None)).values(proof=proof))
             self._run_event(conn, "run.proof", row, root_disk_serial=proof.get("root_disk_serial"), boot_id=proof.get("boot_id"))
             if row.ended_at is None:
@@ -323,11 +336,11 @@ class Runs:
 
     def is_closed(self, run_id: str) -> bool:
         """A rollback has begun, or the run ended: nobody crosses any more."""
-        row = self._db.row(sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == run_id))
+        row = self._db.row(_CLOSING, run_id=run_id)
         return row is None or row["closed_at"] is not None or row["ended_at"] is not None
 
     def is_latest_run(self, run: RunRow) -> bool:
-        row = self._db.row(sa.select(SERVERS.c.epoch).where(SERVERS.c.id == run.server_id))
+        row = self._db.row(_EPOCH, server_id=run.server_id)
         return row is not None and row["epoch"] == run.epoch
 
 

@@ -16,6 +16,12 @@ from repave.store import rows
 from repave.store.database import Database, new_id
 from repave.store.tables import HOSTS, INSTANCES, RUNS, SERVERS
 
+# Made once: see database.py.
+_BY_ID = sa.select(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
+_CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
+_HOSTS = sa.select(HOSTS).order_by(HOSTS.c.id)
+_INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.project_id == sa.bindparam("project"), INSTANCES.c.id == sa.bindparam("instance"))
+
 
 class Servers:
     """What stands in the racks."""
@@ -113,7 +119,7 @@ class Servers:
                 conn.execute(sa.insert(HOSTS).values(**values))
 
     def list_hosts(self) -> list[Host]:
-        return [rows.host(r) for r in self._db.rows(sa.select(HOSTS).order_by(HOSTS.c.id))]
+        return [rows.host(r) for r in self._db.rows(_HOSTS)]
 
     def remove_server(self, server_id: str, *, actor: str = "repave") -> None:
         """The server, its instance and its runs are forgotten. Refused while a run is live."""
@@ -136,7 +142,7 @@ class Servers:
         return rows.server(row) if row else None
 
     def get_server(self, server_id: str) -> Server:
-        row = self._db.row(sa.select(SERVERS).where(SERVERS.c.id == server_id))
+        row = self._db.row(_BY_ID, server_id=server_id)
         if row is None:
             raise RequestError("not-found", "There is no such server.", kind="server")
         return rows.server(row)
@@ -154,7 +160,7 @@ class Servers:
 
     def record_power(self, server_id: str, power: str) -> None:
         with self._db.write() as conn:
-            conn.execute(sa.update(SERVERS).where(SERVERS.c.id == server_id).values(power=power, power_at=self._db.now()))
+            conn.execute(_CHANGE, {"server_id": server_id, "power": power, "power_at": self._db.now()})
 
     def read_power_seen(self, server_id: str) -> tuple[str, datetime] | None:
         row = self._db.row(sa.select(SERVERS.c.power, SERVERS.c.power_at).where(SERVERS.c.id == server_id))
@@ -176,7 +182,7 @@ class Servers:
         return [rows.instance(r) for r in found], total
 
     def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
-        row = self._db.row(sa.select(INSTANCES).where(INSTANCES.c.project_id == project_id, INSTANCES.c.id == instance_id))
+        row = self._db.row(_INSTANCE, project=project_id, instance=instance_id)
         return rows.instance(row) if row else None
 
 
