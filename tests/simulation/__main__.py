@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import random
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
+import acts
 import observers
 from virtual_time import Stuck
 from world import World
 
 CALM_SHARE = 0.45  # of the worlds: nothing goes wrong in them
+SHARED_SHARE = 0.2  # two workers with leases
 BLOCK = 20
 
 
@@ -28,6 +31,7 @@ class Count:
     events: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    acts: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, other: Count) -> None:
@@ -36,23 +40,25 @@ class Count:
         self.most_kinds = max(self.most_kinds, other.most_kinds)
         self.outcomes += other.outcomes
         self.kinds += other.kinds
+        self.acts += other.acts
         self.broken += other.broken
 
 
 def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
     """One world; what is broken in it and its fingerprint."""
-    world, found = World(seed), Count(seeds=1)
+    draws = random.Random(f"site {seed}")
+    calm, workers, limits = draws.random() < CALM_SHARE, 2 if draws.random() < SHARED_SHARE else 1, acts.draw_limits(draws)
+    world, found = World(seed, workers=workers, limits=limits), Count(seeds=1)
     if tell:
         world.time.lines = []
     try:
-        chance = 0.0 if world.time.rng.random() < CALM_SHARE else 0.75
         try:
-            world.play(chance=chance)
+            world.play(chance=0.0 if calm else 0.75)
         except Stuck as stuck:
             found.broken.append((seed, f"I4 the world does not come to rest: {stuck}"))
         found.broken += [(seed, b) for b in observers.observe(world)]
         for this in world.rounds:
-            around = {k for k, on in (("crash", this.crashes), ("database-busy", this.busy)) if on}
+            around = {k for k, on in (("crash", this.crashes), ("database-busy", this.busy), ("worker-stopped", this.stops)) if on}
             for fired in (t.fired | around for t in this.troubles.values()):
                 found.reinstalls += 1
                 found.faulty += bool(fired)
@@ -60,6 +66,7 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
             found.most_kinds = max(found.most_kinds, len(set().union(around, *(t.fired for t in this.troubles.values()))))
         found.outcomes.update(str(row[0]) for row in world.disk.rows("SELECT outcome FROM runs"))
         found.events = world.time.events
+        found.acts.update(_acts(world))
         if tell:
             print(*world.time.lines or (), sep="\n")
             for n, this in enumerate(world.rounds):
@@ -68,6 +75,24 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
         return found, world.time.fingerprint()
     finally:
         world.close()
+
+
+def _acts(world: World) -> Counter[str]:
+    """What was asked and happened besides reinstalls."""
+    counted: Counter[str] = Counter(takeovers=world.service.takeovers, **{"stale workers that ended themselves": world.service.ended_themselves})
+    counted["worlds with two workers"] = len(world.service.workers) - 1
+    counted["worlds with limits"] = bool(world.service.limits.runs_at_once or world.service.limits.rack_at_once)
+    counted["stopped batches"] = world.disk.rows("SELECT count(*) FROM batches WHERE stop_reason IS NOT NULL")[0][0]
+    counted["runs not started"] = world.disk.rows("SELECT count(*) FROM runs WHERE released_at IS NULL")[0][0]
+    for this in world.rounds:
+        asked, waves = this.asked, this.asked.waves
+        counted["retries"] += bool(asked.retry)
+        counted["rehearsals"] += asked.rehearse
+        counted["pauses"] += len(asked.paused)
+        for name in ("canary", "at_once", "max_failed"):
+            counted[name] += getattr(waves, name) is not None
+        counted.update(f"cancel: {what}" for _, _, what in asked.cancelled.values())
+    return counted
 
 
 def play_block(seeds: list[int]) -> Count:
@@ -103,6 +128,7 @@ def main() -> None:
         print(f"seed {seed}: {what}\n    again: .venv/bin/python tests/simulation --seed {seed}")
     print("endings:", dict(total.outcomes.most_common()))
     print("faults:", dict(total.kinds.most_common()))
+    print("acts:", dict(total.acts.most_common()))
     print(f"most kinds of fault in one world: {total.most_kinds}; {total.events:,} events; {time.monotonic() - began:.0f} s on {args.jobs} cores")
     share = round(100 * total.faulty / max(1, total.reinstalls))
     print(f"simulation: {total.seeds:,} seeds, {total.reinstalls:,} reinstalls, {share} % with faults, {len(total.broken)} violations")

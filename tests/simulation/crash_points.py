@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import observers
+from acts import Asked
 from sim_run import Meddling
 from trouble import Trouble
 from virtual_time import Stuck
@@ -36,7 +37,11 @@ ENDINGS: dict[str, dict[str, dict[str, Any]]] = {
     "unproved": {"no-proof": {}},
     "unproved: password": {"password-unusable": {}},
     "late-proof": {"late-proof": {"late_s": 1900.0}},
+    "rehearsed": {},
+    "returned: an old proof comes": {"other-machine": {}},
 }
+ASKED = {"rehearsed": Asked(rehearse=True)}
+BEFORE = {"returned: an old proof comes": {"late-proof": {"late_s": 1900.0}}}  # a round that ended just before, in the same world
 
 
 def play(
@@ -49,14 +54,20 @@ def play(
     world.service.meddling = meddling or Meddling()
     try:
         try:
-            world.play_round(["m0"], {"m0": Trouble({k: dict(v) for k, v in ENDINGS[ending].items()})})
+            if ending in BEFORE:
+                world.play_round(["m0"], {"m0": _trouble(BEFORE[ending])}, settles=False)
+            world.play_round(["m0"], {"m0": _trouble(ENDINGS[ending])}, asked=ASKED.get(ending))
         except Stuck as stuck:
             return "stuck", [f"I4 {stuck}"]
-        outcome = world.disk.rows("SELECT outcome FROM runs")
+        outcome = world.disk.rows("SELECT outcome FROM runs ORDER BY epoch DESC")
         missed = [f"the point {p} was not met" for p in world.service.crashes.at[: len(at) == 1]]
         return str(outcome[0][0]) if outcome else "none", observers.observe(world) + missed
     finally:
         world.close()
+
+
+def _trouble(faults: dict[str, dict[str, Any]]) -> Trouble:
+    return Trouble({name: dict(parameters) for name, parameters in faults.items()})
 
 
 def discover(ending: str) -> list[str]:

@@ -79,6 +79,7 @@ class Disk:
         self.before_begin: Callable[[], None] = lambda: None
         self.at_commit: Callable[[str], None] = lambda edge: None
         self.queued: dict[str, str] = {}  # run id -> the workflow's status, in the order of admission
+        self.owners: dict[str, str] = {}  # run id -> the executor that its workflow was given to
         self.journals: dict[str, list[tuple[str, str]]] = {}
         self.inbox: dict[tuple[str, str], dict[str, Any]] = {}
         self.told: Callable[[], None] = lambda: None

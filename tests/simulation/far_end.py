@@ -88,6 +88,8 @@ class Call:
     at: float
     action: str
     live: frozenset[str]  # ids of the runs that had begun and not ended at that time, on this server
+    run_id: str  # for which it was made
+    executor_id: str  # by which worker
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Machine:
     plans: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # served: time, boot id, plan
     horrors: list[str] = field(default_factory=list)  # what must never be seen, seen the moment it happens
     live_runs: Callable[[], frozenset[str]] = lambda: frozenset()
+    is_stale: Callable[[str], bool] = lambda executor_id: False
 
     @property
     def serial(self) -> str:
@@ -298,6 +301,9 @@ class Agent:
             if hashlib.sha256(manifest).hexdigest() != plan.manifest_sha256:
                 raise RunFailed("image-damaged")
             self._stage("manifest")
+            if plan.rehearse:
+                self._insist("GET", f"/agent/v1/chunks/{json.loads(manifest)['chunks'][0][0]}")
+                return self._end(protocol.Report(self.epoch, False, disk.serial, rehearsal={"chunks": WINDOWS, "fetched_bytes": 1}))
             self._cross(plan)
             self._write(plan, next(d for d in (self.m.root, self.m.data) if d.serial == disk.serial), json.loads(manifest))
             self._end(protocol.Report(self.epoch, True, disk.serial))
@@ -455,8 +461,9 @@ def _next_life(machine: Machine) -> Life:
 class SimBmc:
     """The `Bmc` protocol: each call asks for a state and reads it back, as the real driver does; so most lies become errors."""
 
-    def __init__(self, machine: Machine, at: Callable[[str], None]) -> None:
-        self.m, self.at = machine, at
+    def __init__(self, machine: Machine, at: Callable[[str], None], *, before_write: Callable[[], None] = lambda: None, executor_id: str = "") -> None:
+        """`before_write`: as the real driver, asked when only the sending is left."""
+        self.m, self.at, self.before_write, self.executor_id = machine, at, before_write, executor_id
 
     def _do(self, action: str, effect: Callable[[], Any]) -> Any:
         m, t, time = self.m, self.m.trouble, self.m.time
@@ -466,6 +473,8 @@ class SimBmc:
         if away and away["from"] <= time.now < away["until"] and t.fire("bmc-away"):
             time.sleep(10)
             raise BmcError("unreachable", action)
+        if action in CHANGES:
+            self.before_write()
         if t.has("bmc-refuses") and t.get("bmc-refuses")["action"] == action and t.fire("bmc-refuses"):
             raise BmcError("power_failed" if "power" in action else "media_rejected", action)
         for kind in ("bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late"):
@@ -483,7 +492,9 @@ class SimBmc:
 
     def _log(self, action: str) -> None:
         if action in CHANGES:
-            self.m.calls.append(Call(self.m.time.now, action, self.m.live_runs()))
+            if self.m.is_stale(self.executor_id):
+                self.m.horrors.append(f"I16 {self.m.name}: {action} at {self.m.time.now:.0f} s by {self.executor_id}, whose lease had passed")
+            self.m.calls.append(Call(self.m.time.now, action, self.m.live_runs(), self.m.time.about, self.executor_id))
             self.m.time.note(f"{self.m.name} bmc {action}")
 
     def _effect(self, action: str, effect: Callable[[], Any]) -> Any:
@@ -511,16 +522,23 @@ class SimBmc:
         m = self.m
         if not m.on:
             return False
-        forced = True
         if graceful_s:
             deaf = m.trouble.has("graceful-ignored") and m.trouble.fire("graceful-ignored")
-            forced = deaf or m.runs_now in ("", "nothing", "ramdisk")
-            m.time.sleep(graceful_s if forced else m.time.rng.uniform(3, 20))
+            if not deaf and m.runs_now not in ("", "nothing", "ramdisk"):
+                shuts_down_s = m.time.rng.uniform(3, 20)
+                m.time.spawn(f"{m.name} shuts down", m.cut, life=m.life, after=shuts_down_s)  # by itself: whoever asked may be gone
+                m.time.sleep(shuts_down_s + 0.1)
+                if not m.on:
+                    return False
+            else:
+                m.time.sleep(graceful_s)
+            self.before_write()  # to force it is another request
+            self._log("power_off")
         if m.trouble.once("off-is-late"):
             m.time.spawn(f"{m.name} late off", m.cut, after=4)
         else:
             m.cut()
-        return forced
+        return True
 
     def insert_media(self, urls: Sequence[str]) -> str:
         def insert() -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from durable import START
 from far_end import CHANGES
+from fleet_observers import observe_fleet
 from service import HASH
-from world import World
+from world import Round, World
 
 from repave.domain.states import TABLE
 
@@ -39,13 +40,17 @@ def observe(world: World) -> list[str]:
         mine = [r for r in runs if r["instance_id"] == world.instances[name].id]
         for check in (writes, ends, truth, before_line, calls, history, audit):
             broken += check(world, name, mine)
-    return broken + count(world, runs) + leftovers(world, runs) + secrets(world) + bystanders(world)
+    return broken + observe_fleet(world, runs, seconds) + count(world, runs) + leftovers(world, runs) + secrets(world) + bystanders(world)
 
 
 def _runs(world: World) -> list[dict[str, Any]]:
     names = ("id", "batch_id", "instance_id", "server_id", "epoch", "found_state", "created_at", "deadline_at", "crossed_at", "ended_at", "outcome", "error",
-             "plan")  # fmt: skip
+             "plan", "released_at", "number")  # fmt: skip
     return [dict(zip(names, row, strict=True)) for row in world.disk.rows(f"SELECT {', '.join(names)} FROM runs ORDER BY server_id, epoch")]
+
+
+def _round_of(world: World, run: dict[str, Any]) -> Round:
+    return next(this for this in world.rounds if this.batch_id == run["batch_id"])
 
 
 def writes(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -79,7 +84,7 @@ def ends(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
         elif seconds(run["ended_at"]) > seconds(run["deadline_at"]) + GRACE_S:
             broken.append(f"I4 {name}: ended {seconds(run['ended_at']) - seconds(run['deadline_at']):.0f} s past its deadline")
         error = json.loads(run["error"]) if run["error"] else None
-        if run["outcome"] not in ("proved", "late-proof") and (not error or not error.get("cause")):
+        if run["outcome"] not in ("proved", "late-proof", "rehearsed") and (not error or not error.get("cause")):
             broken.append(f"I4 {name}: {run['outcome']} without a cause")
     return broken
 
@@ -87,16 +92,17 @@ def ends(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
 def truth(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
     """I5: `running` after a reinstall = the image on the disk, and a call home of this run from that disk, by the new system. The drive is erased."""
     machine, broken = world.machines[name], []
-    for number, run in enumerate(runs):
+    for run in runs:
         if run["outcome"] not in ("proved", "late-proof"):
             continue
         calls_ = [h for h in machine.homes if h.run_id == run["id"] and h.serial == machine.root.serial and h.system == world.system]
         if not calls_ or (calls_[0].at > seconds(run["ended_at"]) and run["outcome"] == "proved"):
             broken.append(f"I5 {name}: running without a call home from the planned disk")
-        after = world.rounds[number].after.get(name) if number < len(world.rounds) else None
+        this = _round_of(world, run)
+        after = this.after.get(name)
         if after and (set(after["disk"]) != {world.system} or after["config"] is not None):
             broken.append(f"I5 {name}: running, and the disk holds {after['disk']}")
-        if after and "password-unusable" in world.rounds[number].troubles[name].fired and machine.trouble.fired:
+        if after and "password-unusable" in this.troubles[name].fired and machine.trouble.fired:
             broken.append(f"I5 {name}: running, and nobody can log in")
     return broken
 
@@ -104,18 +110,19 @@ def truth(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
 def before_line(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
     """I6: what ended before the line left the disk as it was, and gave back what it found."""
     broken = []
-    for run, this in zip(runs, world.rounds, strict=False):
+    for run in runs:
+        this = _round_of(world, run)
         after = this.after.get(name)
         if after is None or run["crossed_at"]:
-            if after and run["outcome"] in ("returned",):
+            if after and run["outcome"] in ("returned", "rehearsed"):
                 broken.append(f"I6 {name}: returned, and the line was crossed")
             continue
         if after["disk"] != this.disks[name]:
             broken.append(f"I6 {name}: {run['outcome']} before the line, and the disk was written")
-        if run["outcome"] != "returned" or this.troubles[name].fired & NO_HAND:
+        if run["outcome"] not in ("returned", "rehearsed") or this.troubles[name].fired & NO_HAND:
             continue
         if run["found_state"] == "running" and this.found[name] not in ("", "nothing") and (not after["on"] or after["runs"] != this.found[name]):
-            broken.append(f"I6 {name}: returned, and {after['runs'] or 'nothing'} runs, not {this.found[name]}")
+            broken.append(f"I6 {name}: {run['outcome']}, and {after['runs'] or 'nothing'} runs, not {this.found[name]}")
         if run["found_state"] == "error" and after["on"] and this.found[name] == "":
             broken.append(f"I6 {name}: there was no system, and the server is on")
         # What an earlier run left behind a BMC that was away is not this one's, where this one rightly touched nothing (seed 204).
@@ -156,6 +163,9 @@ def audit(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
         kinds = [e[0] for e in events]
         if kinds.count("run.accepted") != 1 or kinds.count("run.ended") != (2 if run["outcome"] == "late-proof" else 1):
             broken.append(f"I9 {name}: accepted {kinds.count('run.accepted')} times, ended {kinds.count('run.ended')} times ({run['outcome']})")
+        later = [r["created_at"] for r in runs if r["epoch"] > run["epoch"]]
+        if run["outcome"] == "late-proof" and later and max(e[1] for e in events if e[0] == "run.ended") > later[0]:
+            broken.append(f"I5 {name}: the proof of an old run counted after a new one had begun")
         if [e[1] for e in events] != sorted(e[1] for e in events):
             broken.append(f"I15 {name}: the audit is out of order")
         began, ended = seconds(run["created_at"]), seconds(run["ended_at"] or run["deadline_at"])

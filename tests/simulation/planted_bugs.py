@@ -28,6 +28,8 @@ class Bug:
 
 
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
+_WAVES, _ENDINGS, _LEASE = "src/repave/domain/waves.py", "src/repave/store/endings.py", "src/repave/workflow/lease.py"
+_OLD_PROOF = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "returned: an old proof comes")
 _CRASH = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved", "--down", "120")
 BUGS = (
     Bug("the plan names another disk", _EFFECTS, 'choose_root_disk(found["disks"], server.root_disk)', 'found["disks"][-1]', "I1 "),
@@ -54,6 +56,20 @@ BUGS = (
     Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
         "            if False:\n                self._run_event", "I15 "),
     Bug("a repeated step cuts the first boot", _EFFECTS, "if run.step is not Step.FIRST_BOOT:", "if True:", "ended unproved, not proved", _CRASH),
+    Bug("an old run's proof counts", _RUNS, 'return row is not None and row["epoch"] == run.epoch', "return True", "I5 ", _OLD_PROOF),
+    Bug("what a stopped batch left does not say so", _ENDINGS, 'f"not started: {reason}"', "reason", "I17 a run that was not started"),
+    Bug("a pause is overlooked", _WAVES, "if batch.paused:", "if False:", "I17 a run began at"),
+    Bug("the canaries do not go first", _WAVES, "if canaries_open and", "if False and", "I17 a run began before all canaries"),
+    Bug("what begins is not counted for its batch", _WAVES, "                at_once += 1\n", "", "I17 "),
+    Bug("what begins is not counted for its rack", _WAVES, "                racks[place.rack] += 1\n", "", "I17 "),
+    Bug("one failure too many is allowed", _WAVES, "failed > waves.max_failed", "failed > waves.max_failed + 1", "and the batch was not stopped"),
+    Bug("a cancel stops what has crossed", _ENDINGS, "RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None)", "RUNS.c.closed_at.is_(None)", "I18 "),
+    Bug("a rehearsal is admitted as a reinstall", _FLEET, "rehearse=rehearse,", "rehearse=False,", "I19 "),
+    Bug("the plan does not say that it is a rehearsal", _EFFECTS, "rehearse=run.rehearse", "rehearse=False", "nothing went wrong, and a run ended"),
+    Bug("a retry takes what went well too", "src/repave/store/batches.py", "RUNS.c.outcome.not_in(good)", "RUNS.c.outcome.is_not(None)", "I9 "),
+    Bug("a worker acts without its lease", _LEASE, "_boot_s() - self._renewed_at < self._times.fence_s)", "True)", "I16 "),
+    Bug("a worker whose runs were taken goes on", _LEASE, 'self._end("another worker owns our runs now", REAPED)', "pass", "I16 "),
+    Bug("the runs of a living worker are taken", _LEASE, "int(self._times.lease_s * 1000)", "int(self._times.lease_s * 100)", "I16 "),
 )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ The far end speaks to the very functions that FastAPI would call, so every rule 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,19 +20,21 @@ from durable import Disk
 from far_end import Machine, SimBmc
 from fastapi import HTTPException
 from fastapi.responses import FileResponse, JSONResponse, Response
-from sim_run import Meddling, SimRun
+from sim_run import Meddling, Overtaken, SimRun
 from virtual_time import Life, Signal, VirtualTime
 from wire import Answer
+from worker import SimLease, Worker
 
 from repave.api import media
 from repave.api.agent import build_agent_router
 from repave.domain.model import Credential, RunRow, Server
+from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.images.store import ImageStore
 from repave.store import Store
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
-from repave.workflow.fleet import Admitted, Fleet
+from repave.workflow.fleet import NO_LIMITS, Fleet
 from repave.workflow.reinstall import DEFAULT_WAITS, reinstall
 
 RUN_TIMEOUT_S = 3 * 3600 + 1800  # config.py
@@ -78,56 +82,113 @@ class Crashes:
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))  # the reconciler's errors are this world's daily bread
 
 
+class _Living:
+    """The store of this world's site. One router a process is enough: making it takes as long as half a reinstall."""
+
+    store: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_Living.store, name)
+
+
+@functools.cache
+def _routes(images: ImageStore) -> dict[tuple[str, str], Callable[..., Any]]:
+    router = build_agent_router(_Living(), images)  # type: ignore[arg-type]
+    return {(next(iter(r.methods)), r.path): r.endpoint for r in router.routes}  # type: ignore[attr-defined]
+
+
 class Service:
-    def __init__(self, time: VirtualTime, disk: Disk, machines: dict[str, Machine], images: ImageStore, *, waits: Any = DEFAULT_WAITS) -> None:
-        self.time, self.disk, self.machines, self.images, self.waits = time, disk, machines, images, waits
+    """The site: one worker, or several with leases, on one disk."""
+
+    def __init__(
+        self, time: VirtualTime, disk: Disk, machines: dict[str, Machine], images: ImageStore, *, waits: Any = DEFAULT_WAITS,
+        workers: int = 1, limits: Limits = NO_LIMITS,
+    ) -> None:  # fmt: skip
+        self.time, self.disk, self.machines, self.images, self.waits, self.limits = time, disk, machines, images, waits, limits
         self.crashes, self.meddling = Crashes(), Meddling()
-        self.life = Life("not started")
-        self.life.ended = True
-        self.lives = 0
+        self.workers = [Worker(f"w{n}") for n in range(workers)]
+        self.lives = self.takeovers = self.ended_themselves = 0
         self.news = Signal()
         self.busy_until = 0.0
         self.busy_count = self.refusals = 0
         self.yields = False  # tasks may be overtaken before each transaction
         self.errors: list[str] = []  # what nobody foresaw
         disk.before_begin, disk.at_commit, disk.told = self._before_begin, self._at_commit, self._dispatch
+        self.store = _Living.store = disk.open_store()  # it keeps nothing that a process could lose
+        self.fleet = OneHash(self.store, disk.enqueue, run_timeout_s=RUN_TIMEOUT_S, limits=limits)
+        self.routes = _routes(images)
 
     # ---- life and death ----
 
-    def start(self) -> None:
+    def start(self, worker: Worker) -> None:
         """A new process: everything is made again from what the disk holds."""
-        if not self.life.ended:
+        if not worker.life.ended:
             return
         self.lives += 1
-        self.life = Life(f"service {self.lives}")
+        worker.life = life = Life(f"service {self.lives}")
+        worker.executor_id = f"{worker.name}-{self.lives}"
         self.time.note(f"service starts, life {self.lives}")
-        store = self.store = self.disk.open_store()
-        self.effects = ServerEffects(store, self.images, self._open_bmc, PLACES)
-        self.fleet = OneHash(store, self.disk.enqueue, run_timeout_s=RUN_TIMEOUT_S)
-        self.routes: dict[tuple[str, str], Callable[..., Any]] = {}
-        for route in build_agent_router(store, self.images).routes:
-            self.routes[next(iter(route.methods)), route.path] = route.endpoint  # type: ignore[attr-defined]
-        self.reconciler = Reconciler(store, self.disk)
-        for run_id, status in self.disk.queued.items():
-            if status == "PENDING":
-                self.disk.queued[run_id] = "ENQUEUED"
-        self._dispatch()
-        self.time.spawn("reconciler", self._reconcile_forever, life=self.life, after=RECONCILE_S)
+        worker.effects = ServerEffects(self.store, self.images, functools.partial(self._open_bmc, worker), PLACES)
+        worker.reconciler = Reconciler(self.store, self.disk)
+        self.time.spawn(f"{worker.name} begins", lambda: self._begin(worker), life=life)
 
-    def die(self, down_s: float) -> None:
+    def _begin(self, worker: Worker) -> None:
+        if len(self.workers) > 1:
+            worker.lease = SimLease(self, worker)
+            while True:  # a supervisor starts it again
+                try:
+                    worker.lease.take()
+                    worker.lease.start(self._take_over)
+                    break
+                except sa.exc.OperationalError:
+                    self.time.sleep(1)
+        else:
+            self._put_back(set(self.disk.owners.values()))
+        self._dispatch()
+        self.time.sleep(RECONCILE_S)
+        self._reconcile_forever(worker)
+
+    def _take_over(self) -> None:
+        """As Engine._take_over: the owners are read first, then who is alive."""
+        owners = {self.disk.owners[run_id] for run_id, status in self.disk.queued.items() if status == "PENDING"}
+        dead = owners - set(next(w.lease for w in self.workers if w.life is self.time.life).list_live())  # type: ignore[union-attr]
+        if self._put_back(dead):
+            self.takeovers += 1
+            self._dispatch()
+
+    def _put_back(self, dead: set[str]) -> bool:
+        """What DBOS's recovery does: what these executors had is in the queue again."""
+        mine = [run_id for run_id, status in self.disk.queued.items() if status == "PENDING" and self.disk.owners[run_id] in dead]
+        for run_id in mine:
+            self.disk.queued[run_id] = "ENQUEUED"
+        return bool(mine)
+
+    def die(self, worker: Worker, down_s: float) -> None:
         """SIGKILL; a new process is there `down_s` later."""
-        if self.life.ended:
+        if worker.life.ended:
             return
-        self.life.ended = True
+        worker.life.ended = True
         self.disk.roll_back()
-        self.time.note("service dies")
-        self.time.spawn("restart", self.start, after=down_s)
-        if self.time.is_within(self.life):
+        self.time.note(f"{worker.name} dies")
+        self.time.spawn("restart", lambda: self.start(worker), after=down_s)
+        if self.time.life is worker.life:
             self.time.leave()
+
+    def stop_for(self, worker: Worker, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT `seconds` later: it knows nothing of the time between."""
+        if not worker.life.ended:
+            self.time.note(f"{worker.name} is stopped for {seconds:.0f} s")
+            worker.life.stopped_until = self.time.now + seconds
+            self.time.spawn("goes on", self._dispatch, after=seconds)
+
+    def find_worker(self) -> Worker | None:
+        """The one whose task runs now."""
+        return next((w for w in self.workers if w.life is self.time.life), None)
 
     def at(self, point: str) -> None:
         """The process may die here."""
-        if not self.time.is_within(self.life):
+        worker = self.find_worker()
+        if worker is None:
             return
         crashes = self.crashes
         crashes.seen[point] += 1
@@ -136,64 +197,79 @@ class Service:
             crashes.points.append(name)
         if name in crashes.at:
             crashes.at.remove(name)
-            self.die(crashes.down_s)
+            self.die(worker, crashes.down_s)
 
     def _at_commit(self, edge: str) -> None:
         self.at(f"commit {edge}")
 
     def _before_begin(self) -> None:
-        if self.time.atomic:
+        if self.time.atomic or self.find_worker() is None:
             return
-        if self.time.is_within(self.life):
-            if self.yields and self.time.rng.random() < 0.3:
-                self.time.sleep(self.time.rng.uniform(0, 0.2))
-            if self.busy_count > 0 and self.time.now < self.busy_until:
-                self.busy_count -= 1
-                self.refusals += 1
-                raise sa.exc.OperationalError("BEGIN", {}, Exception("database is locked"))
+        if self.yields and self.time.rng.random() < 0.3:
+            self.time.sleep(self.time.rng.uniform(0, 0.2))
+        if self.busy_count > 0 and self.time.now < self.busy_until:
+            self.busy_count -= 1
+            self.refusals += 1
+            raise sa.exc.OperationalError("BEGIN", {}, Exception("database is locked"))
 
     # ---- the engine ----
 
     def _dispatch(self) -> None:
-        """What was queued runs; who waits for news looks."""
+        """What was queued runs in any worker that works; who waits for news looks."""
         self.time.give(self.news)
+        working = [w for w in self.workers if w.works(self.time.now)]
         for run_id, status in self.disk.queued.items():
-            if status == "ENQUEUED":
-                self.disk.queued[run_id] = "PENDING"
-                self.time.spawn(f"workflow {run_id[-4:]}", lambda run_id=run_id: self._workflow(run_id), life=self.life, after=0.1)
+            if status == "ENQUEUED" and working:
+                worker = working[0] if len(working) == 1 else self.time.rng.choice(working)
+                self.disk.queued[run_id], self.disk.owners[run_id] = "PENDING", worker.executor_id
+                self.time.spawn(
+                    f"workflow {run_id[-4:]}", lambda run_id=run_id, w=worker: self._workflow(run_id, w), life=worker.life, after=0.1, about=run_id
+                )
 
-    def _workflow(self, run_id: str) -> None:
-        port = SimRun(run_id, self.disk, self.time, self.at, news=self.news, meddling=self.meddling)
-        workflow = reinstall(port, self.effects, self.waits)
+    def _workflow(self, run_id: str, worker: Worker) -> None:
+        port = SimRun(
+            run_id, self.disk, self.time, self.at, news=self.news, meddling=self.meddling, owner=worker.executor_id, require=worker.require
+        )
+        workflow = reinstall(port, worker.effects, self.waits)
         try:
             workflow.send(None)
             raise AssertionError("the workflow waits for something that is not the port")
         except StopIteration as end:
             self.disk.queued[run_id] = "SUCCESS"
             self.time.note(f"workflow ends {end.value}")
+        except Overtaken:
+            self.time.note("a workflow was given to another worker")
         except Exception as error:
             self.disk.queued[run_id] = "ERROR"
             if not isinstance(error, sa.exc.OperationalError):
                 self.errors.append(f"{type(error).__name__}: {error}")
 
-    def _reconcile_forever(self) -> None:
+    def _reconcile_forever(self, worker: Worker) -> None:
         while True:
             if any(status == "PENDING" or status == "ERROR" for status in self.disk.queued.values()) or self.disk.sealer.salts:
                 with contextlib.suppress(sa.exc.OperationalError):
-                    self.reconciler.reconcile()
+                    worker.reconciler.reconcile()
             self.time.sleep(RECONCILE_S)
 
     @contextlib.contextmanager
-    def _open_bmc(self, server: Server) -> Iterator[SimBmc]:
-        yield SimBmc(self.machines[server.name], self.at)
+    def _open_bmc(self, worker: Worker, server: Server) -> Iterator[SimBmc]:
+        yield SimBmc(self.machines[server.name], self.at, before_write=worker.require, executor_id=worker.executor_id)
+
+    def _listener(self) -> Worker | None:
+        """A worker that takes a connection: also one that is stopped, which answers when it goes on."""
+        living = [w for w in self.workers if not w.life.ended]
+        if len(living) > 1:
+            return self.time.rng.choice(living)
+        return living[0] if living else None
 
     # ---- requests ----
 
     def deliver(self, token: str, method: str, path: str, body: dict[str, Any] | None, answer: Answer) -> bool:
         """The request reached the process, which will answer it if it lives. False: nobody listens."""
-        if self.life.ended:
+        worker = self._listener()
+        if worker is None:
             return False
-        self.time.spawn(path, lambda: self._handle(token, method, path, body, answer), life=self.life)
+        self.time.spawn(path, lambda: self._handle(token, method, path, body, answer), life=worker.life)
         return True
 
     def _handle(self, token: str, method: str, path: str, body: dict[str, Any] | None, answer: Answer) -> None:
@@ -226,17 +302,21 @@ class Service:
             raise HTTPException(404)
         return media._slot(self.store, run, PLACES) if media._is_live(self.store, run) else None
 
-    def admit(self, credential: Credential, instance_ids: Sequence[str], image_id: str, answer: Answer) -> bool:
-        """PUT /instances/reinstall: `answer` has 202 and an Admitted, or a status and the error."""
-        if self.life.ended:
+    def ask(self, what: Callable[[Any], Any], credential: Credential, answer: Answer) -> bool:
+        """A client's request, as the routes get it: `answer` has 202 and the body, or a status and the error. False: nobody listens."""
+        worker = self._listener()
+        if worker is None:
             return False
-        self.time.spawn("PUT", lambda: self._admit(credential, instance_ids, image_id, answer), life=self.life)
+        self.time.spawn("client's request", lambda: self.answer(what, credential, answer), life=worker.life)
         return True
 
-    def _admit(self, credential: Credential, instance_ids: Sequence[str], image_id: str, answer: Answer) -> None:
+    def answer(self, what: Callable[[Any], Any], credential: Credential, answer: Answer) -> None:
+        scope = SimpleNamespace(
+            store=self.store, credential=credential, project_id=credential.project_id, actor=credential.name, desk=SimpleNamespace(fleet=self.fleet)
+        )
         try:
-            admitted: Admitted = self.fleet.admit(credential=credential, instance_ids=instance_ids, image_id=image_id, password="Canary-7!canary")
-            answer.status, answer.body = 202, admitted
+            answer.body = what(scope)
+            answer.status = 202
         except RepaveError as error:
             answer.status, answer.body = 409, error
         except sa.exc.OperationalError:

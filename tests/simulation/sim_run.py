@@ -17,9 +17,14 @@ from virtual_time import Signal, VirtualTime
 
 from repave.errors import RunFailed
 from repave.workflow.engine import _DATABASE_PAUSES_S, JsonSerializer
+from repave.workflow.lease import LeaseLapsed
 from repave.workflow.run import Json, open_message
 
 _JSON = JsonSerializer()
+
+
+class Overtaken(Exception):
+    """The engine gave the workflow to another worker: nothing of this one is recorded any more."""
 
 
 class OrderChanged(Exception):
@@ -40,9 +45,12 @@ class SimRun:
     """One run's port. `at` is told each edge, and may end the process there."""
 
     def __init__(
-        self, run_id: str, disk: Disk, time: VirtualTime, at: Callable[[str], None], *, news: Signal | None = None, meddling: Meddling | None = None
-    ) -> None:
+        self, run_id: str, disk: Disk, time: VirtualTime, at: Callable[[str], None], *, news: Signal | None = None, meddling: Meddling | None = None,
+        owner: str = "", require: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`require`: asked before each effect, raises LeaseLapsed where the effect must begin anew. `owner`: the executor whose workflow this is."""
         self.run_id, self._disk, self._time, self._at = run_id, disk, time, at
+        self._owner, self._require = owner, require
         self._news, self._meddling = news or Signal(), meddling or Meddling()
         self._journal = disk.journals.setdefault(run_id, [])
         self._position = 0
@@ -73,13 +81,21 @@ class SimRun:
             try:
                 if self._meddling.twice:
                     with contextlib.suppress(RunFailed):
-                        effect(self.run_id)
-                return effect(self.run_id)
+                        self._act(effect)
+                return self._act(effect)
             except (sa.exc.OperationalError, sa.exc.TimeoutError):
                 if pause_s is None:
                     raise
                 self._time.sleep(pause_s)
         raise AssertionError
+
+    def _act(self, effect: Callable[[str], Json]) -> Json:
+        while True:
+            try:
+                self._require()
+                return effect(self.run_id)
+            except LeaseLapsed:
+                continue
 
     async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
         until = self._deadline(f"{event} until", deadline_s)
@@ -132,5 +148,7 @@ class SimRun:
         return True, value
 
     def _record(self, name: str, value: Any) -> None:
+        if self._disk.owners.get(self.run_id, self._owner) != self._owner:
+            raise Overtaken
         self._journal.append((name, _JSON.serialize(value)))
         self._position += 1

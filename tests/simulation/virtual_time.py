@@ -17,19 +17,19 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 
 class Life:
-    """What tasks live in. `ended` is final."""
+    """What tasks live in. `ended` is final; until `stopped_until` none of them goes on, as after SIGSTOP."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.ended = name, False
+        self.name, self.ended, self.stopped_until = name, False, 0.0
 
 
 class Task:
     """One line of execution. `token` tells a wake-up that is due from one that came too late."""
 
-    __slots__ = ("greenlet", "life", "name", "token")
+    __slots__ = ("about", "greenlet", "life", "name", "token")
 
-    def __init__(self, name: str, life: Life | None) -> None:
-        self.name, self.life, self.token = name, life, 0
+    def __init__(self, name: str, life: Life | None, about: str) -> None:
+        self.name, self.life, self.about, self.token = name, life, about, 0
         self.greenlet: Any = None
 
 
@@ -73,9 +73,9 @@ class VirtualTime:
     def fingerprint(self) -> str:
         return self._hash.hexdigest()
 
-    def spawn(self, name: str, code: Callable[[], object], *, life: Life | None = None, after: float = 0.0) -> Task:
-        """`code` runs as a task of `life`, `after` seconds from now."""
-        task = Task(name, life)
+    def spawn(self, name: str, code: Callable[[], object], *, life: Life | None = None, after: float = 0.0, about: str = "") -> Task:
+        """`code` runs as a task of `life`, `after` seconds from now. `about`: the run it works for."""
+        task = Task(name, life, about)
         task.greenlet = greenlet(code, self._hub)
         self._tasks.append(task)
         self._wake_at(self.now + after, task)
@@ -111,15 +111,25 @@ class VirtualTime:
             self._hub.switch()
         self._leave_if_closed()
 
-    def is_within(self, life: Life) -> bool:
-        """The running task is one of this life's."""
-        return self._current is not None and self._current.life is life
+    @property
+    def life(self) -> Life | None:
+        """The running task's."""
+        return self._current.life if self._current is not None else None
+
+    @property
+    def about(self) -> str:
+        """The run that the running task works for."""
+        return self._current.about if self._current is not None else ""
 
     def run(self, done: Callable[[], bool], *, until: float) -> None:
         """The world turns until `done()` (asked after each event). Raises Stuck after `until`."""
         while self._heap and not done():
             at, _, task, token = heapq.heappop(self._heap)
             if token != task.token or task.greenlet.dead or (task.life is not None and task.life.ended):
+                continue
+            if task.life is not None and task.life.stopped_until > at:
+                self._count += 1
+                heapq.heappush(self._heap, (task.life.stopped_until, self._count, task, token))
                 continue
             if at > until:
                 raise Stuck(f"at {self.now:.0f} s: next is {task.name}")

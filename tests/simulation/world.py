@@ -10,28 +10,34 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import acts
 import far_end
 import trouble
 import zstandard
+from acts import Asked
 from durable import START, Disk, scratch_folder
 from far_end import GIB, Machine, SimDisk
 from service import HASH, Service
 from trouble import Trouble
 from virtual_time import Stuck, VirtualTime
 from wire import Answer, Wire
+from worker import TIMES, LeaseClock
 
 from repave.domain.model import Image, Instance, Role, Server
+from repave.domain.waves import Limits
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.store import database
-from repave.workflow import effects
+from repave.workflow import effects, lease
+from repave.workflow.fleet import NO_LIMITS
 
 POLL_S = 20.0
 ACTIVE, ROUNDS = 5, 2
-ROUND_S = 8 * 3600.0  # nothing may last so long: 3.5 h for a run, and the pauses of its ending
+ROUND_S = 24 * 3600.0  # nothing may last so long: five runs one after the other, 3.5 h each and the pauses of its ending
 SETTLE_S = 1500.0  # after a round: late proofs, systems that start
 
 
@@ -53,11 +59,13 @@ class Round:
     disks: dict[str, tuple[str, ...]]
     found: dict[str, str]
     drives: dict[str, tuple[str, bool]]  # media and override
+    asked: Asked
     batch_id: str = ""
     ended: dict[str, float] = field(default_factory=dict)  # machine -> when the client saw the end
     after: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each machine was when the world had settled
     crashes: int = 0
     busy: int = 0
+    stops: int = 0  # times that a worker was stopped and went on
 
 
 class _Entropy:
@@ -102,10 +110,11 @@ def shared_image() -> tuple[ImageStore, Manifest, str]:
 class World:
     """`play` it once, then let observers look."""
 
-    def __init__(self, seed: int, *, servers: int = ACTIVE + 1, blank_share: float = 0.15) -> None:
+    def __init__(self, seed: int, *, servers: int = ACTIVE + 1, blank_share: float = 0.15, workers: int = 1, limits: Limits = NO_LIMITS) -> None:
         self.seed = seed
         self.time = VirtualTime(seed)
         database.secrets, database.time = _Entropy(random.Random(seed)), _Clock(self.time)  # type: ignore[assignment, attr-defined]
+        lease.time = LeaseClock(self.time)  # type: ignore[attr-defined, assignment]
         effects.render_config_drive = render_drive  # type: ignore[attr-defined]
         self.disk = Disk(lambda: self.time.now)
         self.wire = Wire(self.time)
@@ -126,37 +135,55 @@ class World:
             name, blank = f"m{number}", rng.random() < blank_share
             server = Server(
                 database.new_id(), name, project.id, f"https://bmc-{name}.invalid", "admin", "true", None, None, "Lab", "M1", f"SER-{name}",
-                f"uuid-{name}", (f"mac-{name}",), "amd64", "uefi", "r1", str(number), {}, None, START,
+                f"uuid-{name}", (f"mac-{name}",), "amd64", "uefi", f"r{number % 2}", str(number), {}, None, START,
             )  # fmt: skip
             self.instances[name] = store.servers.add_server(server, bmc_password="Canary-bmc", blank=blank)
             root, data = SimDisk(f"ROOT-{name}", "" if blank else "old-os"), SimDisk(f"DATA-{name}", "", size_bytes=50 * GIB)
             data.places["body-0"] = "precious"
             machine = Machine(self.time, name, self.wire, root, data, on=not blank, runs_now="" if blank else "old-os")
-            machine.live_runs = functools.partial(self._live_runs, server.id)
+            machine.live_runs, machine.is_stale = functools.partial(self._live_runs, server.id), self._is_stale
             self.machines[name] = machine
             self.seen[name] = Seen()
-        self.service = self.wire.service = Service(self.time, self.disk, self.machines, images)
-        self.service.start()
+        self.service = self.wire.service = Service(self.time, self.disk, self.machines, images, workers=workers, limits=limits)
+        for worker in self.service.workers:
+            self.service.start(worker)
 
     def _live_runs(self, server_id: str) -> frozenset[str]:
         return frozenset(r[0] for r in self.disk.rows("SELECT id FROM runs WHERE server_id = ? AND ended_at IS NULL", server_id))
 
+    def _is_stale(self, executor_id: str) -> bool:
+        """Past its lease by the database's clock, or another one has its runs already."""
+        row = self.disk.rows("SELECT beat_at_ms, reaped FROM workers WHERE executor_id = ?", executor_id)
+        return len(self.service.workers) > 1 and (not row or bool(row[0][1]) or row[0][0] / 1000 + TIMES.lease_s < self.time.now)
+
     # ---- what happens ----
 
-    def play(self, *, chance: float, rounds: int = ROUNDS, names: list[str] | None = None) -> None:
-        """The rounds, one after the other. `chance`: of trouble, for each reinstall."""
+    def play(self, *, chance: float, rounds: int = ROUNDS) -> None:
+        """The rounds, one after the other, and sometimes another try of what failed. `chance`: of trouble, for each reinstall."""
+        rng, names = self.time.rng, list(self.machines)[:ACTIVE]
         self.service.yields = chance > 0
-        names = names or list(self.machines)[:ACTIVE]
         for _ in range(rounds):
-            self.play_round(names, {n: trouble.draw(self.time.rng, chance=chance, now=self.time.now) for n in names}, stormy=chance > 0)
+            asked = acts.draw(rng, names, may_cancel=chance > 0)
+            self.play_round(names, {n: trouble.draw(rng, chance=chance, now=self.time.now) for n in names}, asked=asked, stormy=chance > 0)
+        last = self.rounds[-1]
+        if failed := self._list_failed(last) if rng.random() < 0.4 else []:
+            troubles = {n: trouble.draw(rng, chance=chance / 2, now=self.time.now) for n in failed}
+            self.play_round(failed, troubles, asked=Asked(retry=last.batch_id), stormy=chance > 0)
 
-    def play_round(self, names: list[str], troubles: dict[str, Trouble], *, stormy: bool = False) -> Round:
+    def _list_failed(self, this: Round) -> list[str]:
+        """The servers whose run in this round left no proved new system: what a retry must try, and nothing else."""
+        names = {i.id: n for n, i in self.instances.items()}
+        rows = self.disk.rows("SELECT instance_id, outcome FROM runs WHERE batch_id = ? ORDER BY number", this.batch_id)
+        return [names[instance_id] for instance_id, outcome in rows if outcome not in (None, "proved", "late-proof")]
+
+    def play_round(self, names: list[str], troubles: dict[str, Trouble], *, asked: Asked | None = None, stormy: bool = False, settles: bool = True) -> Round:
+        """`settles`: the world is left to come to rest, and what it then is can be judged."""
         rng, now = self.time.rng, self.time.now
         ids = [self.instances[n].id for n in names]
         disks = {n: m.root.content() for n, m in self.machines.items()}
-        this = Round(
-            now, ids, Answer(), troubles, disks, {n: m.runs_now for n, m in self.machines.items()}, {n: (m.media, m.override) for n, m in self.machines.items()}
-        )
+        found = {n: m.runs_now for n, m in self.machines.items()}
+        drives = {n: (m.media, m.override) for n, m in self.machines.items()}
+        this = Round(now, ids, Answer(), troubles, disks, found, drives, asked or Asked())
         self.rounds.append(this)
         lives, refusals = self.service.lives, self.service.refusals
         for name in names:
@@ -169,6 +196,8 @@ class World:
             self._storm(this, rng)
         self.time.spawn("client", lambda: self._client(this, names))
         self.time.run(lambda: len(this.ended) == len(names) or self._refused(this), until=now + ROUND_S)
+        if not settles:
+            return this
         settled = self.time.now + SETTLE_S + (1300 if any(t.has("late-proof") for t in troubles.values()) else 0)
         self.time.spawn("settled", lambda: None, after=settled - self.time.now)
         self.time.run(lambda: self.time.now >= settled, until=settled + 1)
@@ -183,7 +212,10 @@ class World:
         """The service dies and the database is busy, at times of the seed's choosing."""
         if rng.random() < 0.35:
             for _ in range(rng.choice((1, 1, 2, 3, 5))):
-                self.time.spawn("crash", lambda: self.service.die(rng.choice((1, 5, 30, 200, 900))), after=rng.uniform(0, 900))
+                self.time.spawn("crash", lambda: self.service.die(rng.choice(self.service.workers), rng.choice((1, 5, 30, 200, 900))), after=rng.uniform(0, 900))
+        if len(self.service.workers) > 1 and rng.random() < 0.6:
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                self.time.spawn("stop", lambda: self._stop_one(this), after=rng.uniform(0, 900))
         if rng.random() < 0.3:
             self.service.crashes.at.append(f"commit {rng.choice(('before', 'after'))} #{self.service.crashes.seen['commit before'] + rng.randint(1, 120)}")
         if rng.random() < 0.2:
@@ -193,6 +225,11 @@ class World:
 
             self.time.spawn("busy", busy, after=rng.uniform(0, 600))
 
+    def _stop_one(self, this: Round) -> None:
+        this.stops += 1
+        rng = self.time.rng
+        self.service.stop_for(rng.choice(self.service.workers), rng.choice((60, 170, 200, 230, 300, 700)))
+
     def _third_party(self, machine: Machine, kind: str) -> None:
         if machine.on and machine.trouble.has(kind):
             machine.trouble.fire(kind)
@@ -201,24 +238,54 @@ class World:
     def _client(self, this: Round, names: list[str]) -> None:
         """Asks, repeats what was not answered, tries once what must be refused, and polls until all have ended."""
         for _ in range(200):
-            if self.service.admit(self.credential, this.ids, self.image.id, this.answer):
-                if not this.answer.status:
-                    self.time.wait(this.answer.signal, self.time.now + 30)
-                if this.answer.status in (202, 409):
-                    break
-            this.answer = Answer()
+            this.answer = self._ask(functools.partial(acts.begin, ids=this.ids, image_id=self.image.id, asked=this.asked))
+            if this.answer.status in (202, 409):
+                break
             self.time.sleep(10)
         if self._refused(this) and not self._was_accepted(this):
             return
         row = self.disk.rows("SELECT batch_id FROM runs WHERE instance_id = ? ORDER BY epoch DESC LIMIT 1", this.ids[0])
         this.batch_id = row[0][0] if row else ""
-        self._ask_again(this)
+        if not this.asked.retry:
+            self._ask_again(this)
+        if this.asked.pause:
+            self.time.spawn("pause", lambda: self._pause(this, this.asked.pause[1]), after=this.asked.pause[0])
+        if this.asked.cancel:
+            self.time.spawn("cancel", lambda: self._cancel(this, this.asked.cancel[1]), after=this.asked.cancel[0])
         while len(this.ended) < len(names):
             for name in names:
                 state = self._poll(name)
                 if state != "pending":
                     this.ended.setdefault(name, self.time.now)
             self.time.sleep(POLL_S)
+
+    def _ask(self, what: Callable[[Any], Any]) -> Answer:
+        """One request; no status where there was no answer."""
+        answer = Answer()
+        if self.service.ask(what, self.credential, answer) and not answer.status:
+            self.time.wait(answer.signal, self.time.now + 30)
+        return answer
+
+    def _insist(self, what: Callable[[Any], Any]) -> Any:
+        """Asked until it is answered."""
+        while (answer := self._ask(what)).status != 202:
+            if answer.status == 409:
+                self.broken.append(f"I17 refused: {answer.body}")
+            self.time.sleep(10)
+        return answer.body
+
+    def _pause(self, this: Round, seconds: float) -> None:
+        self._insist(functools.partial(acts.pause, batch_id=this.batch_id))
+        began = self.time.now
+        self.time.sleep(seconds)
+        this.asked.paused.append((began, self.time.now))
+        self._insist(functools.partial(acts.resume, batch_id=this.batch_id))
+
+    def _cancel(self, this: Round, names: list[str]) -> None:
+        asked_at = self.time.now
+        done = self._insist(functools.partial(acts.cancel, batch_id=this.batch_id, names=names))
+        this.asked.cancelled = {run_id: (asked_at, self.time.now, what) for run_id, what in done.items()}
+        self.time.note(f"cancelled {sorted(w for _, _, w in this.asked.cancelled.values())}")
 
     def _was_accepted(self, this: Round) -> bool:
         """A 409 after an answer that never came: the first request was taken."""
@@ -231,12 +298,12 @@ class World:
     def _ask_again(self, this: Round) -> None:
         """I7: a request for what is under way is refused, and changes nothing at all."""
         before, answer, calls = self.disk.dump(), Answer(), sum(len(m.calls) for m in self.machines.values())
-        if self.service.life.ended or any(self._poll(n) != "pending" for n, i in self.instances.items() if i.id in this.ids):
+        if not any(w.works(self.time.now) for w in self.service.workers) or any(self._poll(n) != "pending" for n, i in self.instances.items() if i.id in this.ids):
             return
         before = self.disk.dump()
         keys = dict(self.disk.sealer.salts)
         self.time.atomic = True
-        self.service._admit(self.credential, this.ids, self.image.id, answer)
+        self.service.answer(functools.partial(acts.begin, ids=this.ids, image_id=self.image.id, asked=Asked()), self.credential, answer)
         self.time.atomic = False
         if answer.status == 202 or before != self.disk.dump() or keys != self.disk.sealer.salts or calls != sum(len(m.calls) for m in self.machines.values()):
             self.broken.append(f"I7 a request for what is under way got {answer.status} or changed something")

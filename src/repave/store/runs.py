@@ -32,6 +32,23 @@ _INVENTORY = (
 )
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
+_CHANGE_WRITING = _CHANGE.where(
+    RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now")
+)
+_OVERDUE = sa.select(RUNS).where(
+    RUNS.c.ended_at.is_(None),
+    sa.or_(
+        sa.and_(RUNS.c.released_at.is_not(None), RUNS.c.deadline_at < sa.bindparam("lost")),
+        sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < sa.bindparam("now")),
+    ),
+)
+_DURATIONS = (
+    sa.select(RUNS.c.durations_s)
+    .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
+    .where(RUNS.c.outcome == Ending.PROVED.value, RUNS.c.durations_s.is_not(None), SERVERS.c.model == sa.bindparam("model"))
+    .order_by(RUNS.c.id.desc())
+    .limit(sa.bindparam("count"))
+)
 
 
 @dataclass(frozen=True)
@@ -220,16 +237,9 @@ class Runs:
 
     def record_progress(self, run_id: str, progress: dict[str, Any]) -> bool:
         """The lease is renewed. False: stop writing."""
-        live = sa.and_(
-            RUNS.c.id == run_id,
-            RUNS.c.crossed_at.is_not(None),
-            RUNS.c.closed_at.is_(None),
-            RUNS.c.ended_at.is_(None),
-            RUNS.c.deadline_at > self._db.now(),
-        )
         with self._db.write() as conn:
-            values = {"progress": progress, "seen_at": self._db.now()}
-            return conn.execute(sa.update(RUNS).where(live).values(**values)).rowcount == 1
+            now = self._db.now()
+            return conn.execute(_CHANGE_WRITING, {"run_id": run_id, "now": now, "progress": progress, "seen_at": now}).rowcount == 1
 
     def record_report(self, run_id: str, report: dict[str, Any]) -> bool:
         """How the write ended; the first report stands."""
@@ -286,9 +296,7 @@ class Runs:
         now = self._db.now()
         reaped: list[str] = []
         with self._db.write() as conn:
-            lost = sa.and_(RUNS.c.released_at.is_not(None), RUNS.c.deadline_at < now - timedelta(seconds=REAP_GRACE_S))
-            never = sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < now)
-            for row in conn.execute(sa.select(RUNS).where(RUNS.c.ended_at.is_(None), sa.or_(lost, never))).all():
+            for row in conn.execute(_OVERDUE, {"lost": now - timedelta(seconds=REAP_GRACE_S), "now": now}).all():
                 ending, cause = _overdue(row)
                 if end_run(self._db, conn, row.id, ending, RepaveError("deadline", cause).as_json()):
                     reaped.append(row.id)
@@ -299,9 +307,7 @@ class Runs:
 
     def list_durations(self, model: str, *, limit: int = 50) -> list[dict[str, float]]:
         """Seconds by step of the newest proved runs on servers of this model."""
-        good = sa.and_(RUNS.c.outcome == Ending.PROVED.value, RUNS.c.durations_s.is_not(None), SERVERS.c.model == model)
-        query = sa.select(RUNS.c.durations_s).join(SERVERS, SERVERS.c.id == RUNS.c.server_id).where(good).order_by(RUNS.c.id.desc()).limit(limit)
-        return [dict(r["durations_s"]) for r in self._db.rows(query)]
+        return [dict(r["durations_s"]) for r in self._db.rows(_DURATIONS, model=model, count=limit)]
 
     def tell_late(self) -> None:
         """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else."""
