@@ -1,4 +1,4 @@
-"""What clients ask besides a plain reinstall: waves, a rehearsal, a pause, a cancel, another try of what failed. Drawn from the seed, asked by the product's own routes."""
+"""What clients ask besides a plain reinstall: waves, a rehearsal, a pause, a cancel, another try. Drawn from the seed, asked by the product's own routes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,12 @@ def begin(scope: Any, ids: list[str], image_id: str, asked: Asked) -> Any:
     if asked.retry:
         return reinstall(scope, Reinstall(retry=asked.retry, password=PASSWORD), Response())
     return scope.desk.fleet.admit(
-        credential=scope.credential, instance_ids=ids, image_id=image_id, password="" if asked.rehearse else PASSWORD, rehearse=asked.rehearse, waves=asked.waves
+        credential=scope.credential,
+        instance_ids=ids,
+        image_id=image_id,
+        password="" if asked.rehearse else PASSWORD,
+        rehearse=asked.rehearse,
+        waves=asked.waves,
     )
 
 

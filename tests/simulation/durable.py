@@ -81,7 +81,7 @@ class Disk:
         self.queued: dict[str, str] = {}  # run id -> the workflow's status, in the order of admission
         self.owners: dict[str, str] = {}  # run id -> the executor that its workflow was given to
         self.journals: dict[str, list[tuple[str, str]]] = {}
-        self.inbox: dict[tuple[str, str], dict[str, Any]] = {}
+        self.inbox: dict[tuple[str, str], dict[str, Any] | None] = {}
         self.told: Callable[[], None] = lambda: None
         self._open: list[Callable[[], None]] = []  # what the open transaction does to the engine's tables
         self.engine.before_begin, self.engine.around = self._begin, self._around

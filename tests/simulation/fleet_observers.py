@@ -127,7 +127,13 @@ def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str
         }[what]
         if not kept:
             broken.append(f"I18 a cancel said {what}, and the run ended {run['outcome']}, crossed {run['crossed_at']}")
-        if what and crossed is not None and crossed < asked_at and (run["ended_at"] is None or seconds(run["ended_at"]) > answered_at) and what != "past-the-line":
+        if (
+            what
+            and crossed is not None
+            and crossed < asked_at
+            and (run["ended_at"] is None or seconds(run["ended_at"]) > answered_at)
+            and what != "past-the-line"
+        ):
             broken.append(f"I18 a cancel past the line said {what}")
     return broken
 

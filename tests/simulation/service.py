@@ -222,14 +222,10 @@ class Service:
             if status == "ENQUEUED" and working:
                 worker = working[0] if len(working) == 1 else self.time.rng.choice(working)
                 self.disk.queued[run_id], self.disk.owners[run_id] = "PENDING", worker.executor_id
-                self.time.spawn(
-                    f"workflow {run_id[-4:]}", lambda run_id=run_id, w=worker: self._workflow(run_id, w), life=worker.life, after=0.1, about=run_id
-                )
+                self.time.spawn(f"workflow {run_id[-4:]}", lambda run_id=run_id, w=worker: self._workflow(run_id, w), life=worker.life, after=0.1, about=run_id)
 
     def _workflow(self, run_id: str, worker: Worker) -> None:
-        port = SimRun(
-            run_id, self.disk, self.time, self.at, news=self.news, meddling=self.meddling, owner=worker.executor_id, require=worker.require
-        )
+        port = SimRun(run_id, self.disk, self.time, self.at, news=self.news, meddling=self.meddling, owner=worker.executor_id, require=worker.require)
         workflow = reinstall(port, worker.effects, self.waits)
         try:
             workflow.send(None)

@@ -105,6 +105,8 @@ class SimRun:
             while (message := self._take(event)) is None and self._time.now < until:
                 self._time.wait(self._news, until)
             self._record(event, message)
+            if message is not None:
+                self._disk.inbox[self.run_id, event] = None  # taken; the same event is not told twice
             self._at(f"wait {event} recorded")
         return open_message(event, message, deadline_s)
 

@@ -97,9 +97,7 @@ class DirectEngine:
         kept = statement.__dict__.get("_prepared")  # a statement that is made once is looked up once
         if kept is not None and kept[0] == about:
             return kept[1], kept[2]
-        compiled, extracted, *_ = statement._compile_w_cache(
-            self.dialect, compiled_cache=self._compiled, column_keys=list(keys), for_executemany=many
-        )
+        compiled, extracted, *_ = statement._compile_w_cache(self.dialect, compiled_cache=self._compiled, column_keys=list(keys), for_executemany=many)
         prepared = compiled.__dict__.get("_prepared")
         if prepared is None:
             prepared = compiled._prepared = Prepared(compiled, self.dialect)

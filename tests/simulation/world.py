@@ -212,7 +212,9 @@ class World:
         """The service dies and the database is busy, at times of the seed's choosing."""
         if rng.random() < 0.35:
             for _ in range(rng.choice((1, 1, 2, 3, 5))):
-                self.time.spawn("crash", lambda: self.service.die(rng.choice(self.service.workers), rng.choice((1, 5, 30, 200, 900))), after=rng.uniform(0, 900))
+                self.time.spawn(
+                    "crash", lambda: self.service.die(rng.choice(self.service.workers), rng.choice((1, 5, 30, 200, 900))), after=rng.uniform(0, 900)
+                )
         if len(self.service.workers) > 1 and rng.random() < 0.6:
             for _ in range(rng.choice((1, 1, 2, 3))):
                 self.time.spawn("stop", lambda: self._stop_one(this), after=rng.uniform(0, 900))
@@ -298,7 +300,9 @@ class World:
     def _ask_again(self, this: Round) -> None:
         """I7: a request for what is under way is refused, and changes nothing at all."""
         before, answer, calls = self.disk.dump(), Answer(), sum(len(m.calls) for m in self.machines.values())
-        if not any(w.works(self.time.now) for w in self.service.workers) or any(self._poll(n) != "pending" for n, i in self.instances.items() if i.id in this.ids):
+        if not any(w.works(self.time.now) for w in self.service.workers) or any(
+            self._poll(n) != "pending" for n, i in self.instances.items() if i.id in this.ids
+        ):
             return
         before = self.disk.dump()
         keys = dict(self.disk.sealer.salts)

@@ -27,14 +27,10 @@ _BY_SESSION = sa.select(RUNS).where(RUNS.c.session_sha256 == sa.bindparam("sha25
 _BY_NONCE = _BY_ID.where(RUNS.c.nonce_sha256 == sa.bindparam("sha256"))
 _SECRET = sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == sa.bindparam("run_id"))
 _CLOSING = sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == sa.bindparam("run_id"))
-_INVENTORY = (
-    sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
-)
+_INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
-_CHANGE_WRITING = _CHANGE.where(
-    RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now")
-)
+_CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
 _OVERDUE = sa.select(RUNS).where(
     RUNS.c.ended_at.is_(None),
     sa.or_(

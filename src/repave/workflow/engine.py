@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from repave.store import NewRun, Store
 from repave.store.database import is_unavailable
 from repave.workflow.lease import Lease, LeaseGiven, LeaseLapsed, LeaseTimes
 from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
-from repave.workflow.run import Json, open_message
+from repave.workflow.run import Json, Run, open_message
 
 QUEUE = "reinstalls"
 APPLICATION_VERSION = "1"  # changes only with the order or names of the workflow's steps
@@ -129,10 +129,11 @@ class Engine:
     """Durable reinstalls in this process. One per process: DBOS is a singleton (pitfall 15)."""
 
     def __init__(
-        self, store: Store, url: str, lock_path: Path, *, waits: Waits = DEFAULT_WAITS, times: LeaseTimes = DEFAULT_TIMES, shared: Sequence[Path] = ()
+        self, store: Store, url: str, lock_path: Path, *, waits: Waits = DEFAULT_WAITS, times: LeaseTimes = DEFAULT_TIMES, shared: Sequence[Path] = (),
+        workflow: Callable[[Run, Effects, Waits], Coroutine[Any, Any, str]] = reinstall,
     ) -> None:  # fmt: skip
         """`lock_path`: on a local disk. `shared`: folders that all workers of the database have in common."""
-        self.store, self._url, self._waits = store, url, waits
+        self.store, self._url, self._waits, self._workflow = store, url, waits, workflow
         self._idle_s = times.fence_s  # a worker that is stopped inside a transaction of DBOS's loses its locks before its lease
         self.lease = Lease(store.engine, lock_path, version=APPLICATION_VERSION, times=times, shared=shared)
         self._client: DBOSClient | None = None
@@ -188,12 +189,12 @@ class Engine:
                 "notification_listener_polling_interval_sec": 0.25,
             }
         )
-        pool, waits, lease = self._pool, self._waits, self.lease
+        pool, waits, lease, workflow = self._pool, self._waits, self.lease, self._workflow
 
         @DBOS.workflow(name="reinstall", max_recovery_attempts=1000)
         async def reinstall_workflow(run_id: str) -> str:
             try:
-                return await reinstall(DbosRun(run_id, pool, lease), effects, waits)
+                return await workflow(DbosRun(run_id, pool, lease), effects, waits)
             except sa.exc.DBAPIError as error:
                 if is_unavailable(error):
                     log.warning("workflow stands still: the database", run_id=run_id)
