@@ -20,6 +20,8 @@ from world import World
 CALM_SHARE = 0.45  # of the worlds: nothing goes wrong in them
 SHARED_SHARE = 0.2  # two workers with leases
 BLOCK = 20
+LAST_LINE = {"cancel": "cancels", "rehearsal": "rehearsals", "retries": "retries", "pause": "pauses", "stopped batch": "stopped batches",
+             "takeover": "takeovers", "stale": "stale workers that ended themselves"}  # fmt: skip
 
 
 @dataclass
@@ -131,7 +133,8 @@ def main() -> None:
     print("acts:", dict(total.acts.most_common()))
     print(f"most kinds of fault in one world: {total.most_kinds}; {total.events:,} events; {time.monotonic() - began:.0f} s on {args.jobs} cores")
     share = round(100 * total.faulty / max(1, total.reinstalls))
-    print(f"simulation: {total.seeds:,} seeds, {total.reinstalls:,} reinstalls, {share} % with faults, {len(total.broken)} violations")
+    acted = ", ".join(f"{sum(n for k, n in total.acts.items() if k.startswith(what)):,} {name}" for what, name in LAST_LINE.items())
+    print(f"simulation: {total.seeds:,} seeds, {total.reinstalls:,} reinstalls, {share} % with faults, {acted}, {len(total.broken)} violations")
     sys.exit(bool(total.broken))
 
 

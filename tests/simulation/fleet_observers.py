@@ -16,6 +16,7 @@ from world import Round, World
 from repave.domain.states import Ending
 
 ASIDE = ("cancelled", "batch-stopped")
+TICK_S = 0.001  # the database keeps microseconds
 GOOD = (Ending.PROVED, Ending.LATE_PROOF, Ending.REHEARSED)
 Runs = list[dict[str, Any]]
 Seconds = Callable[[str], float]
@@ -86,7 +87,8 @@ def waves(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str]:
             broken.append("I17 a run began before all canaries went well")
     failed = [r for r in runs if r["outcome"] and r["outcome"] not in GOOD and _class(r) not in ASIDE]
     reason = world.disk.rows("SELECT stop_reason FROM batches WHERE id = ?", this.batch_id)
-    if asked.max_failed is not None and len(failed) > asked.max_failed and not reason[0][0]:
+    too_many = sorted(r["ended_at"] for r in failed)[asked.max_failed or 0 :] if asked.max_failed is not None else []
+    if too_many and any((r["ended_at"] or "z") > too_many[0] for r in runs) and not reason[0][0]:
         broken.append(f"I17 {len(failed)} failed, max_failed {asked.max_failed}, and the batch was not stopped")
     return broken
 
@@ -109,7 +111,7 @@ def stops(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str]:
 def pauses(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str]:
     """I17: nothing of a paused batch begins."""
     began = [seconds(r["released_at"]) for r in runs if r["released_at"]]
-    return [f"I17 a run began at {b:.0f} s, paused from {a:.0f} to {z:.0f} s" for a, z in this.asked.paused for b in began if a < b < z]
+    return [f"I17 a run began at {b:.0f} s, paused from {a:.0f} to {z:.0f} s" for a, z in this.asked.paused for b in began if a < b < z - TICK_S]
 
 
 def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str]:
@@ -130,7 +132,7 @@ def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str
         if (
             what
             and crossed is not None
-            and crossed < asked_at
+            and crossed < asked_at - TICK_S
             and (run["ended_at"] is None or seconds(run["ended_at"]) > answered_at)
             and what != "past-the-line"
         ):
@@ -149,7 +151,7 @@ def calm(world: World, runs: Runs) -> list[str]:
     """I4: where nothing goes wrong, every run ends well."""
     by_batch = {this.batch_id: this for this in world.rounds}
     stormy = any(t.faults for this in world.rounds for t in this.troubles.values()) or any(this.crashes or this.busy or this.stops for this in world.rounds)
-    if stormy or any(this.asked.cancel for this in world.rounds):
+    if stormy or world.service.meddling.stopped or any(this.asked.cancel for this in world.rounds):
         return []
     wanted = {r["id"]: Ending.REHEARSED if by_batch[r["batch_id"]].asked.rehearse else Ending.PROVED for r in runs if r["batch_id"] in by_batch}
     return [f"I4 nothing went wrong, and a run ended {r['outcome']}, not {wanted[r['id']]}" for r in runs if r["outcome"] != wanted.get(r["id"])]

@@ -50,7 +50,8 @@ def _runs(world: World) -> list[dict[str, Any]]:
 
 
 def _round_of(world: World, run: dict[str, Any]) -> Round:
-    return next(this for this in world.rounds if this.batch_id == run["batch_id"])
+    """By time: a request whose answer was lost may have ended before it was repeated, and then both were of one round."""
+    return [this for this in world.rounds if this.began <= seconds(run["created_at"]) + 0.001][-1]
 
 
 def writes(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:

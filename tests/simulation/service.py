@@ -111,6 +111,7 @@ class Service:
         self.news = Signal()
         self.busy_until = 0.0
         self.busy_count = self.refusals = 0
+        self.stop_in_call_s = 0.0  # the next worker that calls a BMC is stopped for so long, in the middle of the call
         self.yields = False  # tasks may be overtaken before each transaction
         self.errors: list[str] = []  # what nobody foresaw
         disk.before_begin, disk.at_commit, disk.told = self._before_begin, self._at_commit, self._dispatch
@@ -126,7 +127,7 @@ class Service:
             return
         self.lives += 1
         worker.life = life = Life(f"service {self.lives}")
-        worker.executor_id = f"{worker.name}-{self.lives}"
+        worker.executor_id, worker.begun, worker.lease = f"{worker.name}-{self.lives}", False, None
         self.time.note(f"service starts, life {self.lives}")
         worker.effects = ServerEffects(self.store, self.images, functools.partial(self._open_bmc, worker), PLACES)
         worker.reconciler = Reconciler(self.store, self.disk)
@@ -144,6 +145,7 @@ class Service:
                     self.time.sleep(1)
         else:
             self._put_back(set(self.disk.owners.values()))
+        worker.begun = True
         self._dispatch()
         self.time.sleep(RECONCILE_S)
         self._reconcile_forever(worker)
@@ -190,6 +192,9 @@ class Service:
         worker = self.find_worker()
         if worker is None:
             return
+        if self.stop_in_call_s and point.startswith("bmc"):
+            self.stop_for(worker, self.stop_in_call_s)
+            self.stop_in_call_s = 0.0
         crashes = self.crashes
         crashes.seen[point] += 1
         name = f"{point} #{crashes.seen[point]}"

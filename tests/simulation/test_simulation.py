@@ -26,11 +26,12 @@ def test_a_seed_is_one_run_whatever_the_order_of_sets():
 
 
 def test_simulated_worlds_with_faults_break_no_invariant(capsys):
-    last = run(".", "--seeds", "2000", "--at-most-s", "90").splitlines()[-1]
+    last = run(".", "--seeds", "2000", "--at-most-s", "120").splitlines()[-1]
     with capsys.disabled():
         print(f"\n{last}")
     assert re.search(r"\b0 violations", last)
     assert int(re.findall(r"(\d+) % with faults", last)[0]) >= 33
+    assert not re.search(r"\b0 (?!violations)", last), "something was never played"
 
 
 def test_a_death_at_every_point_of_every_ending_changes_no_end(capsys):

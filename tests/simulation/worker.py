@@ -25,12 +25,13 @@ class Worker:
     def __init__(self, name: str) -> None:
         self.name, self.executor_id, self.life = name, "", Life("not started")
         self.life.ended = True
+        self.begun = False  # it takes work
         self.lease: SimLease | None = None
         self.effects: Any = None
         self.reconciler: Any = None
 
     def works(self, now: float) -> bool:
-        return not self.life.ended and self.life.stopped_until <= now
+        return self.begun and not self.life.ended and self.life.stopped_until <= now
 
     def require(self) -> None:
         """What the driver asks before each request that changes something."""

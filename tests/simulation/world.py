@@ -230,7 +230,11 @@ class World:
     def _stop_one(self, this: Round) -> None:
         this.stops += 1
         rng = self.time.rng
-        self.service.stop_for(rng.choice(self.service.workers), rng.choice((60, 170, 200, 230, 300, 700)))
+        seconds = rng.choice((60, 170, 200, 230, 300, 700))
+        if rng.random() < 0.5:
+            self.service.stop_in_call_s = seconds
+        else:
+            self.service.stop_for(rng.choice(self.service.workers), seconds)
 
     def _third_party(self, machine: Machine, kind: str) -> None:
         if machine.on and machine.trouble.has(kind):
