@@ -72,6 +72,7 @@ class FarEnd(http.server.ThreadingHTTPServer):
         self.lost: dict[str, int] = {}  # path -> how many answers get lost
         self.then = "power-off"
         self.damage: set[str] = set()  # paths answered with other bytes
+        self.damage_once: set[str] = set()
         self.config_drive = b"CONFIG-DRIVE" * 1000
         self.manifest, self.chunks = split_image(image)
         self.plan = {
@@ -139,7 +140,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.lost[self.path] -= 1
             self.close_connection = True
             return
-        if self.path in self.server.damage:
+        if self.path in self.server.damage | self.server.damage_once:
+            self.server.damage_once.discard(self.path)
             body = body[:-1] + b"?"
         self.send_response(status)
         if status != 204:
@@ -325,6 +327,12 @@ def test_a_damaged_manifest_is_found_before_the_line(rack: Rack) -> None:
     assert rack.run() == 1
     assert rack.untouched() and [r["error"]["class"] for r in rack.end.reports] == ["image-damaged"]
     assert "POST /agent/v1/cross" not in rack.end.paths
+
+
+def test_a_manifest_and_a_config_drive_that_came_wrong_once_are_fetched_again(rack: Rack) -> None:
+    rack.end.damage_once = {"/agent/v1/manifest", "/agent/v1/config-drive"}
+    assert rack.run() == 0
+    assert rack.end.paths.count("GET /agent/v1/manifest") == rack.end.paths.count("GET /agent/v1/config-drive") == 2
 
 
 def test_a_config_drive_that_is_longer_than_planned_is_not_read_to_its_end(rack: Rack) -> None:

@@ -1,6 +1,6 @@
 """An HTTP(S) proxy that breaks what passes through it, by rules given as data: in front of a BMC or of one of our listeners.
 
-A rule names calls (method, path, the how-manyeth) and one fault. The lies of a BMC are two of them: a call that is `ignored` is answered
+A rule names calls (method, path, whose, the how-manyeth) and one fault. The lies of a BMC are two of them: a call that is `ignored` is answered
 well and has no effect (an override, an insert, a power action), and `elsewhere` is another machine behind the address.
 Every request is kept with its time, sizes, answer and fault; bodies and logins are not.
 """
@@ -16,7 +16,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,10 +24,11 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 # latency: passed on after `seconds` · black-hole: never passed on or answered · reset: not passed on, RST · status: not passed on, `status`
-# truncated: half of the answer's body · twice: passed on two times · stale: the answer to the same GET before this one
+# truncated: half of the answer's body · twice: passed on two times · stale: the answer to the same request before this one, whoever's it was
 # lost-answer: passed on, hung up · ignored: not passed on, answered 204 · elsewhere: passed on to `other_url` · slow: `bytes_per_s`
 FAULTS = ("latency", "black-hole", "reset", "status", "truncated", "twice", "stale", "lost-answer", "ignored", "elsewhere", "slow")
 _UPSTREAM_S = 120.0
+_ID = re.compile("[0-9a-f-]{32,}")  # in a path: whose it is, not what is asked
 _HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "te", "trailer", "upgrade", "proxy-connection")  # RFC 9110, 7.6.1
 
 
@@ -44,13 +45,14 @@ class Rule:
     status: int = 503
     bytes_per_s: int = 100_000
     other_url: str = ""
+    caller: str = ""  # as the proxy's `name_caller` has it; "" is anybody
 
     def __post_init__(self) -> None:
         if self.fault not in FAULTS:
             raise ValueError(f"no such fault: {self.fault}")
 
-    def names(self, method: str, path: str) -> bool:
-        return self.method in ("", method) and re.search(self.path, path) is not None
+    def names(self, method: str, path: str, caller: str = "") -> bool:
+        return self.method in ("", method) and self.caller in ("", caller) and re.search(self.path, path) is not None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Seen:
     status: int
     answer_bytes: int
     fault: str = ""
+    caller: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,37 +78,42 @@ class _Answer:
 
 
 class FaultProxy:
-    """What stands before `upstream_url`. `ca`: whom to trust there; None with https: anybody, for BMCs with certificates of their own."""
+    """What stands before `upstream_url`. `ca`: whom to trust there; None with https: anybody, for BMCs with certificates of their own.
+
+    `name_caller` tells from path and bearer token whose request it is, so that many machines behind one proxy have faults of their own.
+    """
 
     def __init__(self, upstream_url: str, *, ca: Path | None = None) -> None:
         self.upstream_url, self.url = upstream_url, ""
+        self.name_caller: Callable[[str, str], str] = lambda path, bearer: ""
         self.over = threading.Event()
         self._ca = ca
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
-        self._matched: list[int] = []
+        self._matched: dict[Rule, int] = {}
         self._seen: list[Seen] = []
-        self._last: dict[str, _Answer] = {}
+        self._last: dict[tuple[str, str], _Answer] = {}
 
-    def set_rules(self, rules: Sequence[Rule]) -> None:
-        """These faults from now on, counted from the next request."""
+    def set_rules(self, rules: Sequence[Rule], *, caller: str = "") -> None:
+        """These faults from now on, counted from the next request. With a `caller`, other callers' rules stay as they are."""
         with self._lock:
-            self._rules, self._matched = list(rules), [0] * len(rules)
+            self._rules = [r for r in self._rules if caller and r.caller != caller] + list(rules)
+            self._matched = {r: 0 if r in rules else n for r, n in self._matched.items()}
 
     def read_log(self) -> list[Seen]:
         """What has been answered or dropped so far, oldest first."""
         with self._lock:
             return list(self._seen)
 
-    def find_rule(self, method: str, path: str) -> Rule | None:
+    def find_rule(self, method: str, path: str, caller: str) -> Rule | None:
         """The first rule whose turn this call is. Every rule that names the call counts it."""
         found = None
         with self._lock:
-            for number, rule in enumerate(self._rules):
-                if not rule.names(method, path):
+            for rule in self._rules:
+                if not rule.names(method, path, caller):
                     continue
-                self._matched[number] += 1
-                behind = self._matched[number] - rule.nth
+                self._matched[rule] = self._matched.get(rule, 0) + 1
+                behind = self._matched[rule] - rule.nth
                 if found is None and behind >= 0 and (rule.times is None or behind < rule.times):
                     found = rule
         return found
@@ -114,9 +122,9 @@ class FaultProxy:
         with self._lock:
             self._seen.append(seen)
 
-    def find_last(self, path: str) -> _Answer | None:
+    def find_last(self, method: str, path: str) -> _Answer | None:
         with self._lock:
-            return self._last.get(path)
+            return self._last.get((method, _ID.sub("ID", path)))
 
     def ask(self, url: str, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Answer:
         """The far end's answer, read whole."""
@@ -136,9 +144,8 @@ class FaultProxy:
             response = connection.getresponse()
             kept = tuple((n, v) for n, v in response.getheaders() if n.lower() not in _HOP)
             answer = _Answer(response.status, kept, response.read(), response.getheader("Content-Length"))
-        if method == "GET":
-            with self._lock:
-                self._last[path] = answer
+        with self._lock:
+            self._last[method, _ID.sub("ID", path)] = answer
         return answer
 
     def _tls(self) -> ssl.SSLContext:
@@ -158,11 +165,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         at = time.monotonic()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        rule = self.proxy.find_rule(self.command, self.path)
+        caller = self.proxy.name_caller(self.path, (self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        rule = self.proxy.find_rule(self.command, self.path, caller)
+        if rule is not None and rule.fault == "black-hole":
+            self.proxy.note(Seen(at, self.command, self.path, len(body), 0, 0, rule.fault, caller))
+            self.proxy.over.wait()
+            self._hang_up()
+            return
         answer = self._answer(rule, body)
         # Noted before it is sent: who has the answer finds the request in the log.
         told = (answer.status, len(answer.body)) if answer else (0, 0)
-        self.proxy.note(Seen(at, self.command, self.path, len(body), *told, rule.fault if rule else ""))
+        self.proxy.note(Seen(at, self.command, self.path, len(body), *told, rule.fault if rule else "", caller))
         if answer is not None:
             self._send(answer, rule)
 
@@ -178,11 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "reset":
             self._reset()
             return None
-        if fault == "black-hole":
-            self.proxy.over.wait()
-            self._hang_up()
-            return None
-        if fault == "stale" and (last := self.proxy.find_last(self.path)) is not None:
+        if fault == "stale" and (last := self.proxy.find_last(self.command, self.path)) is not None:
             return last
         if rule is not None and fault == "latency":
             self.proxy.over.wait(rule.seconds)

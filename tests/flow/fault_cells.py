@@ -1,0 +1,150 @@
+"""The cells of whole reinstalls: one fault on one request of a reinstall, and how it must end. Data only; `fault_rig` runs them.
+
+    running         the new OS proved itself; its disk is the image, media out, override off
+    returned        before the line: the disk's bytes are what they were, the old OS runs again
+    stopped         after the line: off, media out, the disk can not boot
+    stopped-whole   after the line, nobody heard that the image is whole: off, media out
+    stopped-clean   counted as crossed, nothing written: off, media out, the disk's bytes are what they were
+    unproved        the image is whole and on, nobody heard its proof; heard late, it counts
+    unheard         the same, and the new OS believes that it was heard
+    return-failed   before the line: the disk's bytes are what they were, the BMC can not be made to power on
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from repave.lab.fault_proxy import Rule
+
+ONCE = ("latency", "black-hole", "reset", "status", "truncated", "twice", "lost-answer")
+ALWAYS = ("black-hole", "reset", "status", "truncated", "lost-answer")
+NEVER_HEARD = ("black-hole", "reset", "status")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request of every reinstall: the `nth` that fits."""
+
+    at: str  # which wire: agent, media, bmc
+    name: str
+    method: str
+    path: str
+    nth: int = 1
+
+    def rule(self, fault: str, times: int | None) -> Rule:
+        return Rule(fault, method=self.method, path=self.path, nth=self.nth, times=times, seconds=2.0, bytes_per_s=4_000_000)
+
+
+AGENT = [
+    Call("agent", "hello", "POST", "/hello$"),
+    Call("agent", "plan", "GET", "/plan$"),
+    Call("agent", "manifest", "GET", "/manifest$"),
+    Call("agent", "cross", "POST", "/cross$"),
+    Call("agent", "config-drive", "GET", "/config-drive$"),
+    Call("agent", "chunk", "GET", "/chunks/"),
+    Call("agent", "progress", "POST", "/progress$"),
+    Call("agent", "report", "POST", "/report$"),
+    Call("agent", "call-home", "POST", "^/home/"),
+]
+MEDIA = Call("media", "media", "GET", "^/media/")
+CUT = Call("agent", "network", "", "/(chunks/|progress|report)", nth=3)  # in the midst of writing
+BMC = [
+    Call("bmc", "power-off", "POST", "ComputerSystem.Reset$"),
+    Call("bmc", "insert-media", "POST", "InsertMedia$"),
+    Call("bmc", "override", "PATCH", "Systems/"),
+    Call("bmc", "power-on", "POST", "ComputerSystem.Reset$", nth=2),
+    Call("bmc", "eject-media", "POST", "EjectMedia$"),
+    Call("bmc", "override-off", "PATCH", "Systems/", nth=2),
+    Call("bmc", "power-on-new-os", "POST", "ComputerSystem.Reset$", nth=3),
+]
+IDENTITY = Call("bmc", "any-request", "", "")
+LATER = Call("bmc", "any-request-later", "", "", nth=40)
+
+
+@dataclass(frozen=True)
+class Cell:
+    call: Call
+    fault: str
+    ends: str
+    always: bool = False
+    beside: tuple[Rule, ...] = field(default=())  # so that there is something to break
+
+    def __str__(self) -> str:
+        return f"{self.fault} {'always' if self.always else 'once'} at {self.call.name}"
+
+    @property
+    def image(self) -> str:
+        return "wide" if self.call.name in ("manifest", "chunk", "progress", "network") else "tiny-1"
+
+    def rules(self) -> list[Rule]:
+        return [self.call.rule(self.fault, None if self.always else 1), *self.beside]
+
+
+# Chunks this slow keep an agent writing for some seconds: progress is told every three.
+_PACE = (Rule("latency", path="/chunks/", times=None, seconds=2.0),)
+
+
+def list_cells() -> list[Cell]:
+    """The long ones first: they are waiting, while others work."""
+    return sorted([*_always(), *_once()], key=lambda cell: not cell.always)
+
+
+def _once() -> list[Cell]:
+    cells = []
+    for call in AGENT:
+        beside = _PACE if call.name == "progress" else ()
+        cells += [Cell(call, fault, "running", beside=beside) for fault in ONCE]
+        if call.name in _STALE:
+            cells.append(Cell(call, "stale", _STALE[call.name], beside=beside))
+    cells += [Cell(MEDIA, fault, _MEDIA.get(fault, "running")) for fault in (*ONCE, "slow")]
+    for call in BMC:
+        cells += [Cell(call, fault, _BMC.get((call.name, fault), "running")) for fault in (*ONCE, "ignored", "elsewhere")]
+    return cells
+
+
+# An answer of another run. Not of hello and plan: whoever is given another's session speaks as that other, which is what TLS is for.
+_STALE = {
+    "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
+    "cross": "returned", "report": "stopped-whole", "call-home": "unheard",
+}  # fmt: skip
+_MEDIA: dict[str, str] = {}
+_BMC: dict[tuple[str, str], str] = {}
+
+
+def _always() -> list[Cell]:
+    ends = {
+        "hello": dict.fromkeys(ALWAYS, "returned"),
+        "plan": dict.fromkeys(ALWAYS, "returned"),
+        "manifest": dict.fromkeys(ALWAYS, "returned"),
+        "cross": dict.fromkeys(NEVER_HEARD, "returned") | dict.fromkeys(("truncated", "lost-answer"), "stopped-clean"),
+        "config-drive": dict.fromkeys(ALWAYS, "stopped-clean"),
+        "chunk": dict.fromkeys((*ALWAYS, "stale"), "stopped"),
+        "progress": dict.fromkeys((*ALWAYS, "stale"), "running"),
+        "report": dict.fromkeys(NEVER_HEARD, "stopped-whole") | dict.fromkeys(("truncated", "lost-answer"), "running"),
+        "call-home": dict.fromkeys(NEVER_HEARD, "unproved") | dict.fromkeys(("truncated", "lost-answer"), "running"),
+    }
+    cells = []
+    for call in AGENT:
+        beside = _PACE if call.name == "progress" else ()
+        cells += [Cell(call, fault, end, always=True, beside=beside) for fault, end in ends[call.name].items()]
+    cells += [Cell(MEDIA, fault, "returned", always=True) for fault in ALWAYS]
+    cells += [Cell(CUT, fault, "stopped", always=True) for fault in ("black-hole", "reset", "lost-answer")]
+    cells += [Cell(call, "ignored", "returned", always=True) for call in BMC[1:3]]
+    cells += [Cell(call, "status", "returned", always=True) for call in BMC[1:3]]
+    cells += [Cell(BMC[3], "ignored", "return-failed", always=True)]
+    cells += [Cell(IDENTITY, fault, "returned", always=True) for fault in ("elsewhere", "black-hole", "status")]
+    cells += [Cell(LATER, fault, "return-failed", always=True) for fault in ("elsewhere", "black-hole")]
+    return cells
+
+
+def choose_slice(cells: list[Cell]) -> list[Cell]:
+    """One cell of each kind of request and of each fault, of those that end within some seconds."""
+    quick = [c for c in cells if not c.always and c.fault not in SLOW and (c.call.at != "bmc" or c.ends == "running")]
+    chosen: list[Cell] = []
+    for cell in quick:
+        if all(c.call != cell.call for c in chosen) or all((c.call.at, c.fault) != (cell.call.at, cell.fault) for c in chosen):
+            chosen.append(cell)
+    return chosen
+
+
+SLOW = ("black-hole", "ignored")
