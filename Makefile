@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help soak crashes sabotage run test power-loss check rack bench docs clean install
+.PHONY: help faults soak crashes sabotage run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -35,6 +35,7 @@ check: install ## Format, lint, types, import directions, generated docs
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m repave.cli.docs --check
+	$(VENV)/bin/python tests/flow/fault_matrix.py --check
 
 rack: install ## A virtual rack of two machines that stays up; end it with: .venv/bin/repave rack down
 	$(REPAVE) rack up 2
@@ -45,6 +46,9 @@ soak: install ## Simulated fleets on a virtual clock: SEEDS=20000 worlds of ten 
 crashes: install ## The service dies at every point of every ending, then twice: PAIRS=2000
 	@$(VENV)/bin/python tests/simulation/crash_points.py --pairs $(or $(PAIRS),2000)
 
+faults: install ## Faults at the wire: every request of a reinstall and of the BMC driver; ONLY= part of a cell's name
+	@$(VENV)/bin/python tests/flow/faults.py $(if $(ONLY),--only "$(ONLY)")
+
 sabotage: install ## Each observer's planted bug must be found
 	@$(VENV)/bin/python tests/simulation/planted_bugs.py
 
@@ -53,6 +57,7 @@ bench: install ## Figures beside references measured in the same run
 
 docs: install ## Renders the docs that are made from code
 	$(VENV)/bin/python -m repave.cli.docs
+	$(VENV)/bin/python tests/flow/fault_matrix.py
 
 clean: ## Ends the rack and removes all that was built
 	@if [ -x $(REPAVE) ] && [ -d .repave ]; then $(REPAVE) rack down || true; fi

@@ -40,6 +40,7 @@ from repave.images.store import ImageStore
 from repave.own_host import read_own_host
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
+from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import is_unavailable
 from repave.store.stand import check_file
@@ -143,7 +144,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     sealer = Sealer.open(settings.key_file)
     make_ca(secret_dir)
     check_file(settings.database_url)
-    store = Store.open(settings.database_url, sealer=sealer, now=utc_now)
+    clock = SteadyClock()
+    store = Store.open(settings.database_url, sealer=sealer, now=clock)
     store.marks.check_ca(hashlib.sha256((secret_dir / "ca.pem").read_bytes()).hexdigest())
     assert settings.images_dir is not None
     images = ImageStore(settings.images_dir)
@@ -163,6 +165,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
     lock = settings.data_dir / "worker.lock"
     engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))
+    engine.when_idle = clock.follow
     limits = Limits(settings.runs_at_once, settings.rack_at_once)
     fleet = Fleet(
         store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s, waiting_timeout_s=settings.waiting_timeout_s, limits=limits,

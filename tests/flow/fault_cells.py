@@ -1,13 +1,13 @@
 """The cells of whole reinstalls: one fault on one request of a reinstall, and how it must end. Data only; `fault_rig` runs them.
 
-    running         the new OS proved itself; its disk is the image, media out, override off
-    returned        before the line: the disk's bytes are what they were, the old OS runs again
-    stopped         after the line: off, media out, the disk can not boot
-    stopped-whole   after the line, nobody heard that the image is whole: off, media out
-    stopped-clean   counted as crossed, nothing written: off, media out, the disk's bytes are what they were
-    unproved        the image is whole and on, nobody heard its proof; heard late, it counts
-    unheard         the same, and the new OS believes that it was heard
-    return-failed   before the line: the disk's bytes are what they were, the BMC can not be made to power on
+running         the new OS proved itself; its disk is the image, media out, override off
+returned        before the line: the disk's bytes are what they were, the old OS runs again
+stopped         after the line: off, media out, the disk can not boot
+stopped-whole   after the line, nobody heard that the image is whole: off, media out
+stopped-clean   counted as crossed, nothing written: off, media out, the disk's bytes are what they were
+unproved        the image is whole and on, nobody heard its proof; heard late, it counts
+unheard         the same, and the new OS believes that it was heard
+return-failed   before the line: the disk's bytes are what they were, the BMC can not be made to power on
 """
 
 from __future__ import annotations
@@ -47,18 +47,22 @@ AGENT = [
     Call("agent", "call-home", "POST", "^/home/"),
 ]
 MEDIA = Call("media", "media", "GET", "^/media/")
+LATER_CHUNK = Call("agent", "later-chunk", "GET", "/chunks/", nth=4)
 CUT = Call("agent", "network", "", "/(chunks/|progress|report)", nth=3)  # in the midst of writing
+INSERT = Call("bmc", "insert-media", "POST", "InsertMedia$")
+OVERRIDE = Call("bmc", "override", "PATCH", "Systems/")
+POWER_ON = Call("bmc", "power-on", "POST", "ComputerSystem.Reset$", nth=2)
 BMC = [
     Call("bmc", "power-off", "POST", "ComputerSystem.Reset$"),
-    Call("bmc", "insert-media", "POST", "InsertMedia$"),
-    Call("bmc", "override", "PATCH", "Systems/"),
-    Call("bmc", "power-on", "POST", "ComputerSystem.Reset$", nth=2),
+    INSERT,
+    OVERRIDE,
+    POWER_ON,
     Call("bmc", "eject-media", "POST", "EjectMedia$"),
     Call("bmc", "override-off", "PATCH", "Systems/", nth=2),
     Call("bmc", "power-on-new-os", "POST", "ComputerSystem.Reset$", nth=3),
 ]
 IDENTITY = Call("bmc", "any-request", "", "")
-LATER = Call("bmc", "any-request-later", "", "", nth=40)
+LATER = Call("bmc", "any-request-since-insert", "", "")
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,13 @@ class Cell:
         return f"{self.fault} {'always' if self.always else 'once'} at {self.call.name}"
 
     @property
+    def since(self) -> str:
+        """The step that must have begun before the fault is there."""
+        return "insert-media" if self.call == LATER else ""
+
+    @property
     def image(self) -> str:
-        return "wide" if self.call.name in ("manifest", "chunk", "progress", "network") else "tiny-1"
+        return "wide" if self.call.name in ("manifest", "chunk", "later-chunk", "progress", "network") else "tiny-1"
 
     def rules(self) -> list[Rule]:
         return [self.call.rule(self.fault, None if self.always else 1), *self.beside]
@@ -86,7 +95,7 @@ _PACE = (Rule("latency", path="/chunks/", times=None, seconds=2.0),)
 
 def list_cells() -> list[Cell]:
     """The long ones first: they are waiting, while others work."""
-    return sorted([*_always(), *_once()], key=lambda cell: not cell.always)
+    return sorted([*_always(), *_once()], key=lambda cell: (not cell.always, cell.ends != "return-failed"))
 
 
 def _once() -> list[Cell]:
@@ -97,6 +106,7 @@ def _once() -> list[Cell]:
         if call.name in _STALE:
             cells.append(Cell(call, "stale", _STALE[call.name], beside=beside))
     cells += [Cell(MEDIA, fault, _MEDIA.get(fault, "running")) for fault in (*ONCE, "slow")]
+    cells += [Cell(CUT, fault, "running", beside=_PACE) for fault in ("black-hole", "reset", "lost-answer")]
     for call in BMC:
         cells += [Cell(call, fault, _BMC.get((call.name, fault), "running")) for fault in (*ONCE, "ignored", "elsewhere")]
     return cells
@@ -107,8 +117,9 @@ _STALE = {
     "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
     "cross": "returned", "report": "stopped-whole", "call-home": "unheard",
 }  # fmt: skip
-_MEDIA: dict[str, str] = {}
-_BMC: dict[tuple[str, str], str] = {}
+_MEDIA = dict.fromkeys(("black-hole", "reset", "status", "truncated", "lost-answer"), "returned")  # the BMC says that it could not fetch them
+# A request that never arrives, or arrives elsewhere, is not sent again: before the line that ends the run, after it the step is done again a minute later.
+_BMC = {(call.name, fault): "returned" for call in (INSERT, OVERRIDE, POWER_ON) for fault in ("black-hole", "reset", "ignored", "elsewhere")}
 
 
 def _always() -> list[Cell]:
@@ -118,33 +129,38 @@ def _always() -> list[Cell]:
         "manifest": dict.fromkeys(ALWAYS, "returned"),
         "cross": dict.fromkeys(NEVER_HEARD, "returned") | dict.fromkeys(("truncated", "lost-answer"), "stopped-clean"),
         "config-drive": dict.fromkeys(ALWAYS, "stopped-clean"),
-        "chunk": dict.fromkeys((*ALWAYS, "stale"), "stopped"),
+        "chunk": dict.fromkeys(ALWAYS, "stopped-clean"),  # the first is fetched before anything is cleared
+        "later-chunk": dict.fromkeys((*ALWAYS, "stale"), "stopped"),
         "progress": dict.fromkeys((*ALWAYS, "stale"), "running"),
         "report": dict.fromkeys(NEVER_HEARD, "stopped-whole") | dict.fromkeys(("truncated", "lost-answer"), "running"),
         "call-home": dict.fromkeys(NEVER_HEARD, "unproved") | dict.fromkeys(("truncated", "lost-answer"), "running"),
     }
     cells = []
-    for call in AGENT:
+    for call in (*AGENT, LATER_CHUNK):
         beside = _PACE if call.name == "progress" else ()
         cells += [Cell(call, fault, end, always=True, beside=beside) for fault, end in ends[call.name].items()]
     cells += [Cell(MEDIA, fault, "returned", always=True) for fault in ALWAYS]
     cells += [Cell(CUT, fault, "stopped", always=True) for fault in ("black-hole", "reset", "lost-answer")]
-    cells += [Cell(call, "ignored", "returned", always=True) for call in BMC[1:3]]
-    cells += [Cell(call, "status", "returned", always=True) for call in BMC[1:3]]
-    cells += [Cell(BMC[3], "ignored", "return-failed", always=True)]
+    cells += [Cell(call, "ignored", "returned", always=True) for call in (INSERT, OVERRIDE)]
+    cells += [Cell(call, "status", "returned", always=True) for call in (INSERT, OVERRIDE)]
+    cells += [Cell(POWER_ON, "ignored", "return-failed", always=True)]
     cells += [Cell(IDENTITY, fault, "returned", always=True) for fault in ("elsewhere", "black-hole", "status")]
     cells += [Cell(LATER, fault, "return-failed", always=True) for fault in ("elsewhere", "black-hole")]
     return cells
 
 
+# Of these a cell ends within seconds: no time-out, no minute's pause before a step is done again.
+_QUICK = {
+    "agent": ("latency", "reset", "status", "truncated", "twice", "lost-answer", "stale"),
+    "media": ("latency", "twice", "slow"),
+    "bmc": ("latency", "status", "truncated", "twice", "lost-answer"),
+}
+
+
 def choose_slice(cells: list[Cell]) -> list[Cell]:
-    """One cell of each kind of request and of each fault, of those that end within some seconds."""
-    quick = [c for c in cells if not c.always and c.fault not in SLOW and (c.call.at != "bmc" or c.ends == "running")]
+    """Each request once and each fault on each wire, of the cells that end within seconds."""
+    quick = [c for c in cells if not c.always and not c.beside and c.ends == "running" and c.fault in _QUICK[c.call.at]]
     chosen: list[Cell] = []
-    for cell in quick:
-        if all(c.call != cell.call for c in chosen) or all((c.call.at, c.fault) != (cell.call.at, cell.fault) for c in chosen):
-            chosen.append(cell)
-    return chosen
-
-
-SLOW = ("black-hole", "ignored")
+    for call in dict.fromkeys(c.call for c in quick):
+        chosen.append(min((c for c in quick if c.call == call), key=lambda c: sum((o.call.at, o.fault) == (call.at, c.fault) for o in chosen)))
+    return chosen + [c for c in quick if c.call == MEDIA and c not in chosen]

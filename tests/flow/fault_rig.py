@@ -29,7 +29,6 @@ from repave.app import init_site
 from repave.ca import make_certificate
 from repave.cli.client import Client, Endpoint
 from repave.errors import RunFailed
-from repave.images.store import ImageStore
 from repave.lab import scripted_os
 from repave.lab.fault_proxy import FaultProxy, start_fault_proxy
 from repave.lab.processes import find_free_ports, stop_processes
@@ -69,11 +68,10 @@ class FaultRig(Lab):
         write_private(folder / "site/admin.json", f'{{"endpoint": "{endpoint}"}}'.encode())
         self.values = {"endpoint": endpoint, "project_id": first_key.project.id, "token": first_key.token}
         self.client = Client(None, Endpoint(endpoint, first_key.token))
-        self.images = ImageStore(folder / "site/repave-data/images")
-        ca = folder / "site/secret/ca.pem"
-        certificate = make_certificate(ca.parent, ["127.0.0.1"], folder / "proxy.pem")
+        self.ca = folder / "site/secret/ca.pem"
+        certificate = make_certificate(self.ca.parent, ["127.0.0.1"], folder / "proxy.pem")
         start = stack.enter_context
-        self.agents = start(start_fault_proxy(f"https://127.0.0.1:{provisioning}", ca=ca, certificate=certificate, port=agents_seen))
+        self.agents = start(start_fault_proxy(f"https://127.0.0.1:{provisioning}", ca=self.ca, certificate=certificate, port=agents_seen))
         self.media = start(start_fault_proxy(f"http://127.0.0.1:{media}", port=media_seen))
         self.bmcs = {name: start(start_fault_proxy(m.bmc_url)) for name, m in self.machines.items()}
         self.agents.name_caller = self.media.name_caller = self._name_caller
@@ -106,6 +104,15 @@ class FaultRig(Lab):
                     self._callers.update(dict.fromkeys((run, *tokens), name))
         return self._callers.get(key, "")
 
+    def media_token(self, run: str) -> str:
+        """What this run's boot media carry."""
+        return self._sealer.derive_for_run(run, "agent")
+
+    def bmc(self, name: str) -> Json:
+        """The driver knows two ways to boot the disk: naming it, and no override."""
+        seen = super().bmc(name)
+        return seen | {"boot": "Hdd"} if seen["boot"] == "None" else seen
+
     # ---- one cell ----
 
     def proxy_of(self, cell: Cell, name: str) -> FaultProxy:
@@ -121,10 +128,17 @@ class FaultRig(Lab):
         else:
             self.bmcs[name].set_rules(())
 
-    def start_run(self, name: str, image: str) -> str:
+    def settle(self, name: str) -> None:
+        """It is `running`, no fault is set."""
+        self.set_cell(None, name)
+        if self.status(name)["state"] != "running":
+            self.wait_for_run(self.start_run(name, "tiny-1"), name)
+            assert self.status(name)["state"] == "running"
+
+    def start_run(self, name: str, image: str, *, also: Sequence[str] = ()) -> str:
         """CloudDC's PUT; the batch's id."""
         url = f"{self.values['endpoint']}/v1/{self.values['project_id']}/instances/reinstall"
-        body = {"image_id": self.image_ids[image], "password": f"Cell-7!{os.urandom(6).hex()}", "instance_id_set": [self.ids[name]]}
+        body = {"image_id": self.image_ids[image], "password": f"Cell-7!{os.urandom(6).hex()}", "instance_id_set": [self.ids[n] for n in (name, *also)]}
         answer = requests.put(url, json=body, headers={"X-Auth-Token": self.values["token"]}, timeout=60)
         assert answer.status_code == 202, answer.text
         return answer.headers["link"].partition("/batches/")[2].partition(">")[0]
@@ -139,13 +153,14 @@ class FaultRig(Lab):
 
     def judge(self, cell: Cell, name: str) -> str:
         """What is wrong with how the cell ended, "" where nothing is."""
-        if self.status(name)["state"] != "running":
-            self.set_cell(None, name)
-            self.wait_for_run(self.start_run(name, "tiny-1"), name)
+        self.settle(name)
         self.scribble(name)
         before = Before(self.disk_digest(name), len(self.console(name)), len(self.proxy_of(cell, name).read_log()))
-        self.set_cell(cell, name)
+        self.set_cell(None if cell.since else cell, name)
         batch = self.start_run(name, cell.image)
+        if cell.since:
+            self.wait_for_event(batch, "run.step", step=cell.since)
+            self.set_cell(cell, name)
         run = self.wait_for_run(batch, name)
         wrong = JUDGES[cell.ends](self, cell, name, run, before)
         log = self.proxy_of(cell, name).read_log()[before.log :]
@@ -178,7 +193,7 @@ def _tell(run: Json) -> str:
 
 
 def _differ(**pairs: tuple[Any, Any]) -> str:
-    return "; ".join(f"{name} is {is_!r}, not {should!r}" for name, (is_, should) in pairs.items() if is_ != should)
+    return "; ".join(f"{name} is {is_!r:.200}, not {should!r:.200}" for name, (is_, should) in pairs.items() if is_ != should)
 
 
 AT_REST = {"boot": "Hdd", "media": ""}

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import fault_cells
 import fault_driver
+import pytest
 from fault_rig import run_cells, start_fault_rig
+from fault_scenes import SCENES
 
-MACHINES = 16
+MACHINES = 24  # most of the time most of them wait
 
 
 def main() -> int:
@@ -20,10 +22,18 @@ def main() -> int:
     only = parser.parse_args().only
     count, wrong = 0, []
     cells = [cell for cell in fault_cells.list_cells() if only in str(cell)]
-    if cells:
-        with start_fault_rig(min(MACHINES, len(cells))) as rig:
-            wrong += run_cells(rig, cells, make_say(len(cells)))
-        count += len(cells)
+    scenes = [scene for scene in SCENES if only in scene.__name__]
+    with start_fault_rig(MACHINES) as rig:
+        wrong += run_cells(rig, cells, make_say(len(cells)))
+        say = make_say(len(scenes))
+        for scene in scenes:
+            try:
+                scene(rig)
+                say(f"{scene.__name__}: ended well")
+            except (AssertionError, pytest.fail.Exception) as error:
+                wrong.append(f"{scene.__name__}: {error}")
+                say(f"WRONG: {wrong[-1]}")
+    count += len(cells) + len(scenes)
     with fault_driver.start_benches() as benches:
         requests = [cell for cell in fault_driver.list_cells(benches[0]) if only in str(cell)]
         wrong += fault_driver.run_cells(benches, requests, make_say(len(requests)))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import fault_cells
 import fault_driver
 import pytest
+import requests
+from conftest import wait_until
 from fault_rig import FaultRig, run_cells, start_fault_rig
+
+from repave.lab.fault_proxy import Rule
 
 
 def quiet(line: str) -> None: ...
@@ -35,3 +41,28 @@ def test_a_reinstall_with_a_fault_at_the_wire_ends_as_the_matrix_says(rig: Fault
     with capsys.disabled():
         print(f"\nfaults: {len(cells)} cells, {len(cells) - len(wrong)} ended as the matrix says")
     assert not wrong, "\n".join(wrong)
+    assert rig.keys() == []
+
+
+def test_a_second_boot_with_a_runs_token_is_refused(rig: FaultRig) -> None:
+    name = rig.names[0]
+    rig.settle(name)
+    rig.agents.set_rules([Rule("latency", path="/plan$", times=None, seconds=2.0, caller=name)], caller=name)
+    answered = rig.console(name).count("hello was answered")
+    batch = rig.start_run(name, "tiny-1")
+    run = rig.runs(batch)[name]["id"]
+    wait_until(lambda: rig.console(name).count("hello was answered") > answered, deadline_s=60, what=lambda: rig.describe(batch))
+    hello = {"boot_id": "the thief's", "serial": "", "uuid": "", "macs": [], "arch": "amd64", "firmware": "uefi", "memory_bytes": 1, "disks": []}
+    answer = requests.post(
+        f"{rig.agents.url}/agent/v1/hello", json=hello, headers={"Authorization": f"Bearer {rig.media_token(run)}"}, verify=rig.ca, timeout=30
+    )
+    assert (answer.status_code, "session" in answer.text) == (410, False)
+    rig.set_cell(None, name)
+    assert rig.wait_for_run(batch, name)["outcome"] == "proved"
+
+
+def test_a_second_service_on_a_site_is_refused(rig: FaultRig) -> None:
+    command = [sys.executable, "-m", "repave.cli.main", "serve", str(rig.folder / "site")]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert second.returncode != 0
+    assert rig.status(rig.names[0])["state"] == "running"

@@ -174,6 +174,7 @@ def test_each_bmc_shows_its_own_machine_and_takes_its_own_password(rack: Scripte
     one, two = rack.machines
     members = requests.get(f"{one.bmc_url}/redfish/v1/Systems", auth=(one.bmc_username, one.bmc_password), timeout=5).json()["Members"]
     assert [m["@odata.id"] for m in members] == [f"/redfish/v1/Systems/{one.uuid}"]
+    assert requests.get(f"{one.bmc_url}/redfish/v1/Systems/{two.uuid}", auth=(one.bmc_username, one.bmc_password), timeout=5).status_code == 404
     assert _bmc(one).probe().macs == (one.mac,)
     assert requests.get(f"{one.bmc_url}/redfish/v1/Systems", auth=(two.bmc_username, two.bmc_password), timeout=5).status_code == 401
 

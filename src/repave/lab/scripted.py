@@ -277,6 +277,7 @@ def _with_log(app: Any, folder: Path, player: Player) -> Any:
 
 def serve(folder: Path) -> None:
     """All machines of the rack in `folder`, until the process is ended."""
+    from sushy_tools import error
     from sushy_tools.emulator import main as emulator
     from sushy_tools.emulator.resources.systems import fakedriver
     from werkzeug.serving import make_server
@@ -294,6 +295,12 @@ def serve(folder: Path) -> None:
         @property
         def systems(self) -> list[str]:
             return [self._ports[emulator.flask.request.environ["SERVER_PORT"]]]
+
+        def _get(self, identity: str) -> Any:
+            system = super()._get(identity)
+            if system["uuid"] not in self.systems:
+                raise error.NotFound(f"{identity} has a BMC of its own")
+            return system
 
         def get_power_state(self, identity: str) -> str:
             return "On" if players[self.uuid(identity)].is_on else "Off"

@@ -136,6 +136,7 @@ class Engine:
         self.store, self._url, self._waits, self._workflow = store, url, waits, workflow
         self._idle_s = times.fence_s  # a worker that is stopped inside a transaction of DBOS's loses its locks before its lease
         self.lease = Lease(store.engine, lock_path, version=APPLICATION_VERSION, times=times, shared=shared)
+        self.when_idle: Callable[[], None] = lambda: None  # asked at each look while no run is under way
         self._client: DBOSClient | None = None
         self._lost: set[str] = set()  # workflows that nothing ran when we looked last
         self._stop = threading.Event()
@@ -284,6 +285,8 @@ class Engine:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
         now = self.store.now()
         live = {run.id: run for run in self.store.runs.list_runs(live=True)}
+        if not live:
+            self.when_idle()
         statuses = self._workflow_statuses()
         for run in live.values():
             try:
