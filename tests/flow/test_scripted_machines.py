@@ -7,6 +7,7 @@ import http.server
 import json
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.importer import import_image
 from repave.images.store import ImageStore
 from repave.lab import scripted_os
-from repave.lab.scripted import ScriptedRack, set_faults, start_scripted_rack
-from repave.lab.state import Machine
+from repave.lab.scripted import Player, ScriptedRack, set_faults, start_scripted_rack
+from repave.lab.state import Machine, create_disk, create_machine
 
 MIB = 1 << 20
 RUN_TOKEN, SESSION, NONCE = "media-token", "session-token", "nonce-of-the-run"
@@ -201,6 +202,44 @@ def test_the_agent_writes_the_image_and_the_new_os_calls_home_once(machine: Mach
         assert len(end.homes) == 1
 
 
+class LateLock:
+    """The machine's lock; its boot's own thread gets it for switching off only when `go` is set. Any scheduler may order two threads so."""
+
+    def __init__(self, boot_thread: str) -> None:
+        self._lock, self._boot_thread = threading.Lock(), boot_thread
+        self.arrived, self.go = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name == self._boot_thread and sys._getframe(1).f_code.co_name == "_power_off":
+            self.arrived.set()
+            assert self.go.wait(30)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_an_agent_that_switches_off_late_does_not_switch_off_the_next_boot(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    machine = create_machine(tmp_path, "lab01", bmc_port=1)
+    create_disk(machine.root_disk, 64 * MIB)
+    player = Player(tmp_path, machine)
+    lock = LateLock(machine.name)
+    player._lock = lock  # type: ignore[assignment]
+    with open_far_end(tmp_path, machine) as end:
+        player.cd, player.boot_target = tmp_path / "live.iso", "Cd"
+        player.cd.write_bytes(end.discs["/live.iso"])
+        player.reset("On")
+        assert lock.arrived.wait(30)  # the agent has ended; before that is acted on, the server powers off, and on again
+        player.reset("ForceOff")
+        player.cd, player.boot_target = None, "Hdd"
+        player.reset("On")
+        lock.go.set()
+        wait_for(lambda: "home:" in machine.console.read_text())
+        assert player.is_on and "home: taken" in machine.console.read_text() and len(end.homes) == 1
+        player.reset("ForceOff")
+
+
 def test_media_without_a_live_run_boot_the_local_disk(machine: Machine, tmp_path: Path) -> None:
     with open_far_end(tmp_path, machine) as end:
         boot_from(machine, end.media("inert"))
@@ -226,6 +265,24 @@ def test_faults_are_what_they_say(rack: ScriptedRack, machine: Machine, tmp_path
         bmc.power_on()
         wait_for(lambda: "ramdisk: hangs" in machine.console.read_text())
         assert bmc.read_power() is Power.ON and not end.reports
+
+
+def test_bmcs_that_are_asked_by_many_at_once_keep_no_file_open(rack: ScriptedRack) -> None:
+    [process] = rack._state.processes
+    open_files = Path(f"/proc/{process.pid}/fd")
+    before = len(list(open_files.iterdir()))
+
+    def ask() -> None:
+        for _ in range(50):
+            for machine in rack.machines:
+                _bmc(machine).read_power()
+
+    asking = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(list(open_files.iterdir())) <= before + 10
 
 
 def test_a_stopped_rack_leaves_no_process_not_even_an_agent(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ code that the drive carries. No SSH.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -115,6 +117,15 @@ def start_scripted_rack(folder: Path, *, count: int) -> Iterator[ScriptedRack]:
         rack.stop()
 
 
+@dataclass
+class TimeOn:
+    """One time of being on. Whatever began in it ends with it and touches no later one: threads are slow to notice that the power is gone."""
+
+    off: threading.Event = field(default_factory=threading.Event)
+    agent: subprocess.Popen[bytes] | None = None
+    os_runs: bool = False
+
+
 class Player:
     """One machine: what happens when its power, boot order and CD are what they are."""
 
@@ -124,23 +135,21 @@ class Player:
         self.boot_target = "Hdd"
         self._folder = folder
         self._lock = threading.Lock()
-        self._off = threading.Event()  # of this time of being on
-        self._off.set()
-        self._agent: subprocess.Popen[bytes] | None = None
-        self._os_runs = False
+        self._on = TimeOn()  # the last one
+        self._on.off.set()
 
     @property
     def is_on(self) -> bool:
-        return not self._off.is_set()
+        return not self._on.off.is_set()
 
     def reset(self, kind: str) -> None:
         """A Redfish ResetType, done at once. A restart is off, then on."""
         graceful = kind.startswith("Graceful")
-        if graceful and (not self._os_runs or self.has("ignore-graceful")):
+        if graceful and (not self._on.os_runs or self.has("ignore-graceful")):
             self._say("the power button was pressed; nobody cares")
             return
         if "Off" in kind or "Shutdown" in kind or "Restart" in kind:
-            self._power_off("shut down" if graceful else "power cut")
+            self._power_off(self._on, "shut down" if graceful else "power cut")
         if kind in ("On", "ForceOn") or "Restart" in kind:
             self._power_on()
             self._hold_answer()
@@ -157,34 +166,34 @@ class Player:
         with self._lock:
             if self.is_on:
                 return
-            self._off = threading.Event()
-            threading.Thread(target=self._boot, args=(self._off,), name=self.machine.name, daemon=True).start()
+            self._on = TimeOn()
+            threading.Thread(target=self._boot, args=(self._on,), name=self.machine.name, daemon=True).start()
 
-    def _power_off(self, why: str) -> None:
+    def _power_off(self, on: TimeOn, why: str) -> None:
         with self._lock:
-            if self.is_on:
+            if not on.off.is_set():
                 self._say(why)
-            self._off.set()
-            self._os_runs = False
-            if self._agent is not None:
-                self._agent.kill()
+            on.off.set()
+            on.os_runs = False
+            if on.agent is not None:
+                on.agent.kill()
 
-    def _boot(self, off: threading.Event) -> None:
+    def _boot(self, on: TimeOn) -> None:
         """One time of being on. It ends by itself only where the agent switches off; a machine that hangs stays on."""
         try:
             if self.boot_target == "Cd" and self.cd is not None and not self.has("ignore-override"):
                 self._say("boot: CD")
-                then = self._run_ramdisk(self.cd, off)
-                if then == "power-off" and not off.is_set():
-                    self._power_off("the agent switched off")
+                then = self._run_ramdisk(self.cd, on)
+                if then == "power-off":
+                    self._power_off(on, "the agent switched off")
                 if then != "boot-local":
                     return
-            if not off.is_set():
-                self._boot_disk(off)
+            if not on.off.is_set():
+                self._boot_disk(on)
         except Exception as error:  # a machine that crashed hangs; its console says why
             self._say(f"crashed: {type(error).__name__}: {error}")
 
-    def _run_ramdisk(self, cd: Path, off: threading.Event) -> str | None:
+    def _run_ramdisk(self, cd: Path, on: TimeOn) -> str | None:
         """What the agent did at its end, None where it hangs. Media without a live run boot the local disk, as GRUB does."""
         slot = find_slot(cd)
         if slot is None:
@@ -201,26 +210,24 @@ class Player:
         agent = [sys.executable, "-m", "repave.agent.main", "run", "--slot", str(slot_file), "--machine-file", str(machine_file)]
         with _starting, self.machine.console.open("ab") as console:
             with self._lock:
-                if off.is_set():
+                if on.off.is_set():
                     return None
-                self._agent = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *agent], stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-            off.wait(_START_S)
-        status = self._agent.wait()
-        with self._lock:
-            self._agent = None
+                on.agent = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *agent], stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+            on.off.wait(_START_S)
+        status = on.agent.wait()
         slot_file.unlink(missing_ok=True)
         if not ended.exists():
             self._say(f"ramdisk: the agent ended with status {status} and left the machine on")
             return None
         return str(json.loads(ended.read_text())["ended"])
 
-    def _boot_disk(self, off: threading.Event) -> None:
+    def _boot_disk(self, on: TimeOn) -> None:
         booted = scripted_os.find_os(self.machine.root_disk)
         if booted is None:
             self._say("boot: no bootable disk")
             return
         self._say(f"boot: disk, {booted}")
-        self._os_runs = True
+        on.os_runs = True
         drive = scripted_os.find_config_drive(self.machine.root_disk)
         if drive is None:
             return
@@ -236,9 +243,9 @@ class Player:
             "ssh_host_keys": [scripted_os.create_host_key()],
             "password_usable": first_boot.password_usable,
         }
-        while self.has("hold-disk-boot") and not off.is_set():
-            off.wait(0.05)
-        self._say("home: " + ("taken" if first_boot.call_home(call, off) else "not taken"))
+        while self.has("hold-disk-boot") and not on.off.is_set():
+            on.off.wait(0.05)
+        self._say("home: " + ("taken" if first_boot.call_home(call, on.off) else "not taken"))
 
     def _describe(self, ended: Path) -> dict[str, Any]:
         """The machine as `repave.agent.machine.FileMachine` reads it. A new boot, a new boot id."""
@@ -275,10 +282,24 @@ def _with_log(app: Any, folder: Path, player: Player) -> Any:
     return logged
 
 
+class Remembered(dict[Any, Any]):
+    """What the emulator remembers, in memory: its own `PersistentDict` opens an SQLite file for every look.
+
+    Threads that look at once never let SQLite close them (POSIX locks): 20,000 files were open after seven batches of 50, and boots died of it.
+    """
+
+    def make_permanent(self, dbpath: str | None, dbfile: str) -> None:
+        """Machines and BMCs live as long as this process."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return copy.deepcopy(super().__getitem__(key))  # as from a file: the emulator changes what it was given, and gives it to many
+
+
 def serve(folder: Path) -> None:
     """All machines of the rack in `folder`, until the process is ended."""
     from sushy_tools import error
     from sushy_tools.emulator import main as emulator
+    from sushy_tools.emulator import memoize
     from sushy_tools.emulator.resources.systems import fakedriver
     from werkzeug.serving import make_server
 
@@ -316,6 +337,7 @@ def serve(folder: Path) -> None:
             super().set_boot_image(identity, device, boot_image, write_protected)
             players[self.uuid(identity)].cd = Path(boot_image) if boot_image else None
 
+    memoize.PersistentDict = Remembered
     fakedriver.FakeDriver = ScriptedDriver
     systems = [{"uuid": m.uuid, "name": m.name, "power_state": "Off", "nics": [{"mac": m.mac}]} for m in state.machines]
     emulator.app.config.update(
