@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help faults soak crashes sabotage run test power-loss check rack bench docs clean install
+.PHONY: help faults soak soak-hour crashes sabotage run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,9 @@ rack: install ## A virtual rack of two machines that stays up; end it with: .ven
 
 soak: install ## Simulated fleets on a virtual clock: SEEDS=20000 worlds of ten reinstalls each
 	@$(VENV)/bin/python tests/simulation --seeds $(or $(SEEDS),20000) --first $(or $(FIRST),1)
+
+soak-hour: install ## The real service under reinstalls with faults for an hour, its memory and open files watched: MINUTES=60
+	@$(VENV)/bin/python -m bench soak $(or $(MINUTES),60)
 
 crashes: install ## The service dies at every point of every ending, then twice: PAIRS=2000
 	@$(VENV)/bin/python tests/simulation/crash_points.py --pairs $(or $(PAIRS),2000)

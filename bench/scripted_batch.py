@@ -32,7 +32,7 @@ Json = dict[str, Any]
 
 
 def main(count: int = 50) -> None:
-    """Prints one table. Takes 2 to 4 minutes on 2 cores."""
+    """Prints one table. 2 minutes on 2 cores."""
     folder = Path(tempfile.mkdtemp(prefix="rpb-", dir="/tmp"))
     try:
         lab = rack_up(count, scripted=True, folder=folder, debian=False)
@@ -62,7 +62,7 @@ def measure(lab: Json, service: ProcessRef, count: int) -> None:
     print(f"\nscripted batch, {count} machines, {BATCHES} batches; {describe_machine()}; {datetime.now():%Y-%m-%d %H:%M}\n")
     rows = [
         ("PUT answered, p50", f"{1000 * statistics.median(puts):.0f} ms"),
-        ("PUT answered, p99", f"{1000 * percentile(puts, 99):.0f} ms"),
+        ("PUT answered, slowest", f"{1000 * max(puts):.0f} ms of {len(puts)}"),
         (f"GET status while {count} run, p50", f"{1000 * statistics.median(statuses):.1f} ms of {len(statuses)}"),
         (f"GET status while {count} run, p99", f"{1000 * percentile(statuses, 99):.1f} ms"),
         ("one machine, PUT to running", f"{alone_s:.1f} s"),
@@ -78,19 +78,16 @@ def run_batch(session: requests.Session, lab: Json, ids: Sequence[str]) -> tuple
     base = f"{lab['endpoint']}/v1/{lab['project_id']}/instances"
     image = next(i["id"] for i in lab["images"] if i["name"] == "tiny-1")
     began = time.monotonic()
-    answer = session.put(f"{base}/reinstall", json={"image_id": image, "password": PASSWORD, "instance_id_set": list(ids)}, timeout=60)
-    put_s = time.monotonic() - began
-    if answer.status_code != 202:
-        raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
+    batch_id, put_s = send_put(session, base, image, ids)
     over, took = threading.Event(), list[float]()
     watcher = threading.Thread(target=_ask_status, args=(lab["token"], [f"{base}/{i}/status" for i in ids], over, took))
     watcher.start()
     try:
         while time.monotonic() - began < DEADLINE_S:
-            batch = session.get(f"{lab['endpoint']}/repave/v1/batches?limit=1", timeout=60).json()["items"][0]
+            batch = session.get(f"{lab['endpoint']}/repave/v1/batches/{batch_id}", timeout=60).json()
             if batch["state"] != "working":
                 break
-            time.sleep(0.25)
+            time.sleep(0.5)
         makespan_s = time.monotonic() - began
     finally:
         over.set()
@@ -98,6 +95,17 @@ def run_batch(session: requests.Session, lab: Json, ids: Sequence[str]) -> tuple
     if batch["counts"]["running"] != len(ids):
         raise RuntimeError(f"not all run: {batch['counts']}")
     return put_s, makespan_s, took
+
+
+def send_put(session: requests.Session, instances_url: str, image_id: str, ids: Sequence[str]) -> tuple[str, float]:
+    """CloudDC's PUT: the batch's id, and the seconds until the 202. Raises RuntimeError for any other answer."""
+    body = {"image_id": image_id, "password": PASSWORD, "instance_id_set": list(ids)}
+    began = time.monotonic()
+    answer = session.put(f"{instances_url}/reinstall", json=body, timeout=60)
+    took = time.monotonic() - began
+    if answer.status_code != 202:
+        raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
+    return answer.headers["Link"].partition(">")[0].rpartition("/")[2], took
 
 
 def _ask_status(token: str, urls: Sequence[str], over: threading.Event, took: list[float]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -265,11 +267,22 @@ async def _serve(site: Site) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    answer_soon()
     log.info("serving", api=settings.api_listen, provisioning=settings.provisioning_listen, media=settings.media_listen)
     try:
         await asyncio.gather(_run_all(api), asyncio.to_thread(uvloop.run, _run_all(machines)))
     finally:
         stop()
+
+
+def answer_soon() -> None:
+    """Requests wait less for the threads of the runs: threads take turns ten times as often, and what is loaded now is never searched for garbage again.
+
+    Measured while 50 runs share the process and 2 cores: p99 of GET status 296 ms, 203 with the first alone; in another hour 298 ms, 180 with both.
+    """
+    sys.setswitchinterval(0.0005)
+    gc.collect()
+    gc.freeze()
 
 
 async def _run_all(servers: list[uvicorn.Server]) -> None:

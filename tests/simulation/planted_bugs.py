@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORLDS = ("--seeds", "200", "--jobs", "1", "--until-broken")
+WORLDS = ("--seeds", "400", "--jobs", "1", "--until-broken")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Scripted machines: many, in one process, without QEMU. What is real in them: the BMC's software and the agent.
 
-Each machine has a BMC of its own at a port of its own: sushy-emulator's fake driver, all ports served by one process.
+Each machine has a BMC of its own at a port of its own: sushy-emulator's fake driver, one process for every fifty ports.
 The driver keeps boot order and media; power is the machine's, so it reacts at once (the driver by itself waits 1-11 s).
 The machine itself is played: power on with the CD first runs the real `repave-agent` against a file as its disk; power
 on from the disk runs a scripted OS, whose first boot reads the config drive, erases it and calls home with the very
 code that the drive carries. No SSH.
 
 `faults.json` in the rack's folder makes machines misbehave, from the next boot or request on: {"lab01": ["no-hello"]}.
+`firmware.json` makes them slow: the seconds from power on until anything boots, {"lab01": 12.5}.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from repave.lab.state import STATE_FILE, Machine, RackState, clear_machine, crea
 
 ROOT_DISK_BYTES = 512 << 20
 FAULTS_FILE = "faults.json"
+FIRMWARE_FILE = "firmware.json"
+PER_PROCESS = 50  # machines: their BMCs share one interpreter lock
 BMC_LOG = "bmc.log"
 FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-sectors", "hold-disk-boot", "hold-media")
 
@@ -77,13 +80,13 @@ class ScriptedRack:
         log = self.folder / "scripted.log"
         try:
             write_state(self.folder, self._state)
-            command = [sys.executable, "-m", "repave.lab.scripted", "--folder", str(self.folder)]
             env = os.environ | {"TMPDIR": str(self.folder / "scripted/tmp")}  # the emulator downloads media here
-            process = start_detached("scripted", command, log=log, env=env, cwd=self.folder)
-            self._state.processes = [process]
+            for first in range(0, self.count, PER_PROCESS):
+                command = [sys.executable, "-m", "repave.lab.scripted", "--folder", str(self.folder), "--first", str(first)]
+                self._state.processes.append(start_detached("scripted", command, log=log, env=env, cwd=self.folder))
             write_state(self.folder, self._state)
-            for machine in self.machines:
-                wait_for_port(machine.bmc_port, process=process, log=log)
+            for number, machine in enumerate(self.machines):
+                wait_for_port(machine.bmc_port, process=self._state.processes[number // PER_PROCESS], log=log, deadline_s=60)
         except BaseException:
             self.stop()
             raise
@@ -93,7 +96,7 @@ class ScriptedRack:
         """No process of the rack is left; disks and consoles stay. Repeatable."""
         stop_processes(self._state.processes)
         shutil.rmtree(self.folder / "scripted", ignore_errors=True)
-        for name in (STATE_FILE, FAULTS_FILE):
+        for name in (STATE_FILE, FAULTS_FILE, FIRMWARE_FILE):
             (self.folder / name).unlink(missing_ok=True)
         self._state = RackState(scripted=True)
 
@@ -104,6 +107,11 @@ def set_faults(folder: Path, faults: dict[str, Sequence[str]]) -> None:
     if unknown:
         raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
     write_private(folder / FAULTS_FILE, json.dumps({name: list(of) for name, of in faults.items()}))
+
+
+def set_firmware(folder: Path, seconds: dict[str, float]) -> None:
+    """So long each of these machines takes from power on until anything boots; all others take no time."""
+    write_private(folder / FIRMWARE_FILE, json.dumps(seconds))
 
 
 @contextmanager
@@ -181,6 +189,7 @@ class Player:
     def _boot(self, on: TimeOn) -> None:
         """One time of being on. It ends by itself only where the agent switches off; a machine that hangs stays on."""
         try:
+            on.off.wait(self._firmware_s())
             if self.boot_target == "Cd" and self.cd is not None and not self.has("ignore-override"):
                 self._say("boot: CD")
                 then = self._run_ramdisk(self.cd, on)
@@ -258,6 +267,10 @@ class Player:
         m = self.machine
         return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": [disk | {"transport": "virtio"}], "state_path": str(ended)}
 
+    def _firmware_s(self) -> float:
+        path = self._folder / FIRMWARE_FILE
+        return float(json.loads(path.read_text()).get(self.machine.name, 0)) if path.exists() else 0.0
+
     def has(self, fault: str) -> bool:
         path = self._folder / FAULTS_FILE
         return path.exists() and fault in json.loads(path.read_text()).get(self.machine.name, ())
@@ -295,8 +308,8 @@ class Remembered(dict[Any, Any]):
         return copy.deepcopy(super().__getitem__(key))  # as from a file: the emulator changes what it was given, and gives it to many
 
 
-def serve(folder: Path) -> None:
-    """All machines of the rack in `folder`, until the process is ended."""
+def serve(folder: Path, first: int = 0) -> None:
+    """Up to fifty machines of the rack in `folder`, from number `first` on, until the process is ended."""
     from sushy_tools import error
     from sushy_tools.emulator import main as emulator
     from sushy_tools.emulator import memoize
@@ -305,8 +318,9 @@ def serve(folder: Path) -> None:
 
     state = find_state(folder)
     assert state is not None
-    players = {m.uuid: Player(folder, m) for m in state.machines}
-    by_port = {str(m.bmc_port): m.uuid for m in state.machines}
+    machines = state.machines[first : first + PER_PROCESS]
+    players = {m.uuid: Player(folder, m) for m in machines}
+    by_port = {str(m.bmc_port): m.uuid for m in machines}
 
     class ScriptedDriver(fakedriver.FakeDriver):  # type: ignore[misc]
         """The fake driver, with a machine behind it, and one system for each port."""
@@ -339,14 +353,14 @@ def serve(folder: Path) -> None:
 
     memoize.PersistentDict = Remembered
     fakedriver.FakeDriver = ScriptedDriver
-    systems = [{"uuid": m.uuid, "name": m.name, "power_state": "Off", "nics": [{"mac": m.mac}]} for m in state.machines]
+    systems = [{"uuid": m.uuid, "name": m.name, "power_state": "Off", "nics": [{"mac": m.mac}]} for m in machines]
     emulator.app.config.update(
         SUSHY_EMULATOR_FAKE_DRIVER=True, SUSHY_EMULATOR_FAKE_SYSTEMS=systems, SUSHY_EMULATOR_STATE_DIR=str(folder / "scripted"), TESTING=False
     )
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     _ = emulator.app.systems  # made once, before threads race to make it
     servers = []
-    for m in state.machines:
+    for m in machines:
         guarded = emulator.RedfishAuthMiddleware(emulator.app, str(folder / f"{m.name}.htpasswd"))
         servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder, players[m.uuid]), threaded=True))
     threads = [threading.Thread(target=server.serve_forever, name=f"bmc-{i}") for i, server in enumerate(servers)]
@@ -359,5 +373,7 @@ def serve(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--first", type=int, default=0)
     os.nice(10)  # real machines and BMCs bring cores of their own; here they must not take the service's
-    serve(parser.parse_args().folder)
+    asked = parser.parse_args()
+    serve(asked.folder, asked.first)

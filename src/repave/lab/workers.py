@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,8 +261,11 @@ class Workers:
 
 
 @contextmanager
-def start_workers(folder: Path, *, machines: int, workers: int = 2, **settings: Any) -> Iterator[Workers]:
-    """The site runs: every machine is registered and runs its old OS. `folder` must be open to other users (PostgreSQL's)."""
+def start_workers(folder: Path, *, machines: int, workers: int = 2, watch_bmcs: bool = True, **settings: Any) -> Iterator[Workers]:
+    """The site runs: every machine is registered and runs its old OS. `folder` must be open to other users (PostgreSQL's).
+
+    `watch_bmcs`: a balancer before each BMC writes down what it is asked; a thread each, so not for hundreds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(start_postgres(folder / "pg"))
@@ -274,14 +278,20 @@ def start_workers(folder: Path, *, machines: int, workers: int = 2, **settings: 
             scripted_os.build_disc(folder / "boot.iso")
             for _ in range(workers):
                 site.start(site.add())
-            for number, machine in enumerate(site.machines, 1):
-                scripted_os.write_old_os(machine.root_disk)
-                power_on(machine)
-                bmc = stack.enter_context(start_balancer())
-                bmc.backends = [machine.bmc_port]
-                site.bmcs.append(bmc)
-                behind = dataclasses.replace(machine, bmc_url=f"http://127.0.0.1:{bmc.port}")
-                site.ids[machine.name] = register_machine(site.client(), behind, unit=number)["instance"]["id"]
+            seen = site.machines
+            if watch_bmcs:
+                site.bmcs = [stack.enter_context(start_balancer()) for _ in site.machines]
+                seen = [dataclasses.replace(m, bmc_url=f"http://127.0.0.1:{bmc.port}") for m, bmc in zip(site.machines, site.bmcs, strict=True)]
+                for machine, bmc in zip(site.machines, site.bmcs, strict=True):
+                    bmc.backends = [machine.bmc_port]
+
+            def register(number: int) -> None:
+                scripted_os.write_old_os(site.machines[number].root_disk)
+                power_on(site.machines[number])
+                site.ids[seen[number].name] = register_machine(site.client(site.workers[number % workers]), seen[number], unit=number + 1)["instance"]["id"]
+
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(register, range(machines)))
             import_image(site.client(), scripted_os.build_image(folder / "tiny-1.raw", "tiny-1"), name="tiny-1")
             yield site
         finally:
