@@ -54,7 +54,7 @@ class Reconciler(Engine):
     """The engine's reconciler without the engine."""
 
     def __init__(self, store: Store, disk: Disk) -> None:
-        self.store, self._disk = store, disk
+        self.store, self._disk, self.when_idle = store, disk, lambda: None
 
     def _workflow_statuses(self) -> dict[str, str]:
         return dict(self._disk.queued)
