@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help faults soak soak-hour crashes sabotage run test power-loss check rack bench docs clean install
+.PHONY: help faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -52,8 +52,11 @@ crashes: install ## The service dies at every point of every ending, then twice:
 faults: install ## Faults at the wire: every request of a reinstall and of the BMC driver; ONLY= part of a cell's name
 	@$(VENV)/bin/python tests/flow/faults.py $(if $(ONLY),--only "$(ONLY)")
 
-sabotage: install ## Each observer's planted bug must be found
-	@$(VENV)/bin/python tests/simulation/planted_bugs.py
+sabotage: install ## Each observer's planted bug must be found, in the simulator and on real racks (10 minutes)
+	@$(VENV)/bin/python tests/sabotage.py
+
+kills: install ## SIGKILLs of the service at random moments of running batches: KILLS=300, half on PostgreSQL with two workers (25 minutes)
+	@$(VENV)/bin/python -u tests/outside/kills.py --kills $(or $(KILLS),300) --seed $(or $(SEED),1)
 
 bench: install ## Figures beside references measured in the same run
 	$(VENV)/bin/python -m bench

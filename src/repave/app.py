@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hashlib
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -241,27 +242,46 @@ def serve(folder: Path) -> None:
 def _serve_site(settings: Settings) -> None:
     with open_site(settings) as site:
         site.store.servers.record_host(read_own_host())
-        site.engine.start(site.effects, first=lambda: begin_life(site.store, stand_path(settings.key_file)))
-        try:
-            with site.watch.running():
-                uvloop.run(_serve(site))
-        finally:
-            site.engine.stop()
+        with contextlib.ExitStack() as stack:
+            sockets: dict[str, socket.socket] = {}
+
+            def first() -> None:
+                begin_life(site.store, stand_path(settings.key_file))
+                for name in ("api_listen", "provisioning_listen", "media_listen"):
+                    sockets[name] = stack.enter_context(_listen(name, getattr(settings, name)))
+
+            # A run that is taken up asks its BMC for media at once: who comes before the listeners are served waits in their queues, and is not refused.
+            site.engine.start(site.effects, first=first)
+            try:
+                with site.watch.running():
+                    uvloop.run(_serve(site, sockets))
+            finally:
+                site.engine.stop()
 
 
-async def _serve(site: Site) -> None:
+def _listen(name: str, value: str) -> socket.socket:
+    """Raises RepaveError bad-request, naming the setting, where the address is not ours or is taken."""
+    host, port = split_listen(value)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise RepaveError("bad-request", f"{name} = {value}: {error.strerror or error}.", field=name) from None
+
+
+async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:
     """The API in this loop; machines (agents, boot media) in a loop and threads of their own, so that neither waits for the other's share."""
     settings = site.settings
     hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
     provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
-    api = [_server(build_api(site), settings.api_listen, settings.api_certificate)]
-    machines = [
-        _server(build_provisioning(site), settings.provisioning_listen, provisioning_certificate),
-        _server(build_media(site), settings.media_listen, None),
-    ]
+    api = {_server(build_api(site), settings.api_certificate): sockets["api_listen"]}
+    machines = {
+        _server(build_provisioning(site), provisioning_certificate): sockets["provisioning_listen"],
+        _server(build_media(site), None): sockets["media_listen"],
+    }
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
+        site.engine.stop_effects()  # a BMC that finds our listeners closed has not refused our media
         for server in (*api, *machines):
             server.should_exit = True
 
@@ -285,19 +305,18 @@ def answer_soon() -> None:
     gc.freeze()
 
 
-async def _run_all(servers: list[uvicorn.Server]) -> None:
+async def _run_all(servers: dict[uvicorn.Server, socket.socket]) -> None:
     """Until all have ended; when one can not start, the others end too."""
     try:
-        await asyncio.gather(*(server._serve() for server in servers))
+        await asyncio.gather(*(server._serve([listener]) for server, listener in servers.items()))
     finally:
         for server in servers:
             server.should_exit = True
 
 
-def _server(app: FastAPI, listen: str, certificate: Path | None) -> uvicorn.Server:
-    host, port = split_listen(listen)
+def _server(app: FastAPI, certificate: Path | None) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, host=host, port=port, loop="uvloop", http=WireProtocol, log_config=None, access_log=False, server_header=False,
+        app, loop="uvloop", http=WireProtocol, log_config=None, access_log=False, server_header=False,
         ssl_certfile=certificate, timeout_graceful_shutdown=3, timeout_keep_alive=20, lifespan="off",
     )  # fmt: skip
     return uvicorn.Server(config)

@@ -37,9 +37,11 @@ class Settings(BaseSettings):
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
     agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the ramdisk must have said hello.")
-    written_s: float = Field(default=2 * 3600, gt=0, description="Seconds from the plan until the image must be written and verified.")
+    written_s: float = Field(default=24 * 3600, gt=0, description="Seconds from the plan until the image must be written and verified, however well it moves.")
     proof_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the new OS must have called home.")
-    reinstall_timeout_s: float = Field(default=3 * 3600 + 1800, gt=0, description="No run moves forward past this; above the sum of its waits.")
+    reinstall_timeout_s: float = Field(
+        default=3 * 3600 + 1800, gt=0, description="No run moves forward past this; a write that moves has an hour more from each word of it."
+    )
     waiting_timeout_s: float = Field(default=24 * 3600, gt=0, description="A run that has not begun so long after its 202 ends, its server untouched.")
     batch_max: int = Field(default=50, gt=0, le=50, description="Instances one request may name; CloudDC allows 50.")
     runs_at_once: int = Field(default=200, gt=0, description="Runs under way at once in the whole site; the others wait.")

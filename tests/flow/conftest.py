@@ -6,7 +6,6 @@ Asked from outside only: the official SDK, the API, the BMCs' Redfish, the disks
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import shutil
@@ -21,6 +20,9 @@ from typing import Any
 
 import pytest
 import requests
+from invariants import differences
+from places import place_of_rack
+from watch import Watch, digest_of, read_bmc
 
 from repave.cli.client import Client, Endpoint
 from repave.images.manifest import Manifest
@@ -45,7 +47,9 @@ Json = dict[str, Any]
 
 
 class Lab:
-    """The rack as a client, an operator and the machines' owner see it."""
+    """The rack as a client, an operator and the machines' owner see it. `watch` None: nobody looks from outside, as where faults are the work."""
+
+    watch: Watch | None = None
 
     def __init__(self, folder: Path, values: Json) -> None:
         self.folder, self.values = folder, values
@@ -56,13 +60,16 @@ class Lab:
         self.ids: dict[str, str] = {i["name"]: i["id"] for i in values["instances"]}
         self.client = Client(None, Endpoint(values["endpoint"], values["token"]))
         self.images = ImageStore(folder / "site/repave-data/images")
+        self.watch = Watch(place_of_rack(folder, values, [PASSWORD, "Canary+7/x!9Zq"]))
 
     # ---- what a client does ----
 
     def reinstall(self, names: list[str], image: str, *, password: str = "") -> list[str]:
         """One PUT by the official SDK; the ids of the 202. Without a password it has one of its own: signed twice within a second, it were one request."""
-        password = password or f"{PASSWORD}-{next(_numbers)}"
-        return send_reinstall(self.values, self.image(image)["id"], password, [self.ids[n] for n in names])
+        password, sent_at = password or f"{PASSWORD}-{next(_numbers)}", time.time()
+        ids = send_reinstall(self.values, self.image(image)["id"], password, [self.ids[n] for n in names])
+        self.watch.accepted.append((sent_at, time.time(), ids))
+        return ids
 
     def image(self, name: str) -> Json:
         return next(i for i in self.client.items("/images") if i["name"] == name)
@@ -147,18 +154,15 @@ class Lab:
 
     def bmc(self, name: str) -> Json:
         """What its BMC says: power, boot (the override's target), media (what is in the drive)."""
-        m = self.machines[name]
-        with requests.Session() as session:
-            session.trust_env, session.auth = False, (m.bmc_username, m.bmc_password)
-            system = session.get(f"{m.bmc_url}/redfish/v1/Systems/{m.uuid}", timeout=30).json()
-            cd = session.get(f"{m.bmc_url}/redfish/v1/Systems/{m.uuid}/VirtualMedia/Cd", timeout=30).json()
-        return {"power": system["PowerState"], "boot": system["Boot"]["BootSourceOverrideTarget"], "media": cd["Image"] if cd["Inserted"] else ""}
+        return read_bmc(self.machines[name])
 
     def scribble(self, name: str) -> None:
         """Old data where the image's zeros will be."""
         with self.machines[name].root_disk.open("r+b") as disk:
             disk.seek(MIB)
             disk.write(b"\xa5" * (15 * MIB))
+        if self.watch is not None:
+            self.watch.look_again(name)
 
     def first_sector(self, name: str) -> bytes:
         with self.machines[name].root_disk.open("rb") as disk:
@@ -166,10 +170,7 @@ class Lab:
 
     def disk_digest(self, name: str) -> str:
         """Of every byte that is not in a hole, and where it is."""
-        digest = hashlib.sha256()
-        for offset, data in read_data(self.machines[name].root_disk):
-            digest.update(offset.to_bytes(8, "big") + data)
-        return digest.hexdigest()
+        return digest_of(self.machines[name].root_disk)
 
     def heavy_manifest(self) -> Manifest:
         manifests = [self.images.read_manifest(m) for m in self.images.list_manifests()]
@@ -177,16 +178,7 @@ class Lab:
 
     def differences(self, name: str, raw: Path) -> list[int]:
         """The MiB of the disk that are not the image's, from the second to its last partition's end; the first has the tables."""
-        end = scripted_partition_end(raw)
-        with raw.open("rb") as image, self.machines[name].root_disk.open("rb") as disk:
-            image.seek(MIB)
-            disk.seek(MIB)
-            found = []
-            for at in range(MIB, end, MIB):
-                size = min(MIB, end - at)
-                if image.read(size) != disk.read(size):
-                    found.append(at // MIB)
-            return found
+        return differences(self.machines[name].root_disk, raw)
 
 
 def wait_until(question: Callable[[], Any], *, deadline_s: float, what: Callable[[], str]) -> Any:
@@ -197,30 +189,6 @@ def wait_until(question: Callable[[], Any], *, deadline_s: float, what: Callable
             pytest.fail(f"not within {deadline_s:.0f} s: {what()}")
         time.sleep(0.05)
     return answer
-
-
-def read_data(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of what the file holds, holes left out, at most 8 MiB at once."""
-    with path.open("rb") as file:
-        offset, end = 0, os.fstat(file.fileno()).st_size
-        while offset < end:
-            try:
-                offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole
-                return
-            hole = os.lseek(file.fileno(), offset, os.SEEK_HOLE)
-            while offset < hole:
-                data = os.pread(file.fileno(), min(8 * MIB, hole - offset), offset)
-                yield offset, data
-                offset += len(data)
-
-
-def scripted_partition_end(raw: Path) -> int:
-    """Bytes up to the end of the image's last partition, as sfdisk sees it."""
-    listed = subprocess.run(["/sbin/sfdisk", "--dump", raw], capture_output=True, text=True, check=True).stdout
-    parts = [line.split(":", 1)[1] for line in listed.splitlines() if "start=" in line]
-    fields = [dict(f.strip().split("=", 1) for f in part.split(",") if "=" in f) for part in parts]
-    return max(int(f["start"]) + int(f["size"]) for f in fields) * SECTOR
 
 
 def build_heavy_image(path: Path) -> Path:
@@ -266,7 +234,9 @@ def lab() -> Iterator[Lab]:
         try:
             lab = Lab(folder, rack_up(COUNT, scripted=True, folder=folder, debian=False))
             import_image(lab.client, build_heavy_image(folder / "heavy.raw"), name="heavy")
+            lab.watch.begin()
             yield lab
+            lab.watch.close()
         finally:
             rack_down(folder)
             shutil.rmtree(folder, ignore_errors=True)
@@ -274,7 +244,9 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def _well_behaved(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A fault lasts as long as its test."""
+    """A fault lasts as long as its test; at its end, the observers judge all that happened since the last one's."""
     yield
     if "lab" in request.fixturenames:
-        request.getfixturevalue("lab").set_faults()
+        lab = request.getfixturevalue("lab")
+        lab.set_faults()
+        lab.watch.assert_nothing_broken()

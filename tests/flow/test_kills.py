@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 
 import pytest
 from conftest import wait_until
 
 from repave.lab import scripted_os
+from repave.lab.rack import find_service
 
 
 def assert_ended_once(lab, batch: str, names: list[str], image: str, consoles: dict[str, int]) -> None:
@@ -82,6 +85,42 @@ def test_a_service_killed_while_it_starts_the_new_os_does_not_cut_its_first_boot
     time.sleep(3)  # for the step that is repeated: the new OS does not call home before the fault is over
     lab.set_faults()
     assert_ended_once(lab, batch, ["lab01"], "tiny-1", before)
+
+
+def wait_for_held_media(lab, batch: str, names: list[str]) -> None:
+    """Each BMC was asked for this batch's media, and holds its answer."""
+    for name in names:
+        lab.wait_for_event(batch, "run.step", server=name, step="insert-media")
+    time.sleep(0.5)  # from the event to the request
+
+
+def test_a_service_that_takes_runs_up_listens_before_it_asks_bmcs_to_fetch_media(lab):
+    """The bug: the engine began before the media listener did; a BMC that found its port closed refused the media, and the run went back."""
+    before = consoles(lab)
+    lab.set_faults(**dict.fromkeys(lab.names, "hold-media"))
+    lab.reinstall(lab.names, "tiny-1")
+    batch = lab.newest_batch()
+    wait_for_held_media(lab, batch, lab.names)
+    lab.kill_service()
+    lab.set_faults()
+    lab.start_service()
+    assert_ended_once(lab, batch, lab.names, "tiny-1", before)
+
+
+def test_a_service_that_is_stopped_in_order_while_bmcs_fetch_media_goes_on_afterwards(lab):
+    """The bug: a fetch that found the listeners of a stopping service closed counted as the BMC's refusal."""
+    before = consoles(lab)
+    lab.set_faults(lab01="hold-media", lab02="hold-media")
+    lab.reinstall(lab.names[:2], "tiny-1")
+    batch = lab.newest_batch()
+    wait_for_held_media(lab, batch, lab.names[:2])
+    service = find_service(lab.folder)
+    os.kill(service.pid, signal.SIGTERM)
+    time.sleep(1)  # its listeners are closed, its effects still wait for their BMCs
+    lab.set_faults()
+    wait_until(lambda: find_service(lab.folder) is None, deadline_s=30, what=lambda: "the service did not end")
+    lab.start_service()
+    assert_ended_once(lab, batch, lab.names[:2], "tiny-1", before)
 
 
 @pytest.mark.parametrize("seed", [20261124])

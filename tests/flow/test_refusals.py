@@ -93,6 +93,6 @@ def test_other_sectors_that_only_the_ramdisk_sees_are_refused_before_the_line_an
     lab.set_faults()
     # Now the disk is known as one of 4096 bytes. Another disk in its place is found by a rule that does not name the old one.
     assert_refused_untouched(lab, "tiny-2", "Repave.3105")
-    lab.client.patch(f"/servers/{NAME}", {"root_disk": "size=0"})
+    lab.client.patch(f"/servers/{NAME}", {"root_disk": "hctl=0:0:0:0"})
     assert reinstall(lab, "tiny-2")["state"] == "running"
     lab.client.patch(f"/servers/{NAME}", {"root_disk": f"serial={lab.machines[NAME].root_serial}"})

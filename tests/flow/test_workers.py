@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from places import place_of_workers
+from watch import Watch
 
 from repave.lab import scripted_os
 from repave.lab.workers import Worker, Workers, start_workers
@@ -27,16 +29,21 @@ def site() -> Iterator[Workers]:
     folder.chmod(0o755)
     try:
         with start_workers(folder, machines=COUNT, worker_beat_s=BEAT_S, worker_fence_s=FENCE_S, worker_lease_s=LEASE_S) as site:
+            site.watch = Watch(place_of_workers(site, [PASSWORD]))
+            site.watch.begin()
             yield site
+            site.watch.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def _both_up(site: Workers) -> None:
+def _both_up(site: Workers) -> Iterator[None]:
     for worker in site.workers:
         if worker.process is None or worker.process.poll() is not None:
             site.start(worker)
+    yield
+    site.watch.assert_nothing_broken()
 
 
 def names(site: Workers) -> list[str]:

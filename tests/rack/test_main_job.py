@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import place_of_rack
+from watch import Watch
 
 from repave.bmc import BmcAddress, Power
 from repave.bmc.redfish import RedfishBmc
@@ -41,6 +43,7 @@ class Site:
     def __init__(self, folder: Path, lab: dict[str, Any]) -> None:
         self.folder, self.lab = folder, lab
         self.machines: dict[str, Machine] = {m.name: m for m in QemuRack(folder / "rack").machines}
+        self.watch = Watch(place_of_rack(folder, lab, [*PASSWORDS, OLD_PASSWORD], scripted=False))
 
     @property
     def client(self) -> Client:
@@ -51,7 +54,9 @@ class Site:
         """One PUT of the official SDK; returns the batch's id."""
         ids = [i["id"] for i in self.lab["instances"] if i["name"] in names]
         image_id = next(i["id"] for i in self.lab["images"] if i["name"] == image)
+        sent_at = time.time()
         assert send_reinstall(self.lab, image_id, password, ids) == ids
+        self.watch.accepted.append((sent_at, time.time(), ids))
         return str(self.client.items("/batches", limit=1)[0]["id"])
 
     def runs(self, batch: str) -> dict[str, dict[str, Any]]:
@@ -113,9 +118,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         assert machine.data_disk is not None
         with machine.data_disk.open("r+b") as f:
             f.write(os.urandom(1 << 20))
+    made.watch.begin()
     yield made
+    made.watch.close()
     rack_down(folder)
     assert find_service(folder) is None
+
+
+@pytest.fixture(autouse=True)
+def _observed(site: Site) -> Iterator[None]:
+    yield
+    site.watch.assert_nothing_broken()
 
 
 def test_one_put_reinstalls_both_machines_and_touches_no_other_disk(site: Site) -> None:

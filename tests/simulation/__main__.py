@@ -58,6 +58,8 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
             world.play(chance=0.0 if calm else 0.75)
         except Stuck as stuck:
             found.broken.append((seed, f"I4 the world does not come to rest: {stuck}"))
+        except Exception as error:  # of the simulator's own: told with its seed, as any other
+            found.broken.append((seed, f"I0 {type(error).__name__}: {error}"))
         found.broken += [(seed, b) for b in observers.observe(world)]
         for this in world.rounds:
             around = {k for k, on in (("crash", this.crashes), ("database-busy", this.busy), ("worker-stopped", this.stops)) if on}

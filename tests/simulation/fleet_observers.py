@@ -154,4 +154,4 @@ def calm(world: World, runs: Runs) -> list[str]:
     if stormy or world.service.meddling.stopped or any(this.asked.cancel for this in world.rounds):
         return []
     wanted = {r["id"]: Ending.REHEARSED if by_batch[r["batch_id"]].asked.rehearse else Ending.PROVED for r in runs if r["batch_id"] in by_batch}
-    return [f"I4 nothing went wrong, and a run ended {r['outcome']}, not {wanted[r['id']]}" for r in runs if r["outcome"] != wanted.get(r["id"])]
+    return [f"I4 nothing went wrong, and a run ended {r['outcome']}, not {wanted.get(r['id'])}" for r in runs if r["outcome"] != wanted.get(r["id"])]

@@ -12,6 +12,9 @@ ENOUGH = 5  # runs of one model; with fewer a median says little
 LATE_FACTOR, LATE_S = 1.5, 15.0  # late: half as long again as usual, and not for a few seconds
 REAP_GRACE_S = 20 * 60.0  # a return may take four tries with a minute between them, each with a BMC at its slowest (90 s) and a graceful shutdown (60 s)
 
+# From the last byte of a write that moves, the run has at least so long: the read-back's longest pause, a restart of 12 minutes, the first boot's 30.
+MOVED_S = 60 * 60.0
+
 
 def step_durations(begun: Sequence[tuple[str, datetime]], end: datetime) -> dict[str, float]:
     """Seconds in each step. A step lasts until the next one begins; of one that began twice the first beginning counts."""

@@ -13,6 +13,7 @@ code that the drive carries. No SSH.
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 import logging
@@ -72,10 +73,12 @@ class ScriptedRack:
             raise RuntimeError(f"a rack is in {self.folder} already")
         (self.folder / "scripted/tmp").mkdir(parents=True, exist_ok=True)
         ports = find_free_ports(self.count)
-        self._state.machines = [create_machine(self.folder, f"lab{i + 1:02}", bmc_port=port) for i, port in enumerate(ports)]
+        names = [f"lab{i + 1:02}" for i in range(self.count)]
+        self._state.machines = [create_machine(self.folder, name, bmc_port=port, data_disk=True) for name, port in zip(names, ports, strict=True)]
         for machine in self.machines:
             clear_machine(self.folder, machine.name)
             create_disk(machine.root_disk, root_disk_bytes)
+            create_data_disk(machine, root_disk_bytes)
             write_auth_file(self.folder, machine)
         log = self.folder / "scripted.log"
         try:
@@ -258,14 +261,13 @@ class Player:
 
     def _describe(self, ended: Path) -> dict[str, Any]:
         """The machine as `repave.agent.machine.FileMachine` reads it. A new boot, a new boot id."""
-        disk = {
-            "path": str(self.machine.root_disk),
-            "size_bytes": self.machine.root_disk.stat().st_size,
-            "sector_bytes": 4096 if self.has("4k-sectors") else 512,
-            "serial": self.machine.root_serial,
-        }
-        m = self.machine
-        return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": [disk | {"transport": "virtio"}], "state_path": str(ended)}
+        m, sector_bytes = self.machine, 4096 if self.has("4k-sectors") else 512
+        disks = [
+            {"path": str(path), "size_bytes": path.stat().st_size, "sector_bytes": sector_bytes, "serial": serial, "hctl": f"0:0:0:{n}"}
+            for n, (path, serial) in enumerate(((m.root_disk, m.root_serial), (m.data_disk, m.data_serial)))
+            if path is not None
+        ]
+        return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": disks, "state_path": str(ended)}
 
     def _firmware_s(self) -> float:
         path = self._folder / FIRMWARE_FILE
@@ -280,15 +282,28 @@ class Player:
             console.write(line + "\n")
 
 
-def _with_log(app: Any, folder: Path, player: Player) -> Any:
-    """The BMC, which writes down what it is asked to change, with its faults."""
+def create_data_disk(machine: Machine, size_bytes: int) -> None:
+    """As large as the root disk, so that a plan that names the wrong one would fit; a tenant's data at its start."""
+    assert machine.data_disk is not None
+    create_disk(machine.data_disk, size_bytes)
+    with machine.data_disk.open("r+b") as out:
+        out.write(f"data of {machine.name}\n".encode() + os.urandom(4096))
+
+
+def _with_log(app: Any, folder: Path, player: Player, owners: dict[str, str]) -> Any:
+    """The BMC, with its faults. It writes down, one JSON object a line, what it is asked to change and when it is shown another BMC's login.
+
+    `owners`: machine by login, as HTTP writes it.
+    """
 
     def logged(environ: dict[str, Any], start_response: Any) -> Any:
-        changes = environ["REQUEST_METHOD"] not in ("GET", "HEAD")
-        if changes:
+        name, method, path = player.machine.name, environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        login_of = owners.get(environ.get("HTTP_AUTHORIZATION", "").removeprefix("Basic "), "")
+        changes = method not in ("GET", "HEAD")
+        if changes or login_of not in ("", name):
             with (folder / BMC_LOG).open("a") as out:
-                out.write(f"{player.machine.name} {environ['REQUEST_METHOD']} {environ['PATH_INFO']}\n")
-        while changes and "VirtualMedia" in environ["PATH_INFO"] and player.has("hold-media"):
+                out.write(json.dumps({"at": time.time(), "machine": name, "method": method, "path": path, "login_of": login_of}) + "\n")
+        while changes and "VirtualMedia" in path and player.has("hold-media"):
             time.sleep(0.05)  # its answer waits until the fault is over
         return app(environ, start_response)
 
@@ -359,10 +374,11 @@ def serve(folder: Path, first: int = 0) -> None:
     )
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     _ = emulator.app.systems  # made once, before threads race to make it
+    owners = {base64.b64encode(f"{m.bmc_username}:{m.bmc_password}".encode()).decode(): m.name for m in state.machines}
     servers = []
     for m in machines:
         guarded = emulator.RedfishAuthMiddleware(emulator.app, str(folder / f"{m.name}.htpasswd"))
-        servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder, players[m.uuid]), threaded=True))
+        servers.append(make_server("127.0.0.1", m.bmc_port, _with_log(guarded, folder, players[m.uuid], owners), threaded=True))
     threads = [threading.Thread(target=server.serve_forever, name=f"bmc-{i}") for i, server in enumerate(servers)]
     for thread in threads:
         thread.start()

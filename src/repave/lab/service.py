@@ -68,12 +68,12 @@ def restart_service(folder: Path) -> ProcessRef:
     command = [sys.executable, "-m", "repave.cli.main", "serve", str(site)]
     process = start_detached("repave-serve", command, log=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     wait_for_port(port, process=process, log=log, deadline_s=60)
-    _wait_for_answer(f"http://127.0.0.1:{port}/", log)
+    wait_for_answer(f"http://127.0.0.1:{port}/", log)
     return process
 
 
-def _wait_for_answer(url: str, log: Path, *, deadline_s: float = 60) -> None:
-    """It answers. An open port is not enough: a killed process that is still dying holds its own open for a moment."""
+def wait_for_answer(url: str, log: Path, *, deadline_s: float = 60) -> None:
+    """It answers, so its engine runs. An open port is not enough: it opens first, and a killed process that is still dying holds its own for a moment."""
     deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
         try:

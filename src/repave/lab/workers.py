@@ -34,7 +34,7 @@ from repave.lab.postgres import start_postgres
 from repave.lab.processes import find_free_ports, find_process, wait_for_port
 from repave.lab.rack import power_on
 from repave.lab.scripted import start_scripted_rack
-from repave.lab.service import import_image, register_machine
+from repave.lab.service import import_image, register_machine, wait_for_answer
 from repave.lab.state import Machine
 from repave.secrets import write_private
 from repave.store.database import open_engine
@@ -180,16 +180,22 @@ class Workers:
         self.workers.append(worker)
         return worker
 
-    def start(self, worker: Worker, **environment: str) -> Worker:
-        """It answers, and its executor id is known."""
-        before = self.executors()
+    def spawn(self, worker: Worker, **environment: str) -> None:
+        """Its process runs and may still be starting."""
         with worker.log.open("ab") as out:
             command = [sys.executable, "-m", "repave.cli.main", "serve", str(worker.folder)]
             worker.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=os.environ | environment)
+
+    def start(self, worker: Worker, **environment: str) -> Worker:
+        """It answers, and its executor id is known."""
+        before = self.executors()
+        self.spawn(worker, **environment)
+        assert worker.process is not None
         process = find_process(worker.process.pid, "repave serve")
         if process is None:
             raise RuntimeError(worker.log.read_text()[-2000:])
         wait_for_port(worker.provisioning, process=process, log=worker.log, deadline_s=60)
+        wait_for_answer(f"http://127.0.0.1:{worker.api}/", worker.log)
         worker.executor_id = next(e for e in self.executors() if e not in before)
         self.balance()
         return worker

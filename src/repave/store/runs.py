@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from repave.domain.model import Batch, Instance, RunRow, Server, Step
 from repave.domain.states import Ending, next_situation
-from repave.domain.timing import REAP_GRACE_S, is_late, usual_durations
+from repave.domain.timing import MOVED_S, REAP_GRACE_S, is_late, usual_durations
 from repave.errors import RepaveError, RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
@@ -31,6 +31,7 @@ _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam(
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
+_PROGRESS = sa.select(RUNS.c.progress, RUNS.c.deadline_at).where(RUNS.c.id == sa.bindparam("run_id"))
 _OVERDUE = sa.select(RUNS).where(
     RUNS.c.ended_at.is_(None),
     sa.or_(
@@ -232,10 +233,12 @@ class Runs:
             return True
 
     def record_progress(self, run_id: str, progress: dict[str, Any]) -> bool:
-        """The lease is renewed. False: stop writing."""
+        """The lease is renewed. False: stop writing. A write that has moved since the last word has its deadline put off; one that stands still has not."""
         with self._db.write() as conn:
-            now = self._db.now()
-            return conn.execute(_CHANGE_WRITING, {"run_id": run_id, "now": now, "progress": progress, "seen_at": now}).rowcount == 1
+            now, row = self._db.now(), conn.execute(_PROGRESS, {"run_id": run_id}).one()
+            deadline_at = max(row.deadline_at, now + timedelta(seconds=MOVED_S)) if progress != row.progress else row.deadline_at
+            values = {"progress": progress, "seen_at": now, "deadline_at": deadline_at}
+            return conn.execute(_CHANGE_WRITING, {"run_id": run_id, "now": now} | values).rowcount == 1
 
     def record_report(self, run_id: str, report: dict[str, Any]) -> bool:
         """How the write ended; the first report stands."""
@@ -273,6 +276,11 @@ class Runs:
         """The agent's lease ran out long ago: the workflow is told once."""
         with self._db.write() as conn:
             self._db.tell(conn, run_id, "written", {"error": RepaveError("agent-silent").as_json()})
+
+    def tell_overdue(self, run_id: str) -> None:
+        """The agent speaks, and the run's deadline has passed: the workflow is told once, and stops or returns the server."""
+        with self._db.write() as conn:
+            self._db.tell(conn, run_id, "written", {"error": RepaveError("deadline", "The image was not written by the run's deadline.").as_json()})
 
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
         """The run and its instance are at their end, the batch too when it was the last; what waited for it begins. The first ending stands. Repeatable."""

@@ -98,6 +98,10 @@ class DbosRun:
                     return effect(self.run_id)
                 except LeaseLapsed:  # nobody took the run over: the effect is begun anew
                     continue
+                except RunFailed:
+                    if self._lease.is_given():  # our listeners are closed, so this may be our own doing: the step is done again in the next life
+                        raise LeaseGiven from None
+                    raise
 
         async def call() -> Json:
             for pause_s in (*_DATABASE_PAUSES_S, None):
@@ -204,6 +208,10 @@ class Engine:
 
         DBOS.launch()
         DBOS.register_queue(QUEUE, global_concurrency=CONCURRENT_RUNS, polling_interval_sec=0.1)
+
+    def stop_effects(self) -> None:
+        """No effect begins any more, and one that fails from now on is not recorded: it is done again in the next life."""
+        self.lease.stop_effects()
 
     def stop(self) -> None:
         """Nothing of the engine runs any more; what was under way goes on at the next start."""
@@ -315,6 +323,8 @@ class Engine:
                 log.error("run ended by the reconciler", run_id=run.id, status=status)
         elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
             self.store.runs.tell_silence(run.id)
+        elif run.ready_at and run.report is None and now > run.deadline_at:
+            self.store.runs.tell_overdue(run.id)
 
     def _workflow_statuses(self) -> dict[str, str]:
         table = self._workflow_status

@@ -121,6 +121,10 @@ class Lease:
         """No effect begins any more."""
         self._stop.set()
 
+    def is_given(self) -> bool:
+        """We are stopping."""
+        return self._stop.is_set()
+
     def give(self, *, idle: bool = True) -> None:
         """`idle`: nothing of ours acts on a server any more, so others take our runs at once; else when the lease has run out."""
         self._stop.set()

@@ -22,8 +22,8 @@ class Waits:
 
     # Large servers spend 5 to 12 minutes in firmware before they look at boot media (peers.md 4); BMC virtual media reads 30 MB at 0.5 MB/s.
     agent_ready_s: float = 30 * 60
-    # A 100 GB image at 30 MB/s is 55 minutes; a silent agent is found by its lease long before this.
-    written_s: float = 2 * 60 * 60
+    # A ceiling: 400 GB at 5 MB/s, the slowest disk that still works. A silent agent is found by its lease, one that stands still by the run's deadline.
+    written_s: float = 24 * 60 * 60
     # Firmware again, then the OS's own first boot (54 s for Debian in the lab; a relabelling or updating OS takes many minutes).
     proof_s: float = 30 * 60
     # Putting back the old OS: the BMC may just be rebooting itself, which takes up to 3 minutes on iDRAC and iLO.

@@ -1,0 +1,83 @@
+"""Each observer's twin: a bug of one line in a copy of the source, and the scene that must turn its observer red on a real service and rack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
+_END = "        self.store.sealer.destroy_run(run_id)\n"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`finds` is what must be said of the scene with these machines."""
+
+    says: str
+    path: str
+    old: str
+    new: str
+    finds: str
+    scene: tuple[str, ...] = ("lab01",)
+
+
+BUGS = (
+    Bug("the plan names another disk", _EFFECTS, 'choose_root_disk(found["disks"], server.root_disk)', 'found["disks"][-1]', "I1 lab01: the data disk"),
+    Bug("an instance under way may be reinstalled", "src/repave/domain/states.py", "    (_S.ERROR, Ending.ACCEPTED, None):",
+        '    (_S.PENDING, Ending.ACCEPTED, None): (Situation(_S.PENDING, _O.REINSTALL_PROCESSING), ""),\n    (_S.ERROR, Ending.ACCEPTED, None):',
+        "I2 ", ("--twice", "lab01")),
+    Bug("a failed write leaves the server on", _EFFECTS, "            bmc.power_off()\n            bmc.eject_media()",
+        "            bmc.power_on()\n            bmc.eject_media()", "I2 ", ("lab04",)),
+    Bug("the old system's first sector stays until the end", "src/repave/agent/writer.py",
+        "        self.disk.write_zeros(0, sector)\n        self.disk.flush()\n        table = sector + -(-TABLE_BYTES // sector) * sector\n",
+        "        table = sector + -(-TABLE_BYTES // sector) * sector\n        return\n", "I3 ", ("lab04",)),
+    Bug("an ending loses its cause", _EFFECTS, "record_ending(run_id, ending, error)", "record_ending(run_id, ending, None)", "I4 ", ("lab04",)),
+    Bug("no call home is a success", "src/repave/workflow/reinstall.py", "do, Ending.UNPROVED, cause)", "do, Ending.PROVED, None)", "I5 ", ("lab03",)),
+    Bug("another image is written", _EFFECTS, "manifest_sha256=image.manifest_sha256",
+        "manifest_sha256=next(i.manifest_sha256 for i in self.store.images.list_images(run.project_id) if i.id != image.id)", "I5 "),
+    Bug("the old system is not started again", _EFFECTS, "            if run.found_state is InstanceState.RUNNING:\n                bmc.power_on()",
+        "            if False:\n                bmc.power_on()", "I6 ", ("lab02",)),
+    Bug("a refused request leaves keys", _FLEET, "        instances = self._find_instances(",
+        "        self.store.sealer.make_run_keys([new_id()])\n        instances = self._find_instances(", "I7 ", ("--nothing",)),
+    Bug("the hash is stored in clear", _FLEET, "sealer.seal_for_run(run_id, json.dumps(", "str(json.dumps(", "I8 ", ("lab01",)),
+    Bug("the password is logged, in base64", _FLEET, "        instances = self._find_instances(",
+        "        __import__('sys').stderr.write(__import__('base64').b64encode(f'x{password}'.encode()).decode())\n"
+        "        instances = self._find_instances(", "I8 ", ("lab01",)),
+    Bug("one id has no run", _RUNS, "for n, run in enumerate(runs, 1)]", "for n, run in enumerate(runs[1:], 1)]", "I9 ", ("lab01", "lab03")),
+    Bug("a BMC is shown another's login", "src/repave/app.py", "get_bmc_password(server.id))",
+        "get_bmc_password(store.servers.list_servers(server.project_id)[0][-1].id))", "I10 ", ("lab01",)),
+    Bug("a server is touched after the end", _EFFECTS, _END,
+        _END + "        with self.open_bmc(self.store.servers.get_server(self.store.runs.get_run(run_id).server_id)) as bmc:\n            bmc.power_off()\n",
+        "I11 ", ("lab01",)),
+    Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 ", ("lab01",)),
+    Bug("a run's keys outlive it", _EFFECTS, _END, "", "I13 ", ("lab01",)),
+    Bug("media stay in", _EFFECTS, "                bmc.power_off()\n                bmc.eject_media()", "                bmc.power_off()", "I13 ", ("lab01",)),
+    Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
+        "            with self.open_bmc(self.store.servers.list_servers(server.project_id)[0][-1]) as other:\n                other.power_off()\n"
+        "            forced = bmc.power_off(", "I14 ", ("lab01",)),
+    Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
+        "            if False:\n                self._run_event", "I15 ", ("lab01",)),
+)  # fmt: skip
+
+
+def plant(bug: Bug) -> tuple[bool, str]:
+    """Whether the bug was found, and what was said."""
+    with tempfile.TemporaryDirectory(prefix="repave-sabotage-") as folder:
+        for part in ("src", "tests/outside"):
+            shutil.copytree(ROOT / part, Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
+        path = Path(folder) / bug.path
+        text = path.read_text()
+        if text.count(bug.old) < 1:
+            return False, f"the line is not there any more: {bug.old!r}"
+        path.write_text(text.replace(bug.old, bug.new, 1))
+        env = os.environ | {"PYTHONPATH": str(Path(folder) / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "scene.py", *bug.scene]
+        done = subprocess.run(command, cwd=Path(folder) / "tests/outside", env=env, capture_output=True, text=True, timeout=900, check=False)
+        said = [line for line in done.stdout.splitlines() if line.startswith(bug.finds)]
+        return bool(done.returncode) and bool(said), said[0] if said else (done.stdout + done.stderr)[-1500:]
