@@ -73,6 +73,9 @@ class Machine:
         self.power, self.os = Power.OFF, ""
         return not graceful_s
 
+    def wait_for_off(self, within_s: float) -> bool:
+        return self.power is Power.OFF
+
     def insert_media(self, urls):
         self.do("insert_media")
         self.media = urls[0]

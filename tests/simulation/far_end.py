@@ -546,6 +546,15 @@ class SimBmc:
             m.cut()
         return True
 
+    def wait_for_off(self, within_s: float) -> bool:
+        def wait() -> bool:
+            end = self.m.time.now + within_s
+            while self.m.on and self.m.time.now < end:
+                self.m.time.sleep(1)
+            return not self.m.on
+
+        return bool(self._do("wait_for_off", wait))
+
     def insert_media(self, urls: Sequence[str]) -> str:
         def insert() -> str:
             if self.m.trouble.once("insert-empty"):

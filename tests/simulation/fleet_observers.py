@@ -124,7 +124,8 @@ def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str
             "": True,
             "ended": bool(run["ended_at"]) and seconds(run["ended_at"]) <= answered_at,
             "not-started": run["released_at"] is None and _class(run) == "cancelled",
-            "returning": crossed is None and run["outcome"] in (Ending.RETURNED, Ending.RETURN_FAILED),
+            # A rehearsal that had learnt everything returns anyway.
+            "returning": crossed is None and run["outcome"] in (Ending.RETURNED, Ending.RETURN_FAILED, Ending.REHEARSED),
             "past-the-line": crossed is not None and crossed <= answered_at,
         }[what]
         if not kept:

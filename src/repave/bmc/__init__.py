@@ -78,6 +78,9 @@ class Bmc(Protocol):
     def power_off(self, *, graceful_s: float = 0) -> bool:
         """The server is off, read back. With `graceful_s` it is asked first for that long. Returns True when forced."""
 
+    def wait_for_off(self, within_s: float) -> bool:
+        """Whether the server is off by then. Asks for nothing: a shutdown that was asked for earlier ends."""
+
     def insert_media(self, urls: Sequence[str]) -> str:
         """The image at one of `urls` (same image, several protocols) is in the CD slot, read back. Returns the URL taken.
         An occupied slot is ejected first."""

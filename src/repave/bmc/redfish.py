@@ -135,6 +135,10 @@ class RedfishBmc(Bmc):
             self._reach_power(system, Power.OFF, "ForceOff")
             return True
 
+    def wait_for_off(self, within_s: float) -> bool:
+        with self._call(extra_s=within_s):
+            return self._until(self._is(Power.OFF), within_s)
+
     def insert_media(self, urls: Sequence[str]) -> str:
         with self._call():
             slot_uri, way, usable = self._choose_slot(urls)

@@ -140,12 +140,15 @@ class ServerEffects:
     def return_what_was_found(self, run_id: str) -> Json:
         """Media out, override off, and power as it was found: the old OS boots, or where there was none the server is off.
 
-        An OS that may still run is never cut: before boot-ramdisk nothing of ours has powered the server on, later it is asked first.
+        An OS that may still run is never cut: before boot-ramdisk nothing of ours has powered the server on, later it is asked first. One that was
+        asked by a process that died meanwhile is let shut down, or it would do so after it was powered on.
         """
         run, server, _ = self._about(run_id)
         with self.open_bmc(server) as bmc:
             if run.step is Step.BOOT_RAMDISK or run.found_state is not InstanceState.RUNNING:
                 bmc.power_off(graceful_s=self.places.graceful_s)
+            elif run.step is Step.POWER_OFF:
+                bmc.wait_for_off(self.places.graceful_s)
             bmc.eject_media()
             bmc.boot_from_disk()
             if run.found_state is InstanceState.RUNNING:
