@@ -22,7 +22,8 @@ Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection,
 Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or rows of them): queues their workflows with the transaction
 
 
-_IDLE_MS = 20_000  # ours last milliseconds
+_BUSY_MS = 30_000  # SQLite: how long a writer waits for its lock
+_IDLE_MS = 5_000  # ours last milliseconds; a worker that is stopped inside one holds up all others for so long
 # What runs often is made once: making a statement and finding it in SQLAlchemy's cache takes longer than SQLite takes to run it.
 _NEW_EVENT = sa.insert(EVENTS)
 _WRITERS_LOCK = 0x7265706176650002  # beside the one of migrations/
@@ -55,6 +56,25 @@ class Database:
             if self.engine.dialect.name == "postgresql":
                 conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             yield conn
+
+    @contextmanager
+    def write_within(self, seconds: float) -> Iterator[sa.Connection]:
+        """As `write`, but out of turn: a look at how the database is must not queue behind those who wait for it. Raises OperationalError when it is late."""
+        with self.engine.connect().execution_options(repave_write=True) as conn:
+            if self.engine.dialect.name == "postgresql":
+                with conn.begin():
+                    conn.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1000)}")
+                    conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+                    yield conn
+                return
+            driver = conn.connection.driver_connection
+            assert driver is not None
+            driver.execute(f"PRAGMA busy_timeout={round(seconds * 1000)}")
+            try:
+                with conn.begin():
+                    yield conn
+            finally:
+                driver.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
 
     def rows(self, statement: sa.Select[Any], **values: Any) -> list[sa.RowMapping]:
         with self.engine.connect() as conn:
@@ -115,7 +135,7 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_MS}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")

@@ -33,8 +33,8 @@ def raise_generation(db: Database, *, above: int) -> Stand:
 
 
 def probe_write(db: Database) -> None:
-    """The database can be written now, durably. Raises SQLAlchemyError."""
-    with db.write() as conn:
+    """The database can be written now, durably. Raises SQLAlchemyError: full, read-only, or locked for five seconds."""
+    with db.write_within(5) as conn:
         _hold(conn, "written", db.now().isoformat())
 
 
