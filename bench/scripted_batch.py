@@ -130,4 +130,4 @@ def read_rss_bytes(pid: int) -> int:
 
 def describe_machine() -> str:
     model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
-    return f"{os.cpu_count()} x {model}, Linux {platform.release()}, load {os.getloadavg()[0]:.1f} at the end"
+    return f"{os.cpu_count()} x {model}, Linux {platform.release().split('-')[0]}, load {os.getloadavg()[0]:.1f} at the end"

@@ -147,7 +147,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     sealer = Sealer.open(settings.key_file)
     make_ca(secret_dir)
     check_file(settings.database_url)
-    clock = SteadyClock()
+    clock = SteadyClock() if sa.make_url(settings.database_url).get_backend_name() == "sqlite" else utc_now  # workers must agree, so they keep the wall's time
     store = Store.open(settings.database_url, sealer=sealer, now=clock)
     store.marks.check_ca(hashlib.sha256((secret_dir / "ca.pem").read_bytes()).hexdigest())
     assert settings.images_dir is not None
@@ -168,7 +168,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
     lock = settings.data_dir / "worker.lock"
     engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))
-    engine.when_idle = clock.follow
+    if isinstance(clock, SteadyClock):
+        engine.when_idle = clock.follow
     limits = Limits(settings.runs_at_once, settings.rack_at_once)
     fleet = Fleet(
         store, engine.enqueue, run_timeout_s=settings.reinstall_timeout_s, waiting_timeout_s=settings.waiting_timeout_s, limits=limits,

@@ -11,7 +11,6 @@ it replaces in a folder beside it, and leaves a mark until it is whole: the serv
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,14 @@ from repave.errors import RepaveError
 from repave.generation import UNDER_WAY, read_stand_file, stand_path, write_stand_file
 from repave.secrets import Sealer, write_private
 from repave.store import Store
+from repave.store.alone import alone, locked, refuse_workers
+from repave.store.database import open_engine
 from repave.store.stand import check_file, end_restored_runs, read_stand
-from repave.store.tables import IMAGES, WORKERS
+from repave.store.tables import IMAGES
 
 FORMAT = 1
 _SECRETS = ("ca.pem", "ca.key")
 _ADMIN = "admin.json"
-_GONE_S = 60  # a worker that has not beaten for so long is not there any more
 Json = dict[str, Any]
 
 
@@ -96,7 +96,7 @@ def _stage(settings: Settings, folder: Path, staged: Path) -> dict[str, Path]:
         check_file(settings.database_url)
         _copy_sqlite(_database_path(settings), database)
     else:
-        _run_pg(settings, "pg_dump", "--format=custom", f"--file={database}")
+        _run_pg(settings, "pg_dump", "--format=custom", _pg_database(settings), f"--file={database}")
     return members | {"database": database}
 
 
@@ -146,7 +146,9 @@ def restore_backup(folder: Path, file: Path) -> Restored:
         secret = settings.key_file.parent
         for place in (secret, settings.data_dir):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone(settings):
+        if not _is_sqlite(settings):
+            _run_pg(settings, "pg_restore", "--file=/dev/null", staged / "database")  # it can be read to its end
+        with _alone(settings) as engine:
             try:
                 known = read_stand_file(stand_path(settings.key_file))
             except RepaveError:  # damaged; it is written anew
@@ -158,19 +160,12 @@ def restore_backup(folder: Path, file: Path) -> Restored:
                 stand, ended = _end_runs(f"sqlite:///{staged / 'database'}", staged / "key", above=above, why=why)
                 _settle(staged / "database")
             write_private(secret / UNDER_WAY, about["made_at"].encode())
-            _refuse_late_workers(settings, secret / UNDER_WAY)
+            if not _is_sqlite(settings):
+                _refuse_late_workers(engine, secret / UNDER_WAY)
             kept = _swap(settings, folder, staged)
             if not _is_sqlite(settings):
-                _run_pg(
-                    settings,
-                    "pg_restore",
-                    "--clean",
-                    "--if-exists",
-                    "--no-owner",
-                    "--single-transaction",
-                    f"--dbname={_pg_name(settings)}",
-                    staged / "database",
-                )
+                how = ("--clean", "--if-exists", "--no-owner", "--single-transaction")
+                _run_pg(settings, "pg_restore", *how, _pg_database(settings), staged / "database")
                 stand, ended = _end_runs(settings.database_url, settings.key_file, above=above, why=why)
             write_stand_file(stand_path(settings.key_file), stand)
             (secret / UNDER_WAY).unlink()
@@ -250,8 +245,7 @@ def _settle(database: Path) -> None:
     """Everything is in the one file, durable."""
     with contextlib.closing(sqlite3.connect(database)) as conn:
         conn.execute("PRAGMA journal_mode=DELETE")
-    with database.open("rb") as f:
-        os.fsync(f.fileno())
+    _sync(database)
 
 
 def _swap(settings: Settings, folder: Path, staged: Path) -> Path | None:
@@ -273,49 +267,31 @@ def _swap(settings: Settings, folder: Path, staged: Path) -> Path | None:
     shutil.rmtree(secret / "run-keys", ignore_errors=True)
     for name, path in places.items():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.move(staged / name, path)
-        _sync(path.parent)
+        shutil.move(staged / name, path)  # to another file system it is a copy: mode and durability are not told by that
+        path.chmod(0o600)
+        for part in (path, path.parent):
+            _sync(part)
     return kept
 
 
 @contextlib.contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
-    """No service works on this site, and none can begin meanwhile. Raises RepaveError conflict."""
-    running = RepaveError("conflict", "repave serve works on this site: stop it first.", field="site")
-    if not _is_sqlite(settings):
-        if _live_workers(settings):
-            raise running
-        yield
-        return
-    path = _database_path(settings)
-    with contextlib.ExitStack() as stack:
-        for lock in (path.with_name(f"{path.name}.worker"), settings.data_dir / "worker.lock"):
-            held = stack.enter_context(lock.open("a"))
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise running from None
-        yield
-
-
-def _refuse_late_workers(settings: Settings, mark: Path) -> None:
-    """A worker on PostgreSQL writes its row and then looks for the mark; we do it the other way round, so one of both sees the other."""
-    if not _is_sqlite(settings) and _live_workers(settings):
-        mark.unlink()
-        raise RepaveError("conflict", "A repave serve began meanwhile: stop it first.", field="site")
-
-
-def _live_workers(settings: Settings) -> int:
-    engine = sa.create_engine(settings.database_url, hide_parameters=True)
+def _alone(settings: Settings) -> Iterator[sa.Engine]:
+    """No service works on this site, and on this machine none can begin meanwhile. Raises RepaveError conflict."""
+    engine = open_engine(settings.database_url)
     try:
-        if not sa.inspect(engine).has_table("workers"):
-            return 0
-        since = (datetime.now(UTC) - timedelta(seconds=_GONE_S)).timestamp() * 1000
-        with engine.connect() as conn:
-            live = sa.select(sa.func.count()).select_from(WORKERS).where(~WORKERS.c.reaped, WORKERS.c.beat_at_ms > since)
-            return int(conn.execute(live).scalar_one())
+        with alone(engine), locked(settings.data_dir / "worker.lock"):
+            yield engine
     finally:
         engine.dispose()
+
+
+def _refuse_late_workers(engine: sa.Engine, mark: Path) -> None:
+    """A worker elsewhere writes its row and then looks for the mark; we do it the other way round, so one of both sees the other."""
+    try:
+        refuse_workers(engine)
+    except RepaveError:
+        mark.unlink()
+        raise
 
 
 def _missing_images(settings: Settings, about: Json) -> list[str]:
@@ -328,9 +304,8 @@ def _missing_images(settings: Settings, about: Json) -> list[str]:
 
 def _run_pg(settings: Settings, program: str, *arguments: str | Path) -> None:
     """Blocks: until it is done. Raises RepaveError internal with the program's own last line."""
-    url = sa.make_url(settings.database_url)
-    about = {"PGHOST": url.host, "PGPORT": url.port, "PGUSER": url.username, "PGPASSWORD": url.password, "PGDATABASE": url.database}
-    environment = os.environ | {name: str(value) for name, value in about.items() if value}  # not arguments: those any user can read
+    password = sa.make_url(settings.database_url).password
+    environment = os.environ | ({"PGPASSWORD": password} if password else {})  # no argument: those any user can read
     try:
         done = subprocess.run([program, *map(str, arguments)], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -339,8 +314,10 @@ def _run_pg(settings: Settings, program: str, *arguments: str | Path) -> None:
         raise RepaveError("internal", f"{program}: {(done.stderr.strip().splitlines() or ['no word'])[-1][:300]}")
 
 
-def _pg_name(settings: Settings) -> str:
-    return str(sa.make_url(settings.database_url).database)
+def _pg_database(settings: Settings) -> str:
+    """libpq's own form of the URL, with what it says of TLS and sockets, without the password."""
+    url = sa.make_url(settings.database_url).set(drivername="postgresql", password=None)
+    return f"--dbname={url.render_as_string()}"
 
 
 # ---- files ----
@@ -370,8 +347,8 @@ def _bare(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

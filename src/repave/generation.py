@@ -16,11 +16,12 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -34,6 +35,7 @@ from repave.store.stand import probe_write, raise_generation, read_stand
 
 FOLLOW_S = 1.0
 PROBE_S = 10.0
+LATE_S = 30.0  # a look takes milliseconds, 15 s where the database and the lock on NFS are held
 LOW_BYTES = 256 << 20  # a batch of 50 writes about 10 MB; below this there is time to act
 UNDER_WAY = "restore-under-way"
 LOCK_S = 5.0  # it is held for one small write; a machine that died with it on NFS may keep it for good, and nobody waits for that
@@ -119,15 +121,22 @@ class Health:
 class Watch:
     """The file follows the database; a database that can not be written, or a disk about to be full, is an alarm in the log and in `health`."""
 
-    def __init__(self, store: Store, path: Path, data_dir: Path) -> None:
-        self._store, self._path, self._data_dir = store, path, data_dir
+    def __init__(self, store: Store, path: Path, data_dir: Path, *, late_s: float = LATE_S) -> None:
+        self._store, self._path, self._data_dir, self._late_s = store, path, data_dir, late_s
         self._stop = threading.Event()
+        self._database = store.engine.url.database if store.engine.dialect.name == "sqlite" else None
+        self._file_id = _read_file_id(self._database)
         self._followed: Stand | None = None
         self._health: dict[str, Health] = {}
+        self._looked_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def health(self) -> dict[str, Health]:
-        return dict(self._health)
+        """Each part as last looked at; a look that hangs (a dead disk) is the failing part `watch`."""
+        parts, late_s = dict(self._health), time.monotonic() - self._looked_at
+        if late_s > self._late_s:
+            parts["watch"] = Health(False, f"the last look began {late_s:.0f} seconds ago and has not ended", self._store.now() - timedelta(seconds=late_s))
+        return parts
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Watch]:
@@ -150,22 +159,30 @@ class Watch:
 
     def follow(self) -> None:
         """The file is as new as the database. Ends the process where the database has become older: nothing of an old state may be acted on."""
+        if (put := _read_file_id(self._database)) != self._file_id:
+            self._end("another file was put in the place of the database", now=put, before=self._file_id)
         stand = read_stand(self._store)
         if self._followed is not None and (stand is None or stand < self._followed):
-            log.error("worker ends itself", why="an older database was put back under it", now=_text(stand), before=_text(self._followed))
-            os._exit(OLDER)  # without cleaning up: that would be acting on it too
+            self._end("an older database was put back under it", now=_text(stand), before=_text(self._followed))
         if stand is not None and stand != self._followed:
             write_stand_file(self._path, stand)
             self._followed = stand
 
+    def _end(self, why: str, **about: object) -> None:
+        log.error("worker ends itself", why=why, **about)
+        os._exit(OLDER)  # without cleaning up: that would be acting on it too
+
     def _run(self) -> None:
         probe_at = time.monotonic() + PROBE_S
         while not self._stop.wait(FOLLOW_S):
+            self._looked_at = time.monotonic()
             try:
                 self._try("generation", self.follow, _FOLLOWS)
                 if time.monotonic() >= probe_at:
                     probe_at = time.monotonic() + PROBE_S
                     self.look()
+                if "watch" in self._health:
+                    self._tell("watch", True, "it looks again")
             except Exception as error:  # a watch that died would be silence
                 self._tell("watch", False, type(error).__name__)
 
@@ -173,6 +190,7 @@ class Watch:
         try:
             question()
         except (sa.exc.SQLAlchemyError, OSError) as error:
+            log.warning("a part of the service fails", part=part, error=str(getattr(error, "orig", None) or error)[:500])
             self._tell(part, False, _plain(error))
         else:
             self._tell(part, True, good)
@@ -187,6 +205,18 @@ class Watch:
             log.warning("alarm over", part=part, cause=text)
 
 
+def _read_file_id(path: str | None) -> tuple[int, int] | None:
+    """Which file this path names now: open connections go on with the one that was there before. None: not a file, or gone."""
+    try:
+        found = os.stat(path) if path else None
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino) if found else None
+
+
 def _plain(error: Exception) -> str:
-    """The driver's own words, without SQL or values."""
-    return str(getattr(error, "orig", None) or error).splitlines()[0][:200]
+    """For anybody who asks: no SQL, no values, no path, no address. The log has the rest."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    cause = getattr(error, "orig", None)
+    return str(cause) if isinstance(cause, sqlite3.Error) else "the database does not answer, or takes nothing"

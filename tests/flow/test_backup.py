@@ -134,6 +134,13 @@ def test_an_older_database_that_is_put_under_a_running_service_ends_it(lab, tmp_
     wait_until(lambda: not is_alive(service), deadline_s=10, what=lambda: "it works on the older database")
     put_back(site, tmp_path / "newest.db")
     lab.start_service()
+    service = find_service(lab.folder)
+    assert service is not None
+    shutil.copy(tmp_path / "newest.db", site / "repave-data/new")
+    (site / "repave-data/new").rename(site / "repave-data/repave.db")  # what mv does: open files stay what they are
+    wait_until(lambda: not is_alive(service), deadline_s=10, what=lambda: "it works on a file that nobody sees any more")
+    put_back(site, tmp_path / "newest.db")
+    lab.start_service()
 
 
 def test_the_newest_database_copied_by_hand_is_served_again(lab, tmp_path):

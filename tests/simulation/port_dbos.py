@@ -1,4 +1,7 @@
-"""`python port_dbos.py FOLDER LIFE`: the cases of port_cases.py on DBOS, as one life of a process. It ends by itself, the first time in the middle of all."""
+"""`python port_dbos.py FOLDER LIFE`: the cases of port_cases.py on DBOS, as one life of a process. It ends by itself, the first time in the middle of all.
+
+In each life somebody sets the host's clock a day ahead while the cases wait.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,13 @@ from typing import Any
 from port_cases import CASES, TOLD, TOLD_LATER
 
 from repave.secrets import Sealer
+from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.workflow.engine import Engine
 from repave.workflow.run import Run
+
+DAY_S = 24 * 3600
+read_clock = time.time
 
 
 class Life:
@@ -28,7 +35,7 @@ class Life:
 
     def write(self, case: str, what: str) -> None:
         with self._lock, self.file.open("a") as f:
-            f.write(json.dumps([case, self.number, time.time(), what]) + "\n")
+            f.write(json.dumps([case, self.number, read_clock(), what]) + "\n")
 
     def here(self, case: str) -> Any:
         def die() -> None:
@@ -46,6 +53,10 @@ class Life:
         return SimpleNamespace(log=lambda what: self.write(case, what), count=count, die=die, is_waiting=is_waiting)
 
 
+def set_clock() -> None:
+    time.time = lambda: read_clock() + DAY_S
+
+
 def main(folder: Path, number: int) -> None:
     url, life = f"sqlite:///{folder}/db", Life(folder, number)
     names = dict(zip((f"case-{n}" for n in range(len(CASES))), CASES, strict=True))
@@ -57,9 +68,10 @@ def main(folder: Path, number: int) -> None:
         life.settled.add(case)
         return "done"
 
-    store = Store.open(url, sealer=Sealer.open(folder / "key"), now=lambda: None)  # type: ignore[arg-type, return-value]
+    store = Store.open(url, sealer=Sealer.open(folder / "key"), now=SteadyClock(lambda: time.time()))
     engine = Engine(store, url, folder / "lock", workflow=workflow)
     engine.start(None)  # type: ignore[arg-type]
+    threading.Timer(1.0, set_clock).start()
     with store.write() as conn:
         if number == 1:
             engine.enqueue(conn, [SimpleNamespace(id=run_id) for run_id in names])  # type: ignore[misc]

@@ -5,18 +5,20 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from repave.domain.generation import NOTHING, Stand, Verdict, judge
 from repave.errors import RepaveError
-from repave.generation import begin_life, read_stand_file, stand_path, write_stand_file
+from repave.generation import Watch, begin_life, read_stand_file, stand_path, write_stand_file
 from repave.secrets import Sealer
 from repave.store import Store
 
@@ -142,3 +144,37 @@ def test_a_half_written_run_key_of_a_dead_process_is_swept_and_stops_nothing(tmp
     for run in old:
         sealer.destroy_run(run)
     assert list((tmp_path / "run-keys").iterdir()) == []
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[tuple[Store, Watch]]:
+    store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "key"), now=lambda: datetime.now(UTC))
+    begin_life(store, stand_path(folder / "key"))
+    yield store, Watch(store, stand_path(folder / "key"), folder, late_s=1.5)
+    store.close()
+
+
+def test_health_tells_a_stranger_no_address_no_path_and_no_statement(tmp_path):
+    with watched(tmp_path) as (store, watch):
+        store.engine = sa.create_engine("postgresql+psycopg://repave@127.0.0.1:1/fleet")
+        watch.look()
+        assert watch.health()["database"].text == "the database does not answer, or takes nothing"
+    with watched(tmp_path) as (store, watch):
+        (tmp_path / "generation").unlink()
+        (tmp_path / "generation").mkdir()
+        watch.look()
+        assert (watch.health()["generation"].ok, watch.health()["generation"].text) == (False, "Is a directory")
+
+
+def test_a_look_that_hangs_is_told_until_one_ends(tmp_path):
+    with watched(tmp_path) as (store, watch), socket.create_server(("127.0.0.1", 0)) as silent, watch.running():
+        assert all(part.ok for part in watch.health().values())
+        here, store.engine = store.engine, sa.create_engine(f"postgresql+psycopg://repave@127.0.0.1:{silent.getsockname()[1]}/fleet")
+        time.sleep(3.5)
+        assert not watch.health()["watch"].ok
+        store.engine = here
+        silent.accept()[0].close()
+        deadline = time.monotonic() + 10
+        while not all(part.ok for part in watch.health().values()):
+            assert time.monotonic() < deadline, watch.health()
+            time.sleep(0.1)

@@ -26,7 +26,7 @@ def build_health_router(look: Callable[[], Mapping[str, Part]]) -> APIRouter:
     router = APIRouter(tags=["operator"])
 
     @router.get("/repave/v1/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:  # it reads what is known: it must answer also while every thread waits for the database
         parts = look()
         well = all(part.ok for part in parts.values())
         body = {"status": "ok" if well else "failing", "parts": {n: {"ok": p.ok, "text": p.text, "since": p.since.isoformat()} for n, p in parts.items()}}

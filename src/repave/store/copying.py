@@ -6,22 +6,18 @@ behind too. The copy is one transaction, read back and compared before it is com
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import sqlalchemy as sa
 
 from repave.errors import RepaveError
+from repave.store.alone import alone
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date
 from repave.store.tables import EVENTS, META, PROJECTS, RUNS, WORKERS
 
 _ROWS = 1000
-_LATE_MS = 60_000  # a worker that has not beaten so long is dead; above every lease that makes sense
 
 
 def copy_database(source_url: str, target_url: str) -> dict[str, int]:
@@ -31,7 +27,7 @@ def copy_database(source_url: str, target_url: str) -> dict[str, int]:
     """
     source, target = open_engine(source_url), open_engine(target_url)
     try:
-        with _alone(source), _alone(target):
+        with alone(source), alone(target):
             bring_up_to_date(source)
             bring_up_to_date(target)
             with (
@@ -39,6 +35,8 @@ def copy_database(source_url: str, target_url: str) -> dict[str, int]:
                 target.connect().execution_options(repave_write=True) as write,
                 write.begin(),
             ):
+                if target.dialect.name == "postgresql":  # one transaction that waits for reads of the source: no sign of a stopped worker here
+                    write.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
                 if live := read.execute(sa.select(sa.func.count()).select_from(RUNS).where(RUNS.c.ended_at.is_(None))).scalar_one():
                     raise RepaveError("in-progress", f"{live} runs have not ended: wait for them or cancel them, then stop the service and copy.")
                 if write.execute(sa.select(PROJECTS.c.id).limit(1)).first():
@@ -68,22 +66,3 @@ def _digest(conn: sa.Connection, table: sa.Table) -> str:
     for row in conn.execute(sa.select(table)):
         lines.append(hashlib.sha256(json.dumps(list(row), default=str, sort_keys=True).encode()).digest())
     return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
-
-
-@contextlib.contextmanager
-def _alone(engine: sa.Engine) -> Iterator[None]:
-    """No service works on this database. SQLite: none can start either, we hold its lock."""
-    if engine.dialect.name == "sqlite":
-        with Path(f"{engine.url.database}.worker").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RepaveError("conflict", "A service works on this database: stop it first.") from None
-            yield
-        return
-    if sa.inspect(engine).has_table("workers"):
-        with engine.connect() as conn:
-            now_ms = sa.literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)", sa.BigInteger)
-            if conn.execute(sa.select(WORKERS.c.executor_id).where(~WORKERS.c.reaped, WORKERS.c.beat_at_ms > now_ms - _LATE_MS)).first():
-                raise RepaveError("conflict", "A service works on this database: stop all workers first.")
-    yield

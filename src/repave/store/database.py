@@ -22,7 +22,7 @@ Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection,
 Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or rows of them): queues their workflows with the transaction
 
 
-_BUSY_MS = 30_000  # SQLite: how long a writer waits for its lock
+_BUSY_MS = 15_000  # SQLite: how long a writer waits for its lock
 _IDLE_MS = 5_000  # ours last milliseconds; a worker that is stopped inside one holds up all others for so long
 # What runs often is made once: making a statement and finding it in SQLAlchemy's cache takes longer than SQLite takes to run it.
 _NEW_EVENT = sa.insert(EVENTS)

@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from dbos import DBOS, DBOSClient, Serializer
+from dbos import DBOS, DBOSClient, Serializer, _sys_db
 from dbos._dbos import _get_dbos_instance
 
 from repave.domain.model import RunRow
@@ -84,6 +86,11 @@ def _decode(value: dict[str, Any]) -> Any:
     return kind(value["value"]["class"], value["detail"], **value["value"].get("context", {}))
 
 
+def _keep_time(now: Callable[[], datetime]) -> None:
+    """DBOS's waits end by the service's clock, which nobody can set (steady_clock.py); by its own, a clock that is set ends them all at once."""
+    _sys_db.time = SimpleNamespace(**vars(time) | {"time": lambda: now().timestamp()})  # type: ignore[assignment, attr-defined]
+
+
 class DbosRun:
     """One run's port to time and effects."""
 
@@ -109,9 +116,11 @@ class DbosRun:
                     return await asyncio.get_running_loop().run_in_executor(self._pool, act)
                 except LeaseGiven:  # we are stopping, and the run goes on elsewhere: nothing of this try may be recorded
                     await asyncio.Future[None]()
-                except (sa.exc.OperationalError, sa.exc.TimeoutError):
-                    if pause_s is None:
+                except Exception as error:
+                    if not is_unavailable(error):
                         raise
+                    if pause_s is None:  # no end of the run: `_revive` has the step done again
+                        raise NotRecorded from None
                     await asyncio.sleep(pause_s)
 
         return await DBOS.run_step_async({"name": name}, call)
@@ -181,6 +190,7 @@ class Engine:
         self._threads = [thread, reconciler]
 
     def _launch(self, effects: Effects) -> None:
+        _keep_time(self.store.now)
         DBOS(
             config={
                 "name": "repave",
@@ -263,11 +273,11 @@ class Engine:
 
     def _reconcile_forever(self) -> None:
         while not self._stop.wait(RECONCILE_S):
-            try:
-                self._revive()
-                self.reconcile()
-            except Exception as error:  # the next round may do better; a reconciler that died would be silence
-                log.error("reconcile failed", error=type(error).__name__)
+            for part in (self._revive, self.reconcile):  # each for itself: the reaper does not depend on DBOS's tables
+                try:
+                    part()
+                except Exception as error:  # the next round may do better; a reconciler that died would be silence
+                    log.error("reconcile failed", part=part.__name__, error=type(error).__name__)
 
     def _revive(self) -> None:
         """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one ends them (NotRecorded), or they never began.
