@@ -136,10 +136,12 @@ def test_an_older_database_that_is_put_under_a_running_service_ends_it(lab, tmp_
     lab.start_service()
     service = find_service(lab.folder)
     assert service is not None
-    shutil.copy(tmp_path / "newest.db", site / "repave-data/new")
+    time.sleep(2)
+    for name in ("repave-data/new", "now.db"):
+        copy_database(site, (site if "/" in name else tmp_path) / name)
     (site / "repave-data/new").rename(site / "repave-data/repave.db")  # what mv does: open files stay what they are
     wait_until(lambda: not is_alive(service), deadline_s=10, what=lambda: "it works on a file that nobody sees any more")
-    put_back(site, tmp_path / "newest.db")
+    put_back(site, tmp_path / "now.db")
     lab.start_service()
 
 
