@@ -75,6 +75,7 @@ class Disk:
         self.clock = clock
         self.engine = _engine()
         self._raw = self.engine.raw
+        self._raw.create_function("virtual_now_ms", 0, lambda: int(clock() * 1000))
         self.sealer = KeptKeys(b"k" * 32, lambda: (START + timedelta(seconds=clock())).timestamp())
         self.before_begin: Callable[[], None] = lambda: None
         self.at_commit: Callable[[str], None] = lambda edge: None

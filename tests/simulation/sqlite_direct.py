@@ -7,9 +7,8 @@ left out. What is rare (defaults made in Python, sub-statements of an insert) go
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,15 +17,28 @@ from sqlalchemy.pool import StaticPool
 Processor = Callable[[Any], Any] | None
 
 
-class Row(dict[str, Any]):
-    """One row: its columns as attributes, and as the mapping that SQLAlchemy's rows have."""
+class Row:
+    """One row: its columns as attributes, each converted when it is read, and all of them as the mapping that SQLAlchemy's rows have."""
 
-    __slots__ = ()
-    __getattr__ = dict.__getitem__
+    __slots__ = ("_found", "_prepared")
+
+    def __init__(self, prepared: Prepared, found: tuple[Any, ...]) -> None:
+        self._prepared, self._found = prepared, found
+
+    def __getattr__(self, name: str) -> Any:
+        place, convert = self._prepared.places[name]
+        return self._found[place] if convert is None else convert(self._found[place])
 
     @property
-    def _mapping(self) -> Row:
-        return self
+    def _mapping(self) -> dict[str, Any]:
+        row = dict(zip(self._prepared.places, self._found, strict=True))
+        for name, convert in self._prepared.converted:
+            row[name] = convert(row[name])
+        return row
+
+    def _first(self) -> Any:
+        place, convert = next(iter(self._prepared.places.values()))
+        return self._found[place] if convert is None else convert(self._found[place])
 
 
 class Result(list[Row]):
@@ -45,13 +57,13 @@ class Result(list[Row]):
         return row
 
     def scalars(self) -> list[Any]:
-        return [next(iter(row.values())) for row in self]
+        return [row._first() for row in self]
 
     def scalar_one(self) -> Any:
-        return next(iter(self.one().values()))
+        return self.one()._first()
 
     def scalar_one_or_none(self) -> Any:
-        return next(iter(self.one().values())) if self else None
+        return self.one()._first() if self else None
 
 
 class Prepared:
@@ -61,18 +73,39 @@ class Prepared:
         self.compiled, self.sql = compiled, str(compiled)
         self.expands = bool(compiled.post_compile_params or compiled.literal_execute_params)
         self.strange = bool(compiled.insert_prefetch or compiled.update_prefetch or getattr(compiled, "_insertmanyvalues", None))
+        self.reads = bool(compiled.statement.is_select)
         self.names: Sequence[str] = compiled.positiontup or ()
         self.binds: Mapping[str, Any] = compiled._bind_processors
-        self.columns: list[tuple[str, Processor]] = [(c.keyname, c.type._cached_result_processor(dialect, None)) for c in compiled._result_columns]
+        columns: list[tuple[str, Processor]] = [(c.keyname, c.type._cached_result_processor(dialect, None)) for c in compiled._result_columns]
+        self.places = {name: (place, convert) for place, (name, convert) in enumerate(columns)}
+        self.converted = [(name, convert) for name, convert in columns if convert is not None]
 
-    def bind(self, params: dict[str, Any], extracted: Any) -> tuple[str, list[Any]]:
+
+class Bound:
+    """One compiled statement with the values that were written into it; those that are given with it are converted at each use."""
+
+    def __init__(self, prepared: Prepared, extracted: Any, keys: Sequence[str]) -> None:
+        self.prepared, self._extracted = prepared, extracted
+        self._simple = not prepared.expands and set(keys) <= set(prepared.names)
+        if self._simple:
+            written, binds = prepared.compiled.construct_params(extracted_parameters=extracted, escape_names=False, _check=False), prepared.binds
+            self._plan = [
+                (name, binds.get(name), None if name in keys else binds[name](written[name]) if name in binds else written[name]) for name in prepared.names
+            ]
+            missing = {name for bind, name in prepared.compiled.bind_names.items() if bind.required} - set(keys)
+            self._simple = not missing & set(prepared.names)  # `construct_params` says what is missing
+
+    def bind(self, params: dict[str, Any]) -> tuple[str, list[Any]]:
         """The SQL and the values for its question marks."""
-        values = self.compiled.construct_params(params, extracted_parameters=extracted, escape_names=False)
-        if not self.expands:
-            return self.sql, [self.binds[n](values[n]) if n in self.binds else values[n] for n in self.names]
-        wide = self.compiled._process_parameters_for_postcompile(values)
+        prepared = self.prepared
+        if self._simple:
+            return prepared.sql, [(convert(params[n]) if convert else params[n]) if n in params else written for n, convert, written in self._plan]
+        values = prepared.compiled.construct_params(params, extracted_parameters=self._extracted, escape_names=False)
+        if not prepared.expands:
+            return prepared.sql, [prepared.binds[n](values[n]) if n in prepared.binds else values[n] for n in prepared.names]
+        wide = prepared.compiled._process_parameters_for_postcompile(values)
         values = {**values, **wide.additional_parameters}
-        binds = {**self.binds, **wide.processors}
+        binds = {**prepared.binds, **wide.processors}
         return wide.statement, [binds[n](values[n]) if n in binds else values[n] for n in wide.positiontup]
 
 
@@ -91,22 +124,24 @@ class DirectEngine:
     def connect(self) -> DirectConnection:
         return DirectConnection(self)
 
-    def prepare(self, statement: Any, params: Sequence[dict[str, Any]]) -> tuple[Prepared, Any]:
-        keys, many = tuple(sorted(params[0])), len(params) > 1
-        about = id(statement), keys, many  # a statement made from another one has its attributes too
-        kept = statement.__dict__.get("_prepared")  # a statement that is made once is looked up once
-        if kept is not None and kept[0] == about:
-            return kept[1], kept[2]
-        compiled, extracted, *_ = statement._compile_w_cache(self.dialect, compiled_cache=self._compiled, column_keys=list(keys), for_executemany=many)
-        prepared = compiled.__dict__.get("_prepared")
-        if prepared is None:
-            prepared = compiled._prepared = Prepared(compiled, self.dialect)
-        statement.__dict__["_prepared"] = about, prepared, extracted
-        return prepared, extracted
+    def prepare(self, statement: Any, params: Sequence[dict[str, Any]]) -> Bound:
+        about = (*params[0], len(params) > 1)
+        kept = statement.__dict__.get("_bound")  # a statement that is made once is looked up once
+        if kept is None:
+            statement._set_memoized_attribute("_bound", kept := {})  # so that a statement made from this one does not have it
+        bound: Bound | None = kept.get(about)
+        if bound is None:
+            keys = sorted(params[0])
+            compiled, extracted, *_ = statement._compile_w_cache(self.dialect, compiled_cache=self._compiled, column_keys=keys, for_executemany=len(params) > 1)
+            prepared = compiled.__dict__.get("_prepared")
+            if prepared is None:
+                prepared = compiled._prepared = Prepared(compiled, self.dialect)
+            bound = kept[about] = Bound(prepared, extracted, keys)
+        return bound
 
 
 class DirectConnection:
-    """One transaction at most; it begins with the first statement, or with `begin`."""
+    """One transaction at most; it begins with the first statement, or with `begin`. Entered as a transaction, it is committed at the end."""
 
     __slots__ = ("_begun", "_engine", "_writes")
 
@@ -124,41 +159,56 @@ class DirectConnection:
         self._writes = repave_write
         return self
 
-    @contextlib.contextmanager
-    def begin(self) -> Iterator[None]:
+    def begin(self) -> _Transaction:
         self._begin()
-        try:
-            yield
-        except BaseException:
-            self._engine.raw.rollback()
-            raise
-        self._engine.around("before")
-        self._engine.raw.commit()
-        self._engine.around("after")
+        self._open()
+        return _Transaction(self._engine)
 
     def _begin(self) -> None:
         self._engine.before_begin()
-        self._engine.raw.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
         self._begun = True
 
+    def _open(self) -> None:
+        self._engine.raw.execute("BEGIN IMMEDIATE" if self._writes else "BEGIN")
+
     def execute(self, statement: Any, params: dict[str, Any] | Sequence[dict[str, Any]] = ()) -> Any:
+        engine = self._engine
+        each = [params] if isinstance(params, dict) else list(params) or [{}]
         if not self._begun:
             self._begin()
-        each = [params] if isinstance(params, dict) else list(params) or [{}]
-        prepared, extracted = self._engine.prepare(statement, each)
+        bound = engine.prepare(statement, each)
+        prepared = bound.prepared
+        if not prepared.reads and not engine.raw.in_transaction:
+            self._open()  # what only reads has no need of it: nobody else comes between
         if prepared.strange:
-            return self._engine.slow.execute(statement, params or None)
-        columns, result = prepared.columns, Result()
+            return engine.slow.execute(statement, params or None)
+        result = Result()
         for one in each:
-            sql, values = prepared.bind(one, extracted)
+            sql, values = bound.bind(one)
             try:
-                cursor = self._engine.raw.execute(sql, values)
+                cursor = engine.raw.execute(sql, values)
             except sqlite3.Error as error:
                 raise sa.exc.DBAPIError.instance(sql, None, error, sqlite3.Error) from error
-            for found in cursor.fetchall() if columns else ():
-                row = Row()
-                for (name, convert), value in zip(columns, found, strict=True):
-                    row[name] = convert(value) if convert is not None else value
-                result.append(row)
+            if prepared.places:
+                result += [Row(prepared, found) for found in cursor.fetchall()]
             result.rowcount = cursor.rowcount
         return result
+
+
+class _Transaction:
+    """Committed at the end, or rolled back."""
+
+    __slots__ = ("_engine",)
+
+    def __init__(self, engine: DirectEngine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._engine.raw.rollback()
+            return
+        self._engine.around("before")
+        self._engine.raw.commit()
+        self._engine.around("after")

@@ -82,7 +82,7 @@ class SimLease(Lease):
         row = {"executor_id": self.executor_id, "slot": self._slot, "host": "h", "application_version": "1", "reaped": False}
         with self._engine.connect().execution_options(repave_write=True) as conn, conn.begin():
             conn.execute(sa.insert(WORKERS).values(**row, beat_at_ms=self._now_ms()))
-            conn.execute(sa.update(WORKERS).where(self._gone()).values(reaped=True))
+            conn.execute(self._reap_others[self._may_judge()])
         self._renewed_at = asked_at
 
     def start(self, take_over: Callable[[], None]) -> None:
@@ -92,7 +92,7 @@ class SimLease(Lease):
             self._clock.spawn(f"{self.executor_id} {loop.__name__}", loop, life=self._worker.life)
 
     def _now_ms(self) -> sa.ColumnElement[int]:
-        return sa.literal(int(self._clock.now * 1000), sa.BigInteger)
+        return sa.func.virtual_now_ms(type_=sa.BigInteger)  # the database's clock, as the product's: see durable.py
 
     def _end(self, why: str, code: int) -> None:
         self._clock.note(f"{self.executor_id} ends itself: {why}")

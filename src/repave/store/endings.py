@@ -25,6 +25,9 @@ _GOOD = tuple(e.value for e in GOOD_ENDINGS)
 _RUN = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.id == sa.bindparam("instance_id"))
+_MOVE = sa.update(INSTANCES).where(INSTANCES.c.id == sa.bindparam("instance_id"), INSTANCES.c.state == sa.bindparam("from_state"))
+_OS_TYPE = sa.select(IMAGES.c.os_type).where(IMAGES.c.id == sa.bindparam("image"))
+_END_BATCH = sa.update(BATCHES).where(BATCHES.c.id == sa.bindparam("batch"), BATCHES.c.ended_at.is_(None))
 _LIVE = sa.select(RUNS.c.id).where(RUNS.c.batch_id == sa.bindparam("batch"), RUNS.c.ended_at.is_(None)).limit(1)
 _STEPS = (
     sa.select(EVENTS)
@@ -35,14 +38,27 @@ _WAITING = sa.select(RUNS.c.batch_id).where(RUNS.c.ended_at.is_(None), RUNS.c.re
 _STOPPABLE = sa.select(BATCHES.c.id).where(
     BATCHES.c.ended_at.is_(None), BATCHES.c.stop_reason.is_(None), sa.or_(BATCHES.c.canary.is_not(None), BATCHES.c.max_failed.is_not(None))
 )
+_BUSY_RACKS = sa.select(SERVERS.c.rack).join(RUNS, RUNS.c.server_id == SERVERS.c.id).where(RUNS.c.ended_at.is_(None), RUNS.c.released_at.is_not(None))
+_PLACES = (
+    sa.select(RUNS.c.id, RUNS.c.batch_id, RUNS.c.number, RUNS.c.released_at, RUNS.c.ended_at, RUNS.c.outcome, RUNS.c.error, SERVERS.c.rack)
+    .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
+    .where(RUNS.c.batch_id.in_(sa.bindparam("batches", expanding=True)))
+)
+_BATCHES = sa.select(BATCHES).where(BATCHES.c.id.in_(sa.bindparam("batches", expanding=True))).order_by(BATCHES.c.id)
+_THESE = sa.bindparam("run_ids", expanding=True)
+_UNRELEASED = (
+    sa.select(RUNS.c.id, RUNS.c.timeout_s)
+    .where(RUNS.c.id.in_(_THESE), RUNS.c.released_at.is_(None), RUNS.c.ended_at.is_(None))
+    .order_by(RUNS.c.batch_id, RUNS.c.number)
+)
+_RELEASE = sa.update(RUNS).where(RUNS.c.id.in_(_THESE))
 
 
 def move_instance(db: Database, conn: sa.Connection, instance: Instance, ending: Ending, found: InstanceState | None, **also: Any) -> bool:
     """Compare-and-set of the instance's state by the table in domain/states.py."""
     after = next_situation(instance.state, ending, found)
     values = {"state": after.state.value, "operation_state": after.operation.value if after.operation else None, "updated_at": db.now()}
-    where = sa.and_(INSTANCES.c.id == instance.id, INSTANCES.c.state == instance.state.value)
-    return conn.execute(sa.update(INSTANCES).where(where).values(**values | also)).rowcount == 1
+    return conn.execute(_MOVE, {"instance_id": instance.id, "from_state": instance.state.value} | values | also).rowcount == 1
 
 
 def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
@@ -59,7 +75,7 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
         error = error | {"untouched": _untouched(ending, crossed=row.crossed_at is not None)}
     also: dict[str, Any] = {"error": row.found_error if ending is Ending.REHEARSED else error}
     if good:
-        also["os_type"] = conn.execute(sa.select(IMAGES.c.os_type).where(IMAGES.c.id == row.image_id)).scalar_one()
+        also["os_type"] = conn.execute(_OS_TYPE, {"image": row.image_id}).scalar_one()
         also |= {"image_id": row.image_id, "launched_at": now, "ssh_host_keys": (row.proof or {}).get("ssh_host_keys", [])}
     elif row.crossed_at is not None:
         also |= {"image_id": row.image_id if ending is Ending.UNPROVED else None}
@@ -74,10 +90,8 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
     conn.execute(_CHANGE, {"run_id": run_id, **values})
     about = {"batch_id": row.batch_id, "run_id": row.id, "server_id": row.server_id}
     db.event(conn, "run.ended", row.project_id, **about, outcome=ending.value, error=error)
-    if conn.execute(_LIVE, {"batch": row.batch_id}).first() is None:
-        done = sa.update(BATCHES).where(BATCHES.c.id == row.batch_id, BATCHES.c.ended_at.is_(None)).values(ended_at=now)
-        if conn.execute(done).rowcount:
-            db.event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
+    if conn.execute(_LIVE, {"batch": row.batch_id}).first() is None and conn.execute(_END_BATCH, {"batch": row.batch_id, "ended_at": now}).rowcount:
+        db.event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
     return True
 
 
@@ -146,21 +160,18 @@ def why_waiting(conn: sa.Connection, batch_ids: Sequence[str], limits: Limits) -
     """Why each waiting run of these batches waits; "" = it may begin."""
     if not batch_ids:
         return {}
-    busy = sa.and_(RUNS.c.ended_at.is_(None), RUNS.c.released_at.is_not(None))
-    racks = conn.execute(sa.select(SERVERS.c.rack).join(RUNS, RUNS.c.server_id == SERVERS.c.id).where(busy)).scalars()
-    return judge_waiting(_standings(conn, batch_ids), Counter(racks), limits)
+    return judge_waiting(_standings(conn, batch_ids), Counter(conn.execute(_BUSY_RACKS).scalars()), limits)
 
 
 def _release(db: Database, conn: sa.Connection, run_ids: Sequence[str]) -> None:
     """These runs may begin, each once: their time counts from here, and their workflows are queued with the caller's transaction."""
     now = db.now()
-    open_ = sa.and_(RUNS.c.id.in_(run_ids), RUNS.c.released_at.is_(None), RUNS.c.ended_at.is_(None))
     by_timeout: dict[float, list[Any]] = {}
-    for row in conn.execute(sa.select(RUNS.c.id, RUNS.c.timeout_s).where(open_).order_by(RUNS.c.batch_id, RUNS.c.number)) if run_ids else ():
+    for row in conn.execute(_UNRELEASED, {"run_ids": run_ids}) if run_ids else ():
         by_timeout.setdefault(row.timeout_s, []).append(row)
     for timeout_s, found in by_timeout.items():
         values = {"released_at": now, "deadline_at": now + timedelta(seconds=timeout_s)}
-        conn.execute(sa.update(RUNS).where(RUNS.c.id.in_([r.id for r in found])).values(**values))
+        conn.execute(_RELEASE, {"run_ids": [r.id for r in found]} | values)
         db.enqueue(conn, found)
 
 
@@ -169,10 +180,9 @@ def _standings(conn: sa.Connection, batch_ids: Sequence[str]) -> dict[str, Stand
     if not batch_ids:
         return {}
     places: dict[str, list[Place]] = {}
-    columns = (RUNS.c.id, RUNS.c.batch_id, RUNS.c.number, RUNS.c.released_at, RUNS.c.ended_at, RUNS.c.outcome, RUNS.c.error, SERVERS.c.rack)
-    for row in conn.execute(sa.select(*columns).join(SERVERS, SERVERS.c.id == RUNS.c.server_id).where(RUNS.c.batch_id.in_(batch_ids))):
+    for row in conn.execute(_PLACES, {"batches": batch_ids}):
         places.setdefault(row.batch_id, []).append(Place(row.id, row.batch_id, row.number, row.rack, _phase(row)))
-    batches = conn.execute(sa.select(BATCHES).where(BATCHES.c.id.in_(batch_ids)).order_by(BATCHES.c.id))
+    batches = conn.execute(_BATCHES, {"batches": batch_ids})
     return {b.id: Standing(Waves(b.canary, b.at_once, b.max_failed), b.paused_at is not None, places.get(b.id, [])) for b in batches}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,23 @@ _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam(
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
+_HELLO = _CHANGE.where(
+    RUNS.c.closed_at.is_(None), RUNS.c.crossed_at.is_(None), sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == sa.bindparam("boot"))
+).values(ready_at=sa.func.coalesce(RUNS.c.ready_at, sa.bindparam("now", type_=RUNS.c.ready_at.type)))
+_PLAN = _CHANGE.where(RUNS.c.crossed_at.is_(None))
+_CLOSE = _CHANGE.where(RUNS.c.closed_at.is_(None))
+_CROSSED_AT = sa.select(RUNS.c.crossed_at).where(RUNS.c.id == sa.bindparam("run_id"))
+_CROSS = _CHANGE.where(RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.report.is_(None), RUNS.c.rehearse.is_(False))
+_REPORT = _CHANGE.where(RUNS.c.report.is_(None))
+_REPORT_GOOD = _REPORT.where(RUNS.c.closed_at.is_(None))
+_PROOF = _CHANGE.where(RUNS.c.proof.is_(None))
+_MODELS = sa.select(SERVERS.c.id, SERVERS.c.model)
+_STEPS = (
+    sa.select(EVENTS.c.at, EVENTS.c.data)
+    .where(EVENTS.c.batch_id == sa.bindparam("batch"), EVENTS.c.run_id == sa.bindparam("run"), EVENTS.c.type == "run.step")
+    .order_by(EVENTS.c.seq)
+)
+_NEW_BATCH, _NEW_RUN = sa.insert(BATCHES), sa.insert(RUNS)
 _PROGRESS = sa.select(RUNS.c.progress, RUNS.c.deadline_at).where(RUNS.c.id == sa.bindparam("run_id"))
 _OVERDUE = sa.select(RUNS).where(
     RUNS.c.ended_at.is_(None),
@@ -78,14 +96,14 @@ class Runs:
         """
         now = self._db.now()
         with self._db.write() as conn:
-            conn.execute(sa.insert(BATCHES).values(**asdict(batch)))
+            conn.execute(_NEW_BATCH, asdict(batch))
             self._occupy(conn, [run.instance for run in runs])
             free = sa.and_(SERVERS.c.id.in_([run.server.id for run in runs]), SERVERS.c.locked_at.is_(None))
             bump = sa.update(SERVERS).where(free).values(epoch=SERVERS.c.epoch + 1)
             epochs = {r.id: r.epoch for r in conn.execute(bump.returning(SERVERS.c.id, SERVERS.c.epoch))}
             if locked := [run.server.id for run in runs if run.server.id not in epochs]:
                 raise RequestError("locked", "", kind="server", ids=locked)
-            conn.execute(sa.insert(RUNS), [_row(run, batch, epochs[run.server.id], now) | {"number": n} for n, run in enumerate(runs, 1)])
+            conn.execute(_NEW_RUN, [_row(run, batch, epochs[run.server.id], now) | {"number": n} for n, run in enumerate(runs, 1)])
             about = {"batch_id": batch.id, "actor": batch.created_by}
             self._db.write_events(conn, "run.accepted", batch.project_id, [about | {"run_id": run.id, "server_id": run.server.id} for run in runs])
             if answer_key is not None:
@@ -138,14 +156,8 @@ class Runs:
         return dict(row["inventory"]) if row and row["inventory"] else None
 
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
-        query = sa.select(RUNS).order_by(RUNS.c.id)
-        if batch_id is not None:
-            query = query.where(RUNS.c.batch_id == batch_id)
-        if project_id is not None:
-            query = query.where(RUNS.c.project_id == project_id)
-        if live is not None:
-            query = query.where(RUNS.c.ended_at.is_(None) if live else RUNS.c.ended_at.is_not(None))
-        return [rows.run(r) for r in self._db.rows(query)]
+        given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}
+        return [rows.run(r) for r in self._db.rows(_select_runs("batch" in given, "project" in given, live), **given)]
 
     def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
         """Newest first."""
@@ -176,16 +188,10 @@ class Runs:
 
     def record_hello(self, run_id: str, boot_id: str, inventory: dict[str, Any]) -> bool:
         """The agent of this boot is known. False for any other boot (the token is spent), or once the run is closing."""
-        open_ = sa.and_(RUNS.c.id == run_id, RUNS.c.closed_at.is_(None), RUNS.c.crossed_at.is_(None))
         with self._db.write() as conn:
-            same_boot = sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == boot_id)
-            values = {
-                "boot_id": boot_id,
-                "inventory": inventory,
-                "seen_at": self._db.now(),
-                "ready_at": sa.func.coalesce(RUNS.c.ready_at, sa.literal(self._db.now(), RUNS.c.ready_at.type)),
-            }
-            if conn.execute(sa.update(RUNS).where(open_, same_boot).values(**values)).rowcount == 0:
+            now = self._db.now()
+            values = {"boot_id": boot_id, "inventory": inventory, "seen_at": now}
+            if conn.execute(_HELLO, {"run_id": run_id, "boot": boot_id, "now": now} | values).rowcount == 0:
                 return False
             self._db.tell(conn, run_id, "agent-ready", {})
             return True
@@ -198,7 +204,7 @@ class Runs:
 
     def record_plan(self, run_id: str, plan: dict[str, Any]) -> None:
         with self._db.write() as conn:
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.crossed_at.is_(None)).values(plan=plan))
+            conn.execute(_PLAN, {"run_id": run_id, "plan": plan})
             row = conn.execute(_BY_ID, {"run_id": run_id}).one()
             self._run_event(
                 conn,
@@ -212,8 +218,8 @@ class Runs:
     def close_before_line(self, run_id: str) -> bool:
         """The run is closed: nobody crosses, writes or reports success any more. False where the line was crossed first. Repeatable."""
         with self._db.write() as conn:
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.closed_at.is_(None)).values(closed_at=self._db.now()))
-            return conn.execute(sa.select(RUNS.c.crossed_at).where(RUNS.c.id == run_id)).scalar_one() is None
+            conn.execute(_CLOSE, {"run_id": run_id, "closed_at": self._db.now()})
+            return conn.execute(_CROSSED_AT, {"run_id": run_id}).scalar_one() is None
 
     def record_crossing(self, run_id: str, plan_id: str) -> bool:
         """THE LINE. True when this run may write, now or already before (an answer may have been lost)."""
@@ -223,10 +229,8 @@ class Runs:
             if not row.plan or row.plan["plan_id"] != plan_id or now > row.deadline_at:
                 return False
             # Decided by the update itself, so that it holds on every database: a return or a cancel that committed first wins; a rehearsal never crosses.
-            still = (RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.report.is_(None), RUNS.c.rehearse.is_(False))
-            may = sa.and_(RUNS.c.id == run_id, *still)
             values = {"crossed_at": row.crossed_at or now, "seen_at": now, "step": Step.WRITE_IMAGE.value}
-            if conn.execute(sa.update(RUNS).where(may).values(**values)).rowcount == 0:
+            if conn.execute(_CROSS, {"run_id": run_id} | values).rowcount == 0:
                 return False
             if row.crossed_at is None:
                 self._run_event(conn, "run.crossed", row, plan_id=plan_id)
@@ -249,8 +253,8 @@ class Runs:
             good = report.get("verified") and not report.get("error") and row.crossed_at and not row.closed_at
             rehearsed = row.rehearse and bool(report.get("rehearsal")) and not report.get("error")
             verified = self._db.now() if good else None
-            first = sa.and_(RUNS.c.id == run_id, RUNS.c.report.is_(None), RUNS.c.closed_at.is_(None) if good else sa.true())
-            if conn.execute(sa.update(RUNS).where(first).values(report=report, verified_at=verified, seen_at=self._db.now())).rowcount == 0:
+            values = {"report": report, "verified_at": verified, "seen_at": self._db.now()}
+            if conn.execute(_REPORT_GOOD if good else _REPORT, {"run_id": run_id} | values).rowcount == 0:
                 return False
             self._run_event(
                 conn,
@@ -267,7 +271,7 @@ class Runs:
     def record_proof(self, run_id: str, proof: dict[str, Any]) -> None:
         with self._db.write() as conn:
             row = conn.execute(_BY_ID, {"run_id": run_id}).one()
-            conn.execute(sa.update(RUNS).where(RUNS.c.id == run_id, RUNS.c.proof.is_(None)).values(proof=proof))
+            conn.execute(_PROOF, {"run_id": run_id, "proof": proof})
             self._run_event(conn, "run.proof", row, root_disk_serial=proof.get("root_disk_serial"), boot_id=proof.get("boot_id"))
             if row.ended_at is None:
                 self._db.tell(conn, run_id, "proof", {})
@@ -316,7 +320,7 @@ class Runs:
     def tell_late(self) -> None:
         """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else."""
         now = self._db.now()
-        models = {r["id"]: r["model"] for r in self._db.rows(sa.select(SERVERS.c.id, SERVERS.c.model))}
+        models = {r["id"]: r["model"] for r in self._db.rows(_MODELS)}
         usual: dict[str, dict[str, float]] = {}
         for run in self.list_runs(live=True):
             if run.started_at is None or run.late_step == run.step.value:
@@ -333,8 +337,7 @@ class Runs:
     def _step_began(self, run: RunRow) -> datetime:
         if run.step is Step.WRITE_IMAGE and run.crossed_at:
             return run.crossed_at
-        where = sa.and_(EVENTS.c.batch_id == run.batch_id, EVENTS.c.run_id == run.id, EVENTS.c.type == "run.step")
-        at = [r["at"] for r in self._db.rows(sa.select(EVENTS.c.at, EVENTS.c.data).where(where).order_by(EVENTS.c.seq)) if r["data"]["step"] == run.step.value]
+        at = [r["at"] for r in self._db.rows(_STEPS, batch=run.batch_id, run=run.id) if r["data"]["step"] == run.step.value]
         return at[0] if at else run.created_at
 
     def _record_late(self, run: RunRow, seconds: float, usual_s: float) -> None:
@@ -352,6 +355,16 @@ class Runs:
     def is_latest_run(self, run: RunRow) -> bool:
         row = self._db.row(_EPOCH, server_id=run.server_id)
         return row is not None and row["epoch"] == run.epoch
+
+
+@functools.cache
+def _select_runs(by_batch: bool, by_project: bool, live: bool | None) -> sa.Select[Any]:
+    query = sa.select(RUNS).order_by(RUNS.c.id)
+    if by_batch:
+        query = query.where(RUNS.c.batch_id == sa.bindparam("batch"))
+    if by_project:
+        query = query.where(RUNS.c.project_id == sa.bindparam("project"))
+    return query if live is None else query.where(RUNS.c.ended_at.is_(None) if live else RUNS.c.ended_at.is_not(None))
 
 
 def _row(run: NewRun, batch: Batch, epoch: int, now: datetime) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from repave.store.tables import HOSTS, INSTANCES, RUNS, SERVERS
 # Made once: see database.py.
 _BY_ID = sa.select(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
+_NEW_SERVER, _NEW_INSTANCE = sa.insert(SERVERS), sa.insert(INSTANCES)
 _HOSTS = sa.select(HOSTS).order_by(HOSTS.c.id)
 _INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.project_id == sa.bindparam("project"), INSTANCES.c.id == sa.bindparam("instance"))
 
@@ -53,8 +54,8 @@ class Servers:
             self._refuse_known_server(conn, server)
             values = asdict(server) | {"macs": list(server.macs)}
             sealed = self._db.sealer.seal(bmc_password, about=f"bmc:{server.id}")
-            conn.execute(sa.insert(SERVERS).values(**values, bmc_password_sealed=sealed, epoch=0))
-            conn.execute(sa.insert(INSTANCES).values(**asdict(made) | {"state": state.value, "ssh_host_keys": []}))
+            conn.execute(_NEW_SERVER, {**values, "bmc_password_sealed": sealed, "epoch": 0})
+            conn.execute(_NEW_INSTANCE, asdict(made) | {"state": state.value, "ssh_host_keys": []})
             self._db.event(conn, "server.added", server.project_id, server_id=server.id, actor=actor, name=server.name, blank=blank)
         return made
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import socket
 import threading
@@ -34,6 +35,9 @@ LOCK_S = 10.0
 REAPED = 76  # exit codes, for a supervisor's log
 BROKEN = 77
 _FORGOTTEN_MS = 24 * 3600 * 1000
+
+# Made once: see store/database.py. The others hold their worker's clock, and are made once a lease.
+_LIVE = sa.select(WORKERS.c.executor_id).where(~WORKERS.c.reaped)
 
 log = structlog.get_logger()
 
@@ -82,7 +86,7 @@ class Lease:
         asked_at = _boot_s()
         with self._engine.connect().execution_options(repave_write=True) as conn, conn.begin():
             conn.execute(sa.insert(WORKERS).values(**row, beat_at_ms=self._now_ms(), reaped=False))
-            conn.execute(sa.update(WORKERS).where(self._gone()).values(reaped=True))
+            conn.execute(self._reap_others[self._may_judge()])
         self._renewed_at = asked_at
         try:
             self._refuse_strangers()
@@ -141,14 +145,13 @@ class Lease:
 
     def list_live(self) -> list[str]:
         with self._engine.connect() as conn:
-            return list(conn.execute(sa.select(WORKERS.c.executor_id).where(~WORKERS.c.reaped)).scalars())
+            return list(conn.execute(_LIVE).scalars())
 
     def _beat(self) -> None:
         while not self._stop.wait(self._times.beat_s):
             asked_at = _boot_s()
             try:
-                mine = sa.and_(WORKERS.c.executor_id == self.executor_id, ~WORKERS.c.reaped)
-                if not self._write(sa.update(WORKERS).where(mine).values(beat_at_ms=self._now_ms())):
+                if not self._write(self._renew):
                     self._end("another worker owns our runs now", REAPED)
                 if asked_at - self._renewed_at > self._times.fence_s:
                     self._steady_since = _boot_s()
@@ -166,19 +169,29 @@ class Lease:
                 self._end(f"takeover is broken: {type(error).__name__}", BROKEN)  # it must not look healthy
 
     def _reap(self) -> None:
-        self._write(sa.update(WORKERS).where(self._gone()).values(reaped=True))
-        self._write(sa.delete(WORKERS).where(WORKERS.c.reaped, WORKERS.c.beat_at_ms < self._now_ms() - _FORGOTTEN_MS))
+        self._write(self._reap_others[self._may_judge()])
+        self._write(self._forget)
         if self.executor_id in self.list_live():  # reaped ourselves, we have no say; _beat ends us
             self._take_over()
 
-    def _gone(self) -> sa.ColumnElement[bool]:
-        """Other workers that are dead: their lease ran out, or we hold the lock that was theirs."""
-        late = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000)
-        # After an absence of the database, whoever is back first must not judge the others.
-        if not self.holds() or _boot_s() - self._steady_since < self._times.lease_s:
-            late = sa.false()
-        gone = sa.true() if self.alone else sa.or_(late, WORKERS.c.slot == self._slot)
-        return sa.and_(WORKERS.c.executor_id != self.executor_id, ~WORKERS.c.reaped, gone)
+    def _may_judge(self) -> bool:
+        """After an absence of the database, whoever is back first must not judge the others."""
+        return self.holds() and _boot_s() - self._steady_since >= self._times.lease_s
+
+    @functools.cached_property
+    def _renew(self) -> sa.Update:
+        return sa.update(WORKERS).where(WORKERS.c.executor_id == self.executor_id, ~WORKERS.c.reaped).values(beat_at_ms=self._now_ms())
+
+    @functools.cached_property
+    def _reap_others(self) -> dict[bool, sa.Update]:
+        """Other workers that are dead are reaped: their lease ran out (by whether we may judge that), or we hold the lock that was theirs."""
+        late, ours = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000), WORKERS.c.slot == self._slot
+        others = sa.update(WORKERS).where(WORKERS.c.executor_id != self.executor_id, ~WORKERS.c.reaped).values(reaped=True)
+        return {True: others if self.alone else others.where(sa.or_(late, ours)), False: others if self.alone else others.where(ours)}
+
+    @functools.cached_property
+    def _forget(self) -> sa.Delete:
+        return sa.delete(WORKERS).where(WORKERS.c.reaped, WORKERS.c.beat_at_ms < self._now_ms() - _FORGOTTEN_MS)
 
     def _refuse_strangers(self) -> None:
         """Our row and files are there already, so of two that start at once, one sees the other."""
