@@ -185,7 +185,11 @@ class Service:
 
     def find_worker(self) -> Worker | None:
         """The one whose task runs now."""
-        return next((w for w in self.workers if w.life is self.time.life), None)
+        life = self.time.life
+        for worker in self.workers:
+            if worker.life is life:
+                return worker
+        return None
 
     def at(self, point: str) -> None:
         """The process may die here."""
@@ -197,6 +201,8 @@ class Service:
             self.stop_in_call_s = 0.0
         crashes = self.crashes
         crashes.seen[point] += 1
+        if not crashes.at and crashes.points is None:
+            return
         name = f"{point} #{crashes.seen[point]}"
         if crashes.points is not None:
             crashes.points.append(name)

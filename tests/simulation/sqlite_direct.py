@@ -33,7 +33,8 @@ class Row:
     def _mapping(self) -> dict[str, Any]:
         row = dict(zip(self._prepared.places, self._found, strict=True))
         for name, convert in self._prepared.converted:
-            row[name] = convert(row[name])
+            if (value := row[name]) is not None:  # NULL is None in all our types
+                row[name] = convert(value)
         return row
 
     def _first(self) -> Any:

@@ -201,8 +201,8 @@ class World:
         settled = self.time.now + SETTLE_S + (1300 if any(t.has("late-proof") for t in troubles.values()) else 0)
         self.time.spawn("settled", lambda: None, after=settled - self.time.now)
         self.time.run(lambda: self.time.now >= settled, until=settled + 1)
+        self._poll(names)
         for name in names:
-            self._poll(name)
             m = self.machines[name]
             this.crashes, this.busy = self.service.lives - lives, self.service.refusals - refusals
             this.after[name] = {"on": m.on, "runs": m.runs_now, "media": m.media, "override": m.override, "disk": m.root.content(), "config": m.root.config}
@@ -259,8 +259,7 @@ class World:
         if this.asked.cancel:
             self.time.spawn("cancel", lambda: self._cancel(this, this.asked.cancel[1]), after=this.asked.cancel[0])
         while len(this.ended) < len(names):
-            for name in names:
-                state = self._poll(name)
+            for name, state in self._poll(names).items():
                 if state != "pending":
                     this.ended.setdefault(name, self.time.now)
             self.time.sleep(POLL_S)
@@ -304,9 +303,8 @@ class World:
     def _ask_again(self, this: Round) -> None:
         """I7: a request for what is under way is refused, and changes nothing at all."""
         before, answer, calls = self.disk.dump(), Answer(), sum(len(m.calls) for m in self.machines.values())
-        if not any(w.works(self.time.now) for w in self.service.workers) or any(
-            self._poll(n) != "pending" for n, i in self.instances.items() if i.id in this.ids
-        ):
+        states = self._poll([n for n, i in self.instances.items() if i.id in this.ids])
+        if not any(w.works(self.time.now) for w in self.service.workers) or set(states.values()) != {"pending"}:
             return
         before = self.disk.dump()
         keys = dict(self.disk.sealer.salts)
@@ -316,14 +314,18 @@ class World:
         if answer.status == 202 or before != self.disk.dump() or keys != self.disk.sealer.salts or calls != sum(len(m.calls) for m in self.machines.values()):
             self.broken.append(f"I7 a request for what is under way got {answer.status} or changed something")
 
-    def _poll(self, name: str) -> str:
-        row = self.disk.rows("SELECT state, operation_state, error FROM instances WHERE id = ?", self.instances[name].id)[0]
-        seen = (row[0], row[1], json.loads(row[2]) if row[2] else None)
-        polls = self.seen[name].polls
-        if not polls or polls[-1][1:] != seen:
-            polls.append((self.time.now, *seen))
-            self.time.note(f"{name} {row[0]} {row[1]}")
-        return str(row[0])
+    def _poll(self, names: list[str]) -> dict[str, str]:
+        """The state of each, which the client remembers where it is another one than before."""
+        rows = {row[0]: row[1:] for row in self.disk.rows("SELECT id, state, operation_state, error FROM instances")}
+        states = {}
+        for name in names:
+            state, operation, error = rows[self.instances[name].id]
+            seen, polls = (state, operation, json.loads(error) if error else None), self.seen[name].polls
+            if not polls or polls[-1][1:] != seen:
+                polls.append((self.time.now, *seen))
+                self.time.note(f"{name} {state} {operation}")
+            states[name] = state
+        return states
 
     def close(self) -> None:
         self.disk.close()

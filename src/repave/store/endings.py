@@ -45,7 +45,7 @@ _PLACES = (
     .where(RUNS.c.batch_id.in_(sa.bindparam("batches", expanding=True)))
 )
 _BATCHES = sa.select(BATCHES).where(BATCHES.c.id.in_(sa.bindparam("batches", expanding=True))).order_by(BATCHES.c.id)
-_THESE = sa.bindparam("run_ids", expanding=True)
+_THESE: sa.BindParameter[Any] = sa.bindparam("run_ids", expanding=True)
 _UNRELEASED = (
     sa.select(RUNS.c.id, RUNS.c.timeout_s)
     .where(RUNS.c.id.in_(_THESE), RUNS.c.released_at.is_(None), RUNS.c.ended_at.is_(None))
