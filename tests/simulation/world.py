@@ -302,7 +302,7 @@ class World:
 
     def _ask_again(self, this: Round) -> None:
         """I7: a request for what is under way is refused, and changes nothing at all."""
-        before, answer, calls = self.disk.dump(), Answer(), sum(len(m.calls) for m in self.machines.values())
+        answer, calls = Answer(), sum(len(m.calls) for m in self.machines.values())
         states = self._poll([n for n, i in self.instances.items() if i.id in this.ids])
         if not any(w.works(self.time.now) for w in self.service.workers) or set(states.values()) != {"pending"}:
             return

@@ -48,6 +48,17 @@ _STEPS = (
     .where(EVENTS.c.batch_id == sa.bindparam("batch"), EVENTS.c.run_id == sa.bindparam("run"), EVENTS.c.type == "run.step")
     .order_by(EVENTS.c.seq)
 )
+_OCCUPY = (
+    sa.update(INSTANCES)
+    .where(INSTANCES.c.id.in_(sa.bindparam("instance_ids", expanding=True)), INSTANCES.c.state == sa.bindparam("from_state"))
+    .returning(INSTANCES.c.id)
+)
+_NEXT_EPOCH = (
+    sa.update(SERVERS)
+    .where(SERVERS.c.id.in_(sa.bindparam("server_ids", expanding=True)), SERVERS.c.locked_at.is_(None))
+    .values(epoch=SERVERS.c.epoch + 1)
+    .returning(SERVERS.c.id, SERVERS.c.epoch)
+)
 _NEW_BATCH, _NEW_RUN = sa.insert(BATCHES), sa.insert(RUNS)
 _PROGRESS = sa.select(RUNS.c.progress, RUNS.c.deadline_at).where(RUNS.c.id == sa.bindparam("run_id"))
 _OVERDUE = sa.select(RUNS).where(
@@ -98,9 +109,7 @@ class Runs:
         with self._db.write() as conn:
             conn.execute(_NEW_BATCH, asdict(batch))
             self._occupy(conn, [run.instance for run in runs])
-            free = sa.and_(SERVERS.c.id.in_([run.server.id for run in runs]), SERVERS.c.locked_at.is_(None))
-            bump = sa.update(SERVERS).where(free).values(epoch=SERVERS.c.epoch + 1)
-            epochs = {r.id: r.epoch for r in conn.execute(bump.returning(SERVERS.c.id, SERVERS.c.epoch))}
+            epochs = {r.id: r.epoch for r in conn.execute(_NEXT_EPOCH, {"server_ids": [run.server.id for run in runs]})}
             if locked := [run.server.id for run in runs if run.server.id not in epochs]:
                 raise RequestError("locked", "", kind="server", ids=locked)
             conn.execute(_NEW_RUN, [_row(run, batch, epochs[run.server.id], now) | {"number": n} for n, run in enumerate(runs, 1)])
@@ -117,8 +126,8 @@ class Runs:
             after = next_situation(state, Ending.ACCEPTED)
             assert after.operation is not None
             values = {"state": after.state.value, "operation_state": after.operation.value, "updated_at": self._db.now(), "error": None}
-            found = sa.and_(INSTANCES.c.id.in_([i.id for i in instances if i.state is state]), INSTANCES.c.state == state.value)
-            taken |= set(conn.execute(sa.update(INSTANCES).where(found).values(**values).returning(INSTANCES.c.id)).scalars())
+            found = {"instance_ids": [i.id for i in instances if i.state is state], "from_state": state.value}
+            taken |= set(conn.execute(_OCCUPY, found | values).scalars())
         if late := [i.id for i in instances if i.id not in taken]:
             raise RequestError("in-progress", "", kind="state", ids=late)
 

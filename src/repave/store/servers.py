@@ -18,6 +18,13 @@ from repave.store.tables import HOSTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
 _BY_ID = sa.select(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
+_BY_IDS = sa.select(SERVERS).where(SERVERS.c.id.in_(sa.bindparam("server_ids", expanding=True)))
+_ALIKE = sa.select(SERVERS).where(
+    SERVERS.c.id != sa.bindparam("server_id"),
+    sa.or_(
+        SERVERS.c.name == sa.bindparam("its_name"), SERVERS.c.serial == sa.bindparam("its_serial"), sa.func.lower(SERVERS.c.uuid) == sa.bindparam("its_uuid")
+    ),
+)
 _CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
 _NEW_SERVER, _NEW_INSTANCE = sa.insert(SERVERS), sa.insert(INSTANCES)
 _HOSTS = sa.select(HOSTS).order_by(HOSTS.c.id)
@@ -61,7 +68,8 @@ class Servers:
 
     def _refuse_known_server(self, conn: sa.Connection, server: Server) -> None:
         """Raises RequestError conflict, naming both, where another server has this one's name, serial number or UUID: nothing could tell them apart."""
-        others = [rows.server(r._mapping) for r in conn.execute(sa.select(SERVERS).where(SERVERS.c.id != server.id, _alike(server)))]
+        about = {"server_id": server.id, "its_name": server.name, "its_serial": server.serial, "its_uuid": server.uuid.lower()}
+        others = [rows.server(r._mapping) for r in conn.execute(_ALIKE, about)]
         for other in others:
             if other.name == server.name:
                 raise RequestError("conflict", f"A server {server.name!r} exists already.", field="name")
@@ -150,7 +158,7 @@ class Servers:
 
     def get_servers(self, server_ids: Sequence[str]) -> dict[str, Server]:
         """By id; all of them are there."""
-        found = {r["id"]: rows.server(r) for r in self._db.rows(sa.select(SERVERS).where(SERVERS.c.id.in_(server_ids)))}
+        found = {r["id"]: rows.server(r) for r in self._db.rows(_BY_IDS, server_ids=server_ids)}
         assert found.keys() == set(server_ids)
         return found
 
@@ -185,7 +193,3 @@ class Servers:
     def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
         row = self._db.row(_INSTANCE, project=project_id, instance=instance_id)
         return rows.instance(row) if row else None
-
-
-def _alike(server: Server) -> sa.ColumnElement[bool]:
-    return sa.or_(SERVERS.c.name == server.name, SERVERS.c.serial == server.serial, sa.func.lower(SERVERS.c.uuid) == server.uuid.lower())
