@@ -9,7 +9,7 @@ import hashlib
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ from repave.errors import RepaveError
 from repave.generation import Watch, begin_life, stand_path
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
+from repave.leftovers import sweep_files
 from repave.own_host import read_own_host
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
@@ -51,6 +52,7 @@ from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
 from repave.workflow.lease import LeaseTimes
+from repave.workflow.media_sweep import MediaSweep
 from repave.workflow.reinstall import Waits
 
 log = structlog.get_logger()
@@ -105,6 +107,7 @@ class Site:
     effects: ServerEffects
     places: Places
     watch: Watch
+    media_sweep: MediaSweep
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -157,14 +160,18 @@ def open_site(settings: Settings) -> Iterator[Site]:
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
     @contextlib.contextmanager
-    def open_bmc(server: Server) -> Iterator[Bmc]:
+    def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[Bmc]:
+        def may_write() -> None:
+            engine.lease.require()
+            before_write()
+
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
-        with RedfishBmc(address, before_write=engine.lease.require, paths=paths) as bmc:
+        with RedfishBmc(address, before_write=may_write, paths=paths) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
-    waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s)
+    waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s, settings.return_pause_s)
     times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
     lock = settings.data_dir / "worker.lock"
     engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))
@@ -176,7 +183,9 @@ def open_site(settings: Settings) -> Iterator[Site]:
         max_batch=settings.batch_max,
     )  # fmt: skip
     try:
-        yield Site(settings, store, images, engine, fleet, effects, places, Watch(store, stand_path(settings.key_file), settings.data_dir))
+        watch = Watch(store, stand_path(settings.key_file), settings.data_dir)
+        sweep = MediaSweep(store, open_bmc, places, every_s=settings.media_sweep_s)
+        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep)
     finally:
         store.close()
 
@@ -248,13 +257,14 @@ def _serve_site(settings: Settings) -> None:
 
             def first() -> None:
                 begin_life(site.store, stand_path(settings.key_file))
+                sweep_files(settings, site.images, site.engine.lease)
                 for name in ("api_listen", "provisioning_listen", "media_listen"):
                     sockets[name] = stack.enter_context(_listen(name, getattr(settings, name)))
 
             # A run that is taken up asks its BMC for media at once: who comes before the listeners are served waits in their queues, and is not refused.
             site.engine.start(site.effects, first=first)
             try:
-                with site.watch.running():
+                with site.watch.running(), site.media_sweep.running():
                     uvloop.run(_serve(site, sockets))
             finally:
                 site.engine.stop()

@@ -97,8 +97,7 @@ def judge_steps(ending: str) -> tuple[Counter[str], list[str]]:
     for kind, meddling in cases:
         outcome, found = play(ending, meddling=meddling)
         counted["twice" if kind == "twice" else kind] += len(steps) if kind == "twice" else 1
-        # Where the step that takes the media out fails for good, they stay in.
-        broken += [f"{ending}, {meddling}: {b}" for b in found if not (meddling.fails in ("return", "stop", "boot-new-os") and b.startswith("I13"))]
+        broken += [f"{ending}, {meddling}: {b}" for b in found]
         if kind == "twice" and outcome != ending.partition(":")[0]:
             broken.append(f"{ending}, each step twice: ended {outcome}")
     return counted, broken

@@ -27,7 +27,7 @@ GIB = 2**30
 PATIENCE_S = 300.0
 RENEW_S = 20.0  # the real agent's is 3 s; fewer requests, the same lease
 HOME_RETRY_S, HOME_GIVE_UP_S = 15.0, 600.0
-CHANGES = ("power_off", "insert_media", "boot_from_media_once", "power_on", "eject_media", "boot_from_disk")
+CHANGES = ("power_off", "insert_media", "boot_from_media_once", "power_on", "eject_media", "boot_from_disk", "withdraw_media")
 
 
 class Refused(Exception):
@@ -566,6 +566,18 @@ class SimBmc:
 
     def eject_media(self) -> None:
         self._do("eject_media", lambda: setattr(self.m, "media", ""))
+
+    def withdraw_media(self, prefixes: Sequence[str]) -> bool:
+        def withdraw() -> bool:
+            ours = self.m.media.startswith(tuple(prefixes))
+            found = ours or (self.m.override and not self.m.media)
+            if ours:
+                self.m.media = ""
+            if found:
+                self.m.override = False
+            return found
+
+        return bool(self._do("withdraw_media", withdraw))
 
     def boot_from_media_once(self) -> None:
         self._do("boot_from_media_once", lambda: setattr(self.m, "override", True))

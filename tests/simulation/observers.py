@@ -23,7 +23,7 @@ GRACE_S = 2400.0  # past a run's deadline: the tries of its ending, and the reap
 BOOT_S = 200.0
 # The server could not be reached or was moved by somebody else: what it is at the end is not ours to promise.
 NO_HAND = {"bmc-away", "bmc-refuses", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late", "power-cut", "reset", "off-is-late"}
-HANDLESS = {"bmc-away", "bmc-refuses", "bmc-late", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "other-machine"}
+AWAY = {"bmc-away", "bmc-late"}  # it may be away still, or put media in when all was done
 
 
 def seconds(text: str) -> float:
@@ -133,8 +133,13 @@ def before_line(world: World, name: str, runs: list[dict[str, Any]]) -> list[str
 
 
 def calls(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
-    """I11: every call that changes a server belonged to a run that was live."""
-    return [f"I11 {name}: {c.action} at {c.at:.0f} s without a live run" for c in world.machines[name].calls if c.action in CHANGES and not c.live]
+    """I11: every call that changes a server belonged to a run that was live; what takes left media out, to none."""
+    changes = [c for c in world.machines[name].calls if c.action in CHANGES]
+    return [
+        f"I11 {name}: {c.action} at {c.at:.0f} s {'with' if c.live else 'without'} a live run"
+        for c in changes
+        if bool(c.live) == (c.action == "withdraw_media")
+    ]
 
 
 _SITUATIONS = {(after.state.value, after.operation.value if after.operation else None) for after, _ in TABLE.values()} | {("running", None), ("error", None)}
@@ -190,10 +195,10 @@ def count(world: World, runs: list[dict[str, Any]]) -> list[str]:
 
 
 def leftovers(world: World, runs: list[dict[str, Any]]) -> list[str]:
-    """I13: no keys, and in no drive media of ours."""
+    """I13: no keys, and in no drive media of ours, nor soon after their BMC is back."""
     broken = [f"I13 the keys of run {run_id} are still there" for run_id in world.disk.sealer.salts if any(r["id"] == run_id and r["ended_at"] for r in runs)]
     for name, machine in world.machines.items():
-        if (machine.media or machine.override) and not any(this.troubles[name].fired & HANDLESS for this in world.rounds if name in this.troubles):
+        if (machine.media or machine.override) and not any(this.troubles[name].fired & AWAY for this in world.rounds if name in this.troubles):
             broken.append(f"I13 {name}: media or override are still there")
     return broken
 

@@ -35,10 +35,12 @@ from repave.store import Store
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import NO_LIMITS, Fleet
+from repave.workflow.media_sweep import MediaSweep
 from repave.workflow.reinstall import DEFAULT_WAITS, reinstall
 
 RUN_TIMEOUT_S = 3 * 3600 + 1800  # config.py
 RECONCILE_S = 120.0  # the real one is 15 s: fewer looks, the same rule
+MEDIA_SWEEP_S = 300.0  # config.py
 PLACES = Places(("http://media.invalid",), "https://agents.invalid", "CA", 60.0)
 HASH = "$6$rounds=300000$saltsaltsaltsalt$" + "h" * 86
 
@@ -129,7 +131,9 @@ class Service:
         worker.life = life = Life(f"service {self.lives}")
         worker.executor_id, worker.begun, worker.lease = f"{worker.name}-{self.lives}", False, None
         self.time.note(f"service starts, life {self.lives}")
-        worker.effects = ServerEffects(self.store, self.images, functools.partial(self._open_bmc, worker), PLACES)
+        open_bmc = functools.partial(self._open_bmc, worker)
+        worker.effects = ServerEffects(self.store, self.images, open_bmc, PLACES)
+        worker.media_sweep = MediaSweep(self.store, open_bmc, PLACES, every_s=MEDIA_SWEEP_S)
         worker.reconciler = Reconciler(self.store, self.disk)
         self.time.spawn(f"{worker.name} begins", lambda: self._begin(worker), life=life)
 
@@ -147,6 +151,7 @@ class Service:
             self._put_back(set(self.disk.owners.values()))
         worker.begun = True
         self._dispatch()
+        self.time.spawn(f"{worker.name} sweeps", lambda: self._sweep_forever(worker), life=worker.life)
         self.time.sleep(RECONCILE_S)
         self._reconcile_forever(worker)
 
@@ -258,9 +263,19 @@ class Service:
                     worker.reconciler.reconcile()
             self.time.sleep(RECONCILE_S)
 
+    def _sweep_forever(self, worker: Worker) -> None:
+        while True:
+            with contextlib.suppress(sa.exc.OperationalError):
+                worker.media_sweep.look()
+            self.time.sleep(MEDIA_SWEEP_S)
+
     @contextlib.contextmanager
-    def _open_bmc(self, worker: Worker, server: Server) -> Iterator[SimBmc]:
-        yield SimBmc(self.machines[server.name], self.at, before_write=worker.require, executor_id=worker.executor_id)
+    def _open_bmc(self, worker: Worker, server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[SimBmc]:
+        def may_write() -> None:
+            worker.require()
+            before_write()
+
+        yield SimBmc(self.machines[server.name], self.at, before_write=may_write, executor_id=worker.executor_id)
 
     def _listener(self) -> Worker | None:
         """A worker that takes a connection: also one that is stopped, which answers when it goes on."""

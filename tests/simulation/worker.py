@@ -29,6 +29,7 @@ class Worker:
         self.lease: SimLease | None = None
         self.effects: Any = None
         self.reconciler: Any = None
+        self.media_sweep: Any = None
 
     def works(self, now: float) -> bool:
         return self.begun and not self.life.ended and self.life.stopped_until <= now

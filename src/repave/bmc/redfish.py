@@ -157,6 +157,20 @@ class RedfishBmc(Bmc):
         with self._call():
             self._eject_all(must=None)
 
+    def withdraw_media(self, prefixes: Sequence[str]) -> bool:
+        with self._call():
+            slots = {uri: self._get(uri)[0] for uri in self._find_slots()}
+            ours = [uri for uri, slot in slots.items() if any(quirks.shows_image_under(slot, prefix) for prefix in prefixes)]
+            for uri in ours:
+                self._eject(uri)
+            if any(quirks.is_occupied(slot) for uri, slot in slots.items() if uri not in ours):
+                return bool(ours)
+            system = self._read_system()
+            from_cd = _boots_cd(self._boot(system)[1]) or _boots_cd(as_dict(system.get("Boot")))
+            if from_cd:
+                self._reach_boot_from_disk()
+            return bool(ours) or from_cd
+
     def boot_from_media_once(self) -> None:
         with self._call():
             system = self._read_system()
@@ -182,22 +196,7 @@ class RedfishBmc(Bmc):
 
     def boot_from_disk(self) -> None:
         with self._call():
-            system = self._read_system()
-            uri, boot, allowed = self._boot(system)
-            if _boots_disk(boot) and _boots_disk(as_dict(system.get("Boot"))) and _boots_disk(as_dict(self._read_system().get("Boot"))):
-                return
-            ways = [{"BootSourceOverrideTarget": "None", "BootSourceOverrideEnabled": "Disabled"}]
-            if "Hdd" in allowed:
-                # OpenStack's emulator knows neither None nor Disabled: its disk comes by naming it.
-                by_name = {"BootSourceOverrideTarget": "Hdd", "BootSourceOverrideEnabled": "Once"}
-                ways.insert(0 if "None" not in allowed else 1, by_name)
-            for way in ways[:-1]:
-                try:
-                    return self._reach_override(uri, way, _boots_disk)
-                except BmcError as e:
-                    if e.slug not in ("boot_override_rejected", "boot_override_ignored"):
-                        raise
-            self._reach_override(uri, ways[-1], _boots_disk)
+            self._reach_boot_from_disk()
 
     # Each call
 
@@ -548,6 +547,24 @@ class RedfishBmc(Bmc):
             raise BmcError("boot_override_rejected", "A CD is not among the boot targets.")
         return target
 
+    def _reach_boot_from_disk(self) -> None:
+        system = self._read_system()
+        uri, boot, allowed = self._boot(system)
+        if _boots_disk(boot) and _boots_disk(as_dict(system.get("Boot"))) and _boots_disk(as_dict(self._read_system().get("Boot"))):
+            return
+        ways = [{"BootSourceOverrideTarget": "None", "BootSourceOverrideEnabled": "Disabled"}]
+        if "Hdd" in allowed:
+            # OpenStack's emulator knows neither None nor Disabled: its disk comes by naming it.
+            by_name = {"BootSourceOverrideTarget": "Hdd", "BootSourceOverrideEnabled": "Once"}
+            ways.insert(0 if "None" not in allowed else 1, by_name)
+        for way in ways[:-1]:
+            try:
+                return self._reach_override(uri, way, _boots_disk)
+            except BmcError as e:
+                if e.slug not in ("boot_override_rejected", "boot_override_ignored"):
+                    raise
+        self._reach_override(uri, ways[-1], _boots_disk)
+
     def _reach_override(self, uri: str, wanted: dict[str, str], reached: Callable[[dict[str, Any]], bool]) -> None:
         """The override satisfies `reached`, read back."""
 
@@ -569,6 +586,10 @@ def _power_of(system: dict[str, Any]) -> Power:
 
 def _boots_disk(boot: dict[str, Any]) -> bool:
     return boot.get("BootSourceOverrideEnabled") == "Disabled" or boot.get("BootSourceOverrideTarget") in (None, "None", "Hdd")
+
+
+def _boots_cd(boot: dict[str, Any]) -> bool:
+    return boot.get("BootSourceOverrideEnabled") in ("Once", "Continuous") and boot.get("BootSourceOverrideTarget") in ("Cd", "UsbCd")
 
 
 def _refused(error: Any, otherwise: str) -> BmcError:

@@ -152,6 +152,18 @@ class ImageStore:
             if entry.name not in needed:
                 os.unlink(entry.path)
 
+    def remove_half_made(self) -> int:
+        """What a killed import left in tmp/ is gone, unless somebody holds the lock, who does it himself; returns how many files."""
+        with open(self.root / "lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            found = list(_files(self.tmp))
+            for entry in found:
+                os.unlink(entry.path)
+            return len(found)
+
     def _write(self, path: Path, data: bytes) -> None:
         fd, name = tempfile.mkstemp(dir=self.tmp)
         with os.fdopen(fd, "wb") as f:

@@ -10,7 +10,7 @@ from repave.domain.model import Image
 from repave.errors import RequestError
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.tables import IMAGES, RUNS
+from repave.store.tables import IMAGES, RUNS, SERVERS
 
 _BY_ID = sa.select(IMAGES).where(IMAGES.c.project_id == sa.bindparam("project"), IMAGES.c.id == sa.bindparam("image"))  # made once: see database.py
 
@@ -37,11 +37,12 @@ class Images:
         return rows.image(row) if row else None
 
     def remove_image(self, image: Image, *, actor: str = "repave") -> list[str]:
-        """The image is forgotten; returns the manifests still in use. Refused while a live run needs it."""
+        """The image is forgotten; returns the manifests still in use. Refused, naming the servers, while live runs need it."""
         with self._db.write() as conn:
             live = sa.and_(RUNS.c.image_id == image.id, RUNS.c.ended_at.is_(None))
-            if conn.execute(sa.select(RUNS.c.id).where(live)).first():
-                raise RequestError("in-progress", "A run that has not ended needs this image.", kind="image")
+            needing = sa.select(SERVERS.c.name).join(RUNS, RUNS.c.server_id == SERVERS.c.id).where(live).order_by(SERVERS.c.name)
+            if names := list(conn.execute(needing).scalars()):
+                raise RequestError("in-progress", f"Runs that have not ended need this image: {', '.join(names)}.", kind="image")
             conn.execute(sa.delete(IMAGES).where(IMAGES.c.id == image.id))
             self._db.event(conn, "image.removed", image.project_id, actor=actor, image=image.id, name=image.name)
             return list(conn.execute(sa.select(IMAGES.c.manifest_sha256)).scalars())

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from repave.domain.model import Host, Instance, InstanceState, Server
 from repave.domain.own_host import says_something
+from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.store import rows
 from repave.store.database import Database, new_id
@@ -27,6 +28,14 @@ _ALIKE = sa.select(SERVERS).where(
 )
 _CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
 _NEW_SERVER, _NEW_INSTANCE = sa.insert(SERVERS), sa.insert(INSTANCES)
+# Whose drive may hold the media of a run that is over; not those that are locked, that a run owns, or that a backup's run may have left (ADR 2).
+_LEFT_MEDIA = sa.select(SERVERS.c.id, SERVERS.c.media_run_id).where(
+    SERVERS.c.media_run_id.is_not(None),
+    SERVERS.c.locked_at.is_(None),
+    sa.exists().where(RUNS.c.id == SERVERS.c.media_run_id, RUNS.c.outcome != Ending.RESTORED.value),
+    ~sa.exists().where(RUNS.c.server_id == SERVERS.c.id, RUNS.c.ended_at.is_(None)),
+)
+_IS_LEFT = _LEFT_MEDIA.where(SERVERS.c.id == sa.bindparam("server_id"), SERVERS.c.media_run_id == sa.bindparam("run_id"))
 _HOSTS = sa.select(HOSTS).order_by(HOSTS.c.id)
 _INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.project_id == sa.bindparam("project"), INSTANCES.c.id == sa.bindparam("instance"))
 
@@ -170,6 +179,27 @@ class Servers:
     def record_power(self, server_id: str, power: str) -> None:
         with self._db.write() as conn:
             conn.execute(_CHANGE, {"server_id": server_id, "power": power, "power_at": self._db.now()})
+
+    def record_media(self, server_id: str, run_id: str | None) -> None:
+        """From now on this run's media may be in the server's drive; None: none of ours are."""
+        with self._db.write() as conn:
+            conn.execute(_CHANGE, {"server_id": server_id, "media_run_id": run_id})
+
+    def list_left_media(self) -> dict[str, str]:
+        """By server, the run that is over and whose media may still be in the drive; only servers that nobody works on or has locked."""
+        return {r["id"]: r["media_run_id"] for r in self._db.rows(_LEFT_MEDIA)}
+
+    def is_left_media(self, server_id: str, run_id: str) -> bool:
+        """`list_left_media` has them now."""
+        return self._db.row(_IS_LEFT, server_id=server_id, run_id=run_id) is not None
+
+    def record_left_media_out(self, server_id: str, run_id: str, *, found: bool) -> None:
+        """They are out, by compare-and-set: a run that was admitted meanwhile has media of its own. `found`: they had to be taken out."""
+        with self._db.write() as conn:
+            still = sa.and_(SERVERS.c.id == server_id, SERVERS.c.media_run_id == run_id)
+            if conn.execute(sa.update(SERVERS).where(still).values(media_run_id=None)).rowcount and found:
+                run = conn.execute(sa.select(RUNS.c.project_id, RUNS.c.batch_id).where(RUNS.c.id == run_id)).one()
+                self._db.event(conn, "run.media-out", run.project_id, batch_id=run.batch_id, run_id=run_id, server_id=server_id)
 
     def read_power_seen(self, server_id: str) -> tuple[str, datetime] | None:
         row = self._db.row(sa.select(SERVERS.c.power, SERVERS.c.power_at).where(SERVERS.c.id == server_id))

@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
@@ -23,7 +23,11 @@ from repave.images.store import ImageStore
 from repave.store import Store
 from repave.workflow.run import Json
 
-OpenBmc = Callable[[Server], AbstractContextManager[Bmc]]
+
+class OpenBmc(Protocol):
+    """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it."""
+
+    def __call__(self, server: Server, before_write: Callable[[], None] = ...) -> AbstractContextManager[Bmc]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,7 @@ class ServerEffects:
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.INSERT_MEDIA)
+        self.store.servers.record_media(server.id, run_id)
         with self.open_bmc(server) as bmc:
             bmc.insert_media(media_urls(self.places, self.store, run_id))
             bmc.boot_from_media_once()
@@ -149,8 +154,7 @@ class ServerEffects:
                 bmc.power_off(graceful_s=self.places.graceful_s)
             elif run.step is Step.POWER_OFF:
                 bmc.wait_for_off(self.places.graceful_s)
-            bmc.eject_media()
-            bmc.boot_from_disk()
+            self._take_media_out(bmc, server)
             if run.found_state is InstanceState.RUNNING:
                 bmc.power_on()
         power = Power.ON if run.found_state is InstanceState.RUNNING else Power.OFF
@@ -165,8 +169,7 @@ class ServerEffects:
         _, server, _ = self._about(run_id)
         with self.open_bmc(server) as bmc:
             bmc.power_off()
-            bmc.eject_media()
-            bmc.boot_from_disk()
+            self._take_media_out(bmc, server)
         self.store.servers.record_power(server.id, Power.OFF.value)
         return None
 
@@ -179,8 +182,7 @@ class ServerEffects:
             if run.step is not Step.FIRST_BOOT:
                 self.store.runs.record_step(run_id, Step.BOOT_NEW_OS)
                 bmc.power_off()
-                bmc.eject_media()
-                bmc.boot_from_disk()
+                self._take_media_out(bmc, server)
                 # Recorded before power is on: killed after it, we must not cut short a first boot that has erased its config drive.
                 self.store.runs.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
@@ -200,6 +202,11 @@ class ServerEffects:
         record_late_proof(self.store, run_id)
         self.store.sealer.destroy_run(run_id)
         return None
+
+    def _take_media_out(self, bmc: Bmc, server: Server) -> None:
+        bmc.eject_media()
+        bmc.boot_from_disk()
+        self.store.servers.record_media(server.id, None)
 
     def _verify_image(self, batch_id: str, manifest_sha256: str) -> None:
         """Every chunk has its digest: read once a batch, not once a run."""
@@ -247,8 +254,13 @@ class ServerEffects:
 
 def media_urls(places: Places, store: Store, run_id: str) -> tuple[str, ...]:
     """This run's media by each protocol; the path can not be guessed, and holds no `?` or `=` (Supermicro refuses them)."""
-    path = f"/media/{run_id}/{store.sealer.derive_for_run(run_id, 'media')}/boot.iso"
-    return tuple(url.rstrip("/") + path for url in places.media_urls)
+    name = f"{store.sealer.derive_for_run(run_id, 'media')}/boot.iso"
+    return tuple(prefix + name for prefix in media_prefixes(places, run_id))
+
+
+def media_prefixes(places: Places, run_id: str) -> tuple[str, ...]:
+    """What the URLs of this run's media begin with, also when its keys are gone."""
+    return tuple(f"{url.rstrip('/')}/media/{run_id}/" for url in places.media_urls)
 
 
 def verify_identity(server: Server, inventory: dict[str, Any]) -> None:

@@ -143,6 +143,18 @@ class Lease:
             self._engine.dispose()
         self._lock.close()
 
+    def sweep_markers(self, *, before: float) -> int:
+        """Files of dead workers in the shared folders are gone; returns how many. One without a row may be starting, if it is not older than `before`."""
+        count = 0
+        with self._engine.connect() as conn:
+            reaped = {executor: is_reaped for executor, is_reaped in conn.execute(sa.select(WORKERS.c.executor_id, WORKERS.c.reaped))}
+        for marker in [path for folder in self._shared for path in (folder / "workers").iterdir()]:
+            with contextlib.suppress(FileNotFoundError):  # another worker sweeps too
+                if reaped.get(marker.name, marker.stat().st_mtime < before):
+                    marker.unlink()
+                    count += 1
+        return count
+
     def list_live(self) -> list[str]:
         with self._engine.connect() as conn:
             return list(conn.execute(_LIVE).scalars())
