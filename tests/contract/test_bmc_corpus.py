@@ -78,6 +78,19 @@ def test_the_whole_sequence_leaves_the_machine_as_asked(machine: str) -> None:
         assert not [s for s in fake.seen if s.path != "/redfish/v1/" and not s.login]
 
 
+@pytest.mark.parametrize("machine", [m for m in MACHINES if "ibmc" not in m])
+def test_media_that_were_left_are_withdrawn_with_their_override_and_the_power_stays(machine: str) -> None:
+    with start_bmc(FakeBmc(machine)) as fake, open_bmc(fake) as bmc:
+        facts = bmc.probe()
+        bmc.insert_media(URLS)
+        bmc.boot_from_media_once()
+        assert bmc.withdraw_media([url.rsplit("/", 1)[0] + "/" for url in URLS]) is True
+        assert not any(fake.get(uri).get("Inserted") for uri in facts.virtual_media)
+        boot = fake.get(facts.system_uri + ("/Settings" if "nvidia" in machine else ""))["Boot"]
+        assert boot["BootSourceOverrideEnabled"] == "Disabled" or boot["BootSourceOverrideTarget"] == "Hdd"
+        assert bmc.read_power() is facts.power and fake.sent("POST", "ComputerSystem.Reset") == []
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_bmc_that_takes_no_writes_is_never_called_a_success(machine: str) -> None:
     with start_bmc(FakeBmc(machine, writes=False)) as fake, open_bmc(fake, deadline_s=5) as bmc:

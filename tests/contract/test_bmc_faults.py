@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from redfish_fake import Answer, FakeBmc, Handler, refusal, small_bmc, start_bmc
 
-from repave.bmc import BmcAddress, Power
+from repave.bmc import BmcAddress, Power, quirks
 from repave.bmc.connector import Connector
 from repave.bmc.redfish import Paths, RedfishBmc
 from repave.errors import BmcError
@@ -51,6 +51,52 @@ def lose_answer(handler: Handler, apply: Callable[[], Answer]) -> None:
 
 def accept_only(handler: Handler, apply: Callable[[], Answer]) -> Answer:
     return 204, None
+
+
+def test_withdrawn_media_are_those_under_the_prefix_alone_and_only_they_take_the_override_with_them(fake: FakeBmc) -> None:
+    ours, other = ISO.rsplit("/", 1)[0] + "/", "http://files.example/rescue.iso"
+    with open_bmc(fake) as bmc:
+        bmc.insert_media([ISO])
+        bmc.boot_from_media_once()
+        assert bmc.withdraw_media([ours]) is True
+        assert (fake.get(CD)["Inserted"], fake.get(SYSTEM)["Boot"]["BootSourceOverrideEnabled"]) == (False, "Disabled")
+        sent = len(fake.seen)
+        assert bmc.withdraw_media([ours]) is False
+        assert {s.method for s in fake.seen[sent:]} == {"GET"}
+        bmc.insert_media([other])
+        bmc.boot_from_media_once()
+        sent = len(fake.seen)
+        assert bmc.withdraw_media([ours]) is False
+        assert {s.method for s in fake.seen[sent:]} == {"GET"}
+        assert (fake.get(CD)["Image"], fake.get(SYSTEM)["Boot"]["BootSourceOverrideTarget"]) == (other, "Cd")
+
+
+def test_an_override_that_outlived_its_media_is_cleared_and_one_to_the_network_is_not(fake: FakeBmc) -> None:
+    with open_bmc(fake) as bmc:
+        bmc.boot_from_media_once()
+        assert bmc.withdraw_media(["http://10.0.0.1/media/r/"]) is True
+        assert fake.get(SYSTEM)["Boot"]["BootSourceOverrideEnabled"] == "Disabled"
+        fake.get(SYSTEM)["Boot"] |= {"BootSourceOverrideEnabled": "Once", "BootSourceOverrideTarget": "Pxe"}
+        assert bmc.withdraw_media(["http://10.0.0.1/media/r/"]) is False
+        assert fake.get(SYSTEM)["Boot"]["BootSourceOverrideTarget"] == "Pxe"
+
+
+@pytest.mark.parametrize(
+    ("slot", "is_ours"),
+    [
+        ({"Inserted": True, "Image": "http://10.0.0.1:8472/media/r1/5f1c/boot.iso"}, True),
+        ({"Inserted": True, "Image": "10.0.0.1:8472/media/r1/5f1c/boot.iso"}, True),
+        ({"Inserted": True, "Image": "/media/R1/5f1c/boot.iso"}, True),
+        ({"Inserted": True, "Image": "", "ImageName": "/media/r1/5f1c/boot.iso"}, True),
+        ({"Inserted": False, "Image": "http://10.0.0.1:8472/media/r1/5f1c/boot.iso"}, False),
+        ({"Inserted": True, "Image": "http://10.0.0.1:8472/media/r2/5f1c/boot.iso"}, False),
+        ({"Inserted": True, "Image": "http://other:8472/media/r1/5f1c/boot.iso"}, False),
+        ({"Inserted": True, "ImageName": "boot.iso"}, False),
+        ({"Inserted": True}, False),
+    ],
+)
+def test_media_are_ours_only_where_the_bmc_shows_so(slot: dict[str, Any], is_ours: bool) -> None:
+    assert quirks.shows_image_under(slot, "http://10.0.0.1:8472/media/r1/") is is_ours
 
 
 def test_a_lost_answer_is_judged_by_the_state_and_nothing_is_sent_twice(fake: FakeBmc) -> None:

@@ -66,6 +66,20 @@ def test_all_or_none_are_accepted_under_the_rules_of_the_wire(site: Site) -> Non
     assert (again.status_code, again.json()["class"]) == (409, "in-progress")
 
 
+def test_an_image_that_a_live_run_needs_stays_and_the_refusal_names_the_servers(site: Site) -> None:
+    for name in ("web01", "web02", "web03"):
+        site.add_server(name)
+    site.add_image("tiny")
+    batch = reinstall(site, ["web02", "web01"])
+    refused = site.ask("DELETE", "/images/tiny")
+    assert (refused.status_code, refused.json()["class"]) == (409, "in-progress")
+    assert "web01, web02." in refused.text and "web03" not in refused.text
+    assert [i["name"] for i in site.ask("GET", "/images").json()["items"]] == ["tiny"]
+    for run in batch["runs"]:
+        site.store.runs.record_ending(run["id"], Ending.RETURNED, None)
+    assert site.ask("DELETE", "/images/tiny").status_code == 204
+
+
 def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site: Site) -> None:
     site.add_server("web01")
     image = site.add_image("tiny")

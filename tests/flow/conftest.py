@@ -127,14 +127,20 @@ class Lab:
     @contextlib.contextmanager
     def short_waits(self, seconds: float) -> Iterator[None]:
         """A service that waits so long for a hello and for a proof; afterwards one with its usual patience."""
-        names = ("REPAVE_AGENT_READY_S", "REPAVE_PROOF_S")
+        with self.settings(agent_ready_s=seconds, proof_s=seconds):
+            yield
+
+    @contextlib.contextmanager
+    def settings(self, **values: float) -> Iterator[None]:
+        """A service with these settings; afterwards one with its usual ones."""
+        environment = {f"REPAVE_{name.upper()}": str(value) for name, value in values.items()}
         self.kill_service()
-        os.environ.update(dict.fromkeys(names, str(seconds)))
+        os.environ.update(environment)
         try:
             self.start_service()
             yield
         finally:
-            for name in names:
+            for name in environment:
                 del os.environ[name]
             if find_service(self.folder):
                 self.kill_service()
