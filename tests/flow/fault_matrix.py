@@ -128,7 +128,8 @@ BMCS: tuple[Row, ...] = (
         "flow/fault_cells.py::black-hole always at media",
     )),
     Row(25, True, "The media stay in after the end",
-        "They are spent: they boot the local disk.", (
+        "They are spent: they boot the local disk. A look every few minutes takes them out when the BMC answers.", (
+        "flow/test_leftovers.py::test_media_that_a_bmc_kept_are_taken_out_when_it_is_back_and_an_operators_iso_or_a_locked_server_is_left_alone",
         "flow/test_scripted_machines.py::test_media_without_a_live_run_boot_the_local_disk",
         "rack/test_ramdisk_boots.py::test_an_inert_disc_boots_the_local_disk",
     )),

@@ -29,6 +29,7 @@ class Bug:
 
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
 _WAVES, _ENDINGS, _LEASE = "src/repave/domain/waves.py", "src/repave/store/endings.py", "src/repave/workflow/lease.py"
+_SWEEP = "src/repave/workflow/media_sweep.py"
 _OLD_PROOF = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "returned: an old proof comes")
 _CRASH = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved", "--down", "120")
 BUGS = (
@@ -48,7 +49,9 @@ BUGS = (
         "I11 "),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
     Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),
-    Bug("media stay in", _EFFECTS, "                bmc.power_off()\n                bmc.eject_media()", "                bmc.power_off()", "I13 "),
+    Bug("media stay in", _EFFECTS, "        bmc.eject_media()\n        bmc.boot_from_disk()", "        bmc.boot_from_disk()", "I13 "),
+    Bug("media that a BMC kept are forgotten", _SWEEP, "            found = bmc.withdraw_media(media_prefixes(self._places, run_id))",
+        "            found = False", "I13 "),
     Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
         "            with self.open_bmc(self.store.servers.list_servers(server.project_id)[0][-1]) as other:\n                other.power_off()\n"
         "            forced = bmc.power_off(", "I14 "),

@@ -41,7 +41,7 @@ class MediaSweep:
             yield
         finally:
             self._stop.set()
-            thread.join(timeout=5)
+            thread.join(timeout=1)  # it sends nothing any more: the lease is given
 
     def look(self) -> None:
         """What was left is out, where its BMC lets us and it is time to ask it again."""
@@ -61,11 +61,16 @@ class MediaSweep:
                 self._failed[run_id] = (times + 1, self._store.now() + self._every * min(2**times, LONGEST_PAUSE))
 
     def _take_out(self, server_id: str, run_id: str) -> None:
-        def before_write() -> None:
-            if not self._store.servers.is_left_media(server_id, run_id):  # admitted, locked or done meanwhile
+        def is_left() -> bool:
+            return self._store.servers.is_left_media(server_id, run_id)
+
+        def require() -> None:
+            if not is_left():  # a run was admitted meanwhile, or the server locked
                 raise RunFailed("stale-run")
 
-        with self._open_bmc(self._store.servers.get_server(server_id), before_write) as bmc:
+        if not is_left():  # the look may have taken minutes
+            return
+        with self._open_bmc(self._store.servers.get_server(server_id), require) as bmc:
             found = bmc.withdraw_media(media_prefixes(self._places, run_id))
         self._store.servers.record_left_media_out(server_id, run_id, found=found)
         if found:
