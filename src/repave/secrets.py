@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import math
 import os
 import secrets as _secrets
 from collections.abc import Mapping, Sequence
@@ -98,8 +99,8 @@ class Sealer:
             raise RunFailed("password-gone") from None
         return AESGCM(key).decrypt(raw[:12], raw[12:], name.encode())
 
-    def list_old_runs(self, *, before: float) -> set[str]:
-        """The runs whose keys were made before this moment (seconds since 1970)."""
+    def list_keyed_runs(self, *, before: float = math.inf) -> set[str]:
+        """The runs that have keys here, made before this moment (seconds since 1970)."""
         found = set()
         for path in self._run_keys.iterdir():
             with contextlib.suppress(FileNotFoundError):  # destroyed while we look

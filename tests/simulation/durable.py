@@ -53,7 +53,7 @@ class KeptKeys(Sealer):
             raise RunFailed("password-gone")
         return AESGCM(key).decrypt(raw[:12], raw[12:], name.encode())
 
-    def list_old_runs(self, *, before: float) -> set[str]:
+    def list_keyed_runs(self, *, before: float = float("inf")) -> set[str]:
         return {run_id for run_id, (made_at, _) in self.salts.items() if made_at < before}
 
     def destroy_run(self, run_id: str) -> None:

@@ -36,6 +36,10 @@ def test_simulated_worlds_with_faults_break_no_invariant(capsys):
     assert not re.search(r"\b0 (?!violations)", last), "something was never played"
 
 
+def test_a_late_proof_that_comes_twice_at_once_ends_its_run_once():
+    run(".", "--seed", "1333")
+
+
 def test_a_death_at_every_point_of_every_ending_changes_no_end(capsys):
     last = run("crash_points.py", "--pairs", "50").splitlines()[-1]
     with capsys.disabled():

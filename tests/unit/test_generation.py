@@ -139,7 +139,7 @@ def test_a_half_written_run_key_of_a_dead_process_is_swept_and_stops_nothing(tmp
     half = tmp_path / "run-keys" / ".0198-aa.new"
     half.write_bytes(b"half")
     os.utime(half, (1, 1))
-    old = sealer.list_old_runs(before=time.time() - 3600)
+    old = sealer.list_keyed_runs(before=time.time() - 3600)
     assert old == {"0198-aa"}
     for run in old:
         sealer.destroy_run(run)

@@ -17,7 +17,7 @@ def test_a_half_written_key_of_a_killed_service_is_found_as_its_runs_and_destroy
     left = tmp_path / "run-keys/.run-3.new"
     left.write_bytes(b"half")
     sealer.destroy_run("run-2")
-    found = sealer.list_old_runs(before=time.time() + 60)
+    found = sealer.list_keyed_runs(before=time.time() + 60)
     assert found == {"run-1", "run-3"}
     for run_id in found:
         sealer.destroy_run(run_id)

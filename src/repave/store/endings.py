@@ -65,8 +65,8 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
     """The run and its instance are at their end; the batch too when it was the last. The first ending stands."""
     now = db.now()
     row = conn.execute(_RUN, {"run_id": run_id}).one()
-    if row.ended_at is not None and ending is not Ending.LATE_PROOF:
-        return False
+    if row.ended_at is not None and not (ending is Ending.LATE_PROOF and row.outcome == Ending.UNPROVED.value):
+        return False  # also where the same late proof came twice at once
     instance = rows.instance(conn.execute(_INSTANCE, {"instance_id": row.instance_id}).one()._mapping)
     good = ending in (Ending.PROVED, Ending.LATE_PROOF)
     if ending in GOOD_ENDINGS:

@@ -315,9 +315,10 @@ class Engine:
             log.error("run ended past its deadline", run_id=run_id)
         self.store.runs.tell_late()
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
-        for orphan in self.store.sealer.list_old_runs(before=hour_ago) - live.keys():
-            ended = self.store.runs.find_run(orphan)
-            if ended is None or ended.ended_at is not None:
+        old = self.store.sealer.list_keyed_runs(before=hour_ago)
+        for orphan in self.store.sealer.list_keyed_runs() - live.keys():
+            of = self.store.runs.find_run(orphan)
+            if (orphan in old) if of is None else (of.ended_at is not None):  # who ended it died before its keys
                 self.store.sealer.destroy_run(orphan)
 
     def _reconcile_run(self, run: RunRow, status: str | None, now: datetime) -> None:
