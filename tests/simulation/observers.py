@@ -34,6 +34,7 @@ def observe(world: World) -> list[str]:
     """Everything that is broken in this world, now that it has come to rest."""
     broken = list(world.broken)
     broken += [f"I0 nobody foresaw: {e}" for e in world.service.errors]
+    broken += world.service.broken
     runs = _runs(world)
     for name, machine in world.machines.items():
         broken += machine.horrors

@@ -116,6 +116,7 @@ class Service:
         self.stop_in_call_s = 0.0  # the next worker that calls a BMC is stopped for so long, in the middle of the call
         self.yields = False  # tasks may be overtaken before each transaction
         self.errors: list[str] = []  # what nobody foresaw
+        self.broken: list[str] = []  # what can only be seen at its moment
         disk.before_begin, disk.at_commit, disk.told = self._before_begin, self._at_commit, self._dispatch
         self.store = _Living.store = disk.open_store()  # it keeps nothing that a process could lose
         self.fleet = OneHash(self.store, disk.enqueue, run_timeout_s=RUN_TIMEOUT_S, limits=limits)
@@ -248,6 +249,8 @@ class Service:
             raise AssertionError("the workflow waits for something that is not the port")
         except StopIteration as end:
             self.disk.queued[run_id] = "SUCCESS"
+            if run_id in self.disk.sealer.salts:  # the reconciler would find them, but is there for those who die
+                self.broken.append(f"I13 the keys of run {run_id} are still there when its workflow ends")
             self.time.note(f"workflow ends {end.value}")
         except Overtaken:
             self.time.note("a workflow was given to another worker")
