@@ -165,6 +165,7 @@ def test_one_machine_in_trouble_does_not_stop_the_others(lab, troubles):
 
 def test_a_new_os_that_never_calls_home_is_an_error_and_its_late_proof_ends_it(lab, troubles):
     lab.watch.excuse("I12 lab02: error/")  # left by a proof of a run that an earlier test began
+    lab.watch.excuse("I5 lab02: running, and no new OS called home")  # this test calls home in its place
     status = lab.status("lab02")
     assert (status["state"], status["operation_state"], status["error"]["error_code"]) == ("error", "reinstall-failed", "Repave.5101")
     assert lab.bmc("lab02") == {"power": "On", "boot": "Hdd", "media": ""}
