@@ -184,7 +184,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     )  # fmt: skip
     try:
         watch = Watch(store, stand_path(settings.key_file), settings.data_dir)
-        sweep = MediaSweep(store, open_bmc, places, every_s=settings.media_sweep_s)
+        sweep = MediaSweep(store, open_bmc, every_s=settings.media_sweep_s)
         yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep)
     finally:
         store.close()

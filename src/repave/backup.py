@@ -96,7 +96,7 @@ def _stage(settings: Settings, folder: Path, staged: Path) -> dict[str, Path]:
         check_file(settings.database_url)
         _copy_sqlite(_database_path(settings), database)
     else:
-        _run_pg(settings, "pg_dump", "--format=custom", _pg_database(settings), f"--file={database}")
+        _run_pg(settings, "pg_dump", "--format=custom", f"--dbname={render_libpq_url(settings.database_url)}", f"--file={database}")
     return members | {"database": database}
 
 
@@ -165,7 +165,7 @@ def restore_backup(folder: Path, file: Path) -> Restored:
             kept = _swap(settings, folder, staged)
             if not _is_sqlite(settings):
                 how = ("--clean", "--if-exists", "--no-owner", "--single-transaction")
-                _run_pg(settings, "pg_restore", *how, _pg_database(settings), staged / "database")
+                _run_pg(settings, "pg_restore", *how, f"--dbname={render_libpq_url(settings.database_url)}", staged / "database")
                 stand, ended = _end_runs(settings.database_url, settings.key_file, above=above, why=why)
             write_stand_file(stand_path(settings.key_file), stand)
             (secret / UNDER_WAY).unlink()
@@ -177,6 +177,7 @@ def accept_database(folder: Path) -> Restored:
     """The database that is here is taken as restored, wherever it came from: its live runs end, no BMC is asked, the generation is above all before."""
     settings = load_settings(folder)
     check_file(settings.database_url)
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = stand_path(settings.key_file)
     if (path.parent / UNDER_WAY).exists():
         raise RepaveError("restore-unfinished")
@@ -314,10 +315,11 @@ def _run_pg(settings: Settings, program: str, *arguments: str | Path) -> None:
         raise RepaveError("internal", f"{program}: {(done.stderr.strip().splitlines() or ['no word'])[-1][:300]}")
 
 
-def _pg_database(settings: Settings) -> str:
-    """libpq's own form of the URL, with what it says of TLS and sockets, without the password."""
-    url = sa.make_url(settings.database_url).set(drivername="postgresql", password=None)
-    return f"--dbname={url.render_as_string()}"
+def render_libpq_url(database_url: str) -> str:
+    """SQLAlchemy's URL as libpq takes it, with what it says of TLS and sockets, without the password: arguments any user can read."""
+    url = sa.make_url(database_url)
+    without = sa.URL.create("postgresql", url.username, None, url.host, url.port, url.database, url.query)
+    return without.render_as_string(hide_password=False)  # hidden, it would be the password `***`
 
 
 # ---- files ----

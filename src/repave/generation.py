@@ -35,7 +35,7 @@ from repave.store.stand import probe_write, raise_generation, read_stand
 
 FOLLOW_S = 1.0
 PROBE_S = 10.0
-LATE_S = 30.0  # a look takes milliseconds, 15 s where the database and the lock on NFS are held
+LATE_S = 60.0  # a look takes milliseconds; 30 s where PostgreSQL is a black hole (three connections of 10 s)
 LOW_BYTES = 256 << 20  # a batch of 50 writes about 10 MB; below this there is time to act
 UNDER_WAY = "restore-under-way"
 LOCK_S = 5.0  # it is held for one small write; a machine that died with it on NFS may keep it for good, and nobody waits for that
@@ -141,6 +141,7 @@ class Watch:
     @contextlib.contextmanager
     def running(self) -> Iterator[Watch]:
         self.look()
+        self._looked_at = time.monotonic()
         self._thread.start()
         try:
             yield self
@@ -190,17 +191,16 @@ class Watch:
         try:
             question()
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            log.warning("a part of the service fails", part=part, error=str(getattr(error, "orig", None) or error)[:500])
-            self._tell(part, False, _plain(error))
+            self._tell(part, False, _plain(error), detail=str(getattr(error, "orig", None) or error)[:500])
         else:
             self._tell(part, True, good)
 
-    def _tell(self, part: str, ok: bool, text: str) -> None:
+    def _tell(self, part: str, ok: bool, text: str, detail: str = "") -> None:
         before = self._health.get(part)
         since = before.since if before and before.ok == ok else self._store.now()
         self._health[part] = Health(ok, text, since)
         if not ok and (before is None or before.ok):
-            log.error("ALARM: new reinstalls are refused or at risk", part=part, cause=text)
+            log.error("ALARM: new reinstalls are refused or at risk", part=part, cause=detail or text)
         elif ok and before is not None and not before.ok:
             log.warning("alarm over", part=part, cause=text)
 

@@ -7,16 +7,17 @@ chunks that no image needs (images/store.py, at each import), media in drives (w
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from repave.config import Settings
 from repave.images.store import ImageStore
+from repave.ramdisk.media import WORK_PREFIX
 from repave.workflow.lease import Lease
 
 ABANDONED_S = 3600.0  # the longest work on one file is the upload of an image, and its file is touched with every MiB
@@ -29,10 +30,10 @@ def sweep_files(settings: Settings, images: ImageStore, lease: Lease) -> dict[st
     before = None if lease.alone else time.time() - ABANDONED_S
     counts = {
         "half-written": _remove(_half_written(settings), before),
-        "discs": _remove(settings.data_dir.glob("iso-*/"), time.time() - ABANDONED_S),  # repave ramdisk build asks for no lock
+        "media": _remove(settings.data_dir.glob(f"{WORK_PREFIX}*/"), time.time() - ABANDONED_S, shutil.rmtree),  # repave ramdisk build asks for no lock
         "uploads": _remove(_inside(images.root / "uploads"), before),
-        "images": images.remove_half_made(),
-        "workers": lease.sweep_markers(before=time.time() - ABANDONED_S),
+        "images": _count(images.root, images.remove_half_made),
+        "markers": _count(settings.key_file.parent, lambda: lease.sweep_markers(before=time.time() - ABANDONED_S)),
     }
     found = {kind: count for kind, count in counts.items() if count}
     if found:
@@ -51,12 +52,24 @@ def _inside(folder: Path) -> Iterator[Path]:
     return folder.iterdir() if folder.is_dir() else iter(())
 
 
-def _remove(paths: Iterator[Path], before: float | None) -> int:
+def _remove(paths: Iterator[Path], before: float | None, remove: Callable[[Path], None] = Path.unlink) -> int:
     """Those not touched since `before` (seconds since 1970; None: all) are gone; returns how many."""
-    count = 0
-    for path in list(paths):
-        with contextlib.suppress(FileNotFoundError):  # another worker sweeps too
-            if before is None or path.lstat().st_mtime < before:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-                count += 1
-    return count
+
+    def remove_old(path: Path) -> int:
+        if before is not None and path.lstat().st_mtime >= before:
+            return 0
+        remove(path)
+        return 1
+
+    return sum(_count(path, partial(remove_old, path)) for path in list(paths))
+
+
+def _count(where: Path, sweep: Callable[[], int]) -> int:
+    """What it says, or 0 where it can not: no start fails for want of tidiness."""
+    try:
+        return sweep()
+    except FileNotFoundError:  # another worker sweeps too
+        return 0
+    except OSError as error:
+        log.warning("what an earlier life left stays", path=str(where), why=error.strerror)
+        return 0

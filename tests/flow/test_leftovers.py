@@ -25,7 +25,7 @@ from repave.lab.fault_proxy import FaultProxy, Rule, start_fault_proxy
 from repave.lab.rack import find_service
 from repave.lab.scripted import BMC_LOG
 from repave.secrets import Sealer
-from repave.store.tables import RUNS
+from repave.store.stand import end_restored_runs
 from repave.workflow.fleet import Fleet
 from repave.workflow.media_sweep import MediaSweep
 
@@ -48,7 +48,7 @@ def rows(lab, query: str) -> list:
 def half_made(lab) -> list[str]:
     """Every name that only a file in the making has, and what lies where only such files do."""
     site = lab.folder / "site"
-    found = [p for p in site.rglob("*") if p.name.endswith((".new", ".part", ".tmp")) or p.name.startswith(("iso-", "tmp"))]
+    found = [p for p in site.rglob("*") if p.name.endswith((".new", ".part", ".tmp")) or p.name.startswith((".repave-iso-", "tmp"))]
     found += [p for folder in ("tmp", "uploads") for p in (site / "repave-data/images" / folder).glob("*")]
     return sorted({str(p.relative_to(site)) for p in found if p.name != "tmp"})
 
@@ -205,7 +205,7 @@ class KeptDrive:
 
     def __init__(self) -> None:
         self.asked = self.sent = 0
-        self.is_away = False
+        self.fault = ""
         self.meanwhile = lambda: None
 
     @contextmanager
@@ -213,10 +213,10 @@ class KeptDrive:
         self.before_write = before_write
         yield self
 
-    def withdraw_media(self, prefixes) -> bool:
+    def withdraw_media(self, folder) -> bool:
         self.asked += 1
-        if self.is_away:
-            raise BmcError("unreachable")
+        if self.fault:
+            raise BmcError(self.fault)
         self.meanwhile()
         self.before_write()
         self.sent += 1
@@ -230,7 +230,7 @@ def kept(tmp_path, database_url):
     world.machine.refuses = {"eject_media", "boot_from_media_once"}
     assert world.play(world.journal()) == "return-failed"
     drive = KeptDrive()
-    yield world, drive, MediaSweep(world.store, drive.open, world.effects.places, every_s=300)
+    yield world, drive, MediaSweep(world.store, drive.open, every_s=300)
     world.store.close()
 
 
@@ -264,15 +264,14 @@ def test_a_server_that_is_locked_between_the_look_and_the_write_is_left_alone(ke
 
 def test_what_a_restored_backup_says_of_a_drive_moves_nothing(kept):
     world, drive, sweep = kept
-    with world.store.write() as conn:
-        conn.execute(sa.update(RUNS).values(outcome="restored"))
+    end_restored_runs(world.store, above=0, why="")
     sweep.look()
     assert drive.asked == 0
 
 
 def test_a_bmc_that_stays_away_is_asked_less_and_less_often_and_once_an_hour_for_good(kept):
     world, drive, sweep = kept
-    drive.is_away, began = True, world.store.now()
+    drive.fault, began = "unreachable", world.store.now()
     asked = []
     for minute in range(0, 24 * 60, 5):
         world.store.now = lambda minute=minute: began + timedelta(minutes=minute)
@@ -281,10 +280,19 @@ def test_a_bmc_that_stays_away_is_asked_less_and_less_often_and_once_an_hour_for
         if drive.asked > before:
             asked.append(minute)
     assert asked[:6] == [0, 5, 15, 35, 75, 135] and {b - a for a, b in pairwise(asked[4:])} == {60}
-    drive.is_away = False
+    drive.fault = ""
     world.store.now = lambda: began + timedelta(days=2)
     sweep.look()
     assert drive.sent == 1
+
+
+def test_a_refused_login_is_not_sent_again(kept):
+    world, drive, sweep = kept
+    drive.fault, began = "auth", world.store.now()
+    for hour in range(48):
+        world.store.now = lambda hour=hour: began + timedelta(hours=hour)
+        sweep.look()
+    assert drive.asked == 1
 
 
 # ---- files ----
@@ -295,14 +303,14 @@ def test_a_start_removes_half_written_files_and_markers_of_dead_workers_and_noth
     images, workers = site / "repave-data/images", site / "secret/workers"
     images.joinpath("uploads").mkdir(exist_ok=True)
     ours = [site / "secret/.ca.pem.new", site / "secret/run-keys/.a-run.config-drive.new", site / "repave-data/.provisioning.pem.new",
-            images / "uploads/tmp1234", images / "tmp/tmp5678.raw", site / "repave-data/iso-old/boot.iso", workers / "gone-0123456789ab"]  # fmt: skip
-    theirs = [site / "repave-data/notes.new", workers / "starting-0123456789ab", site / "repave-data/iso-young/boot.iso"]
+            images / "uploads/tmp1234", images / "tmp/tmp5678.raw", site / "repave-data/.repave-iso-old/boot.iso", workers / "gone-0123456789ab"]  # fmt: skip
+    theirs = [site / "repave-data/notes.new", workers / "starting-0123456789ab", site / "repave-data/.repave-iso-young/boot.iso"]
     old = time.time() - 2 * 3600
     lab.kill_service()
     for path in (*ours, *theirs):
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
-    for path in (workers / "gone-0123456789ab", site / "repave-data/iso-old"):
+    for path in (workers / "gone-0123456789ab", site / "repave-data/.repave-iso-old"):
         os.utime(path, (old, old))
     said = len((lab.folder / "service.log").read_text())
     try:
@@ -313,10 +321,10 @@ def test_a_start_removes_half_written_files_and_markers_of_dead_workers_and_noth
         assert {p.name for p in workers.iterdir()} - {"starting-0123456789ab"} == live == {p.name for p in (images / "workers").iterdir()}
         lines = [json.loads(line) for line in (lab.folder / "service.log").read_text()[said:].splitlines() if line.startswith("{")]
         told = next(line for line in lines if line["event"] == "removed what an earlier life left")
-        assert {kind: told[kind] for kind in ("half-written", "uploads", "images", "discs", "workers")} == {
-            "half-written": 3, "uploads": 1, "images": 1, "discs": 1, "workers": 3,  # the killed one's two, in both folders, and the planted one
+        assert {kind: told[kind] for kind in ("half-written", "uploads", "images", "media", "markers")} == {
+            "half-written": 3, "uploads": 1, "images": 1, "media": 1, "markers": 3,  # the killed one's two, in both folders, and the planted one
         }  # fmt: skip
     finally:
         for path in theirs:
             path.unlink()
-        (site / "repave-data/iso-young").rmdir()
+        (site / "repave-data/.repave-iso-young").rmdir()

@@ -567,15 +567,12 @@ class SimBmc:
     def eject_media(self) -> None:
         self._do("eject_media", lambda: setattr(self.m, "media", ""))
 
-    def withdraw_media(self, prefixes: Sequence[str]) -> bool:
+    def withdraw_media(self, folder: str) -> bool:
         def withdraw() -> bool:
-            ours = self.m.media.startswith(tuple(prefixes))
-            found = ours or (self.m.override and not self.m.media)
+            ours = folder in self.m.media
             if ours:
-                self.m.media = ""
-            if found:
-                self.m.override = False
-            return found
+                self.m.media, self.m.override = "", False
+            return ours
 
         return bool(self._do("withdraw_media", withdraw))
 

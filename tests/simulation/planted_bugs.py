@@ -49,8 +49,8 @@ BUGS = (
         "I11 "),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
     Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),
-    Bug("media stay in", _EFFECTS, "        bmc.eject_media()\n        bmc.boot_from_disk()", "        bmc.boot_from_disk()", "I13 "),
-    Bug("media that a BMC kept are forgotten", _SWEEP, "            found = bmc.withdraw_media(media_prefixes(self._places, run_id))",
+    Bug("media stay in", _EFFECTS, "        bmc.eject_media()\n        self.store.servers.record_media_out(server.id, run_id)\n", "", "I13 "),
+    Bug("media that a BMC kept are forgotten", _SWEEP, "            found = bmc.withdraw_media(media_folder(run_id))",
         "            found = False", "I13 "),
     Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
         "            with self.open_bmc(self.store.servers.list_servers(server.project_id)[0][-1]) as other:\n                other.power_off()\n"

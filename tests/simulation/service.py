@@ -134,7 +134,7 @@ class Service:
         self.time.note(f"service starts, life {self.lives}")
         open_bmc = functools.partial(self._open_bmc, worker)
         worker.effects = ServerEffects(self.store, self.images, open_bmc, PLACES)
-        worker.media_sweep = MediaSweep(self.store, open_bmc, PLACES, every_s=MEDIA_SWEEP_S)
+        worker.media_sweep = MediaSweep(self.store, open_bmc, every_s=MEDIA_SWEEP_S)
         worker.reconciler = Reconciler(self.store, self.disk)
         self.time.spawn(f"{worker.name} begins", lambda: self._begin(worker), life=life)
 

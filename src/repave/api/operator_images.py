@@ -8,7 +8,6 @@ import errno
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,6 @@ from repave.store import new_id
 
 router = APIRouter(route_class=ProblemRoute, prefix="/images")
 _PIECE_BYTES = 1 << 20  # written and hashed at once, in a thread: fewer hops, and the event loop stays free
-_ABANDONED_S = 3600.0
 
 
 def get_image(scope: Scope, reference: str) -> Image:
@@ -85,9 +83,6 @@ def _make_room(scope: Scope, name: str, announced_bytes: int) -> tuple[Path, int
         raise ImageError("image-quota", f"The file has {announced_bytes} bytes, there is room for {max(0, room_bytes)}.")
     folder = images.folder / "uploads"  # not the store's tmp/: that is emptied by whoever holds its lock
     folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        if time.time() - old.stat().st_mtime > _ABANDONED_S:
-            old.unlink(missing_ok=True)
     handle, path = tempfile.mkstemp(dir=folder)
     os.close(handle)
     return Path(path), room_bytes

@@ -88,9 +88,10 @@ class Bmc(Protocol):
     def eject_media(self) -> None:
         """No media of ours are in any CD slot. Succeeds when there is nothing to do."""
 
-    def withdraw_media(self, prefixes: Sequence[str]) -> bool:
-        """No media whose URL begins with one of `prefixes` are in any CD slot, and the next boot is not from an empty one. Power and all other
-        media stay as they are, with their override. Returns whether there was anything to take out."""
+    def withdraw_media(self, folder: str) -> bool:
+        """No media with this part of a path (`/media/RUN/`) in their URL are in any CD slot, and where there were, the next boot is from the disk.
+        Power and all other media stay as they are, with their override. Returns whether there was anything to take out.
+        Raises: no_virtual_media where no slot is shown, protocol where one does not tell what is in it."""
 
     def boot_from_media_once(self) -> None:
         """The next boot is from the CD, read back (`Continuous` after `Once` was asked counts: see `boot_from_disk`)."""

@@ -118,11 +118,12 @@ def shows_image(slot: dict[str, Any], url: str) -> bool:
     return not name or name in (file_name, file_name.rsplit(".", 1)[0]) or name.split("://")[-1] == path
 
 
-def shows_image_under(slot: dict[str, Any], prefix: str) -> bool:
-    """Whether the slot surely holds an image whose URL begins with `prefix`, told whole or without scheme or host. A bare name proves nothing."""
-    parts = urlsplit(prefix.casefold())
-    told = unquote(as_text(slot.get("Image")) or as_text(slot.get("ImageName"))).casefold().split("://", 1)[-1]
-    return is_occupied(slot) and told.startswith((parts.netloc + parts.path, parts.path))
+def shows_image_under(slot: dict[str, Any], folder: str) -> bool | None:
+    """Whether the slot holds an image under this part of a path (`/media/RUN/`). None: it tells no path, a bare name or nothing, so nobody can say."""
+    told = unquote(as_text(slot.get("Image")) or as_text(slot.get("ImageName"))).casefold()
+    if not is_occupied(slot):
+        return False
+    return folder.casefold() in told if "/" in told else None
 
 
 def schemes_of(values: Sequence[Any]) -> set[str]:

@@ -157,19 +157,18 @@ class RedfishBmc(Bmc):
         with self._call():
             self._eject_all(must=None)
 
-    def withdraw_media(self, prefixes: Sequence[str]) -> bool:
+    def withdraw_media(self, folder: str) -> bool:
         with self._call():
-            slots = {uri: self._get(uri)[0] for uri in self._find_slots()}
-            ours = [uri for uri, slot in slots.items() if any(quirks.shows_image_under(slot, prefix) for prefix in prefixes)]
-            for uri in ours:
+            is_ours = {uri: quirks.shows_image_under(self._get(uri)[0], folder) for uri in self._find_slots()}
+            if not is_ours:
+                raise BmcError("no_virtual_media")  # a BMC that has just come back may show none yet
+            if any(is_ours.values()):
+                self._reach_boot_from_disk()  # first: while the media are in, it is known whose override it is
+            for uri in (uri for uri, ours in is_ours.items() if ours):
                 self._eject(uri)
-            if any(quirks.is_occupied(slot) for uri, slot in slots.items() if uri not in ours):
-                return bool(ours)
-            system = self._read_system()
-            from_cd = _boots_cd(self._boot(system)[1]) or _boots_cd(as_dict(system.get("Boot")))
-            if from_cd:
-                self._reach_boot_from_disk()
-            return bool(ours) or from_cd
+            if None in is_ours.values() and not any(is_ours.values()):
+                raise BmcError("protocol", "A CD slot holds an image and does not tell its path.")
+            return any(is_ours.values())
 
     def boot_from_media_once(self) -> None:
         with self._call():
@@ -586,10 +585,6 @@ def _power_of(system: dict[str, Any]) -> Power:
 
 def _boots_disk(boot: dict[str, Any]) -> bool:
     return boot.get("BootSourceOverrideEnabled") == "Disabled" or boot.get("BootSourceOverrideTarget") in (None, "None", "Hdd")
-
-
-def _boots_cd(boot: dict[str, Any]) -> bool:
-    return boot.get("BootSourceOverrideEnabled") in ("Once", "Continuous") and boot.get("BootSourceOverrideTarget") in ("Cd", "UsbCd")
 
 
 def _refused(error: Any, otherwise: str) -> BmcError:

@@ -105,11 +105,11 @@ class ImageStore:
         return shutil.disk_usage(self.root).free
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Alone with the folder. Blocks: while another import or removal runs."""
+    def lock(self, *, wait: bool = True) -> Iterator[None]:
+        """Alone with the folder. Blocks: while another import or removal runs; without `wait` it raises BlockingIOError then."""
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
         finally:
             os.close(fd)
@@ -142,8 +142,7 @@ class ImageStore:
 
         A manifest that can not be read keeps every chunk: what it needs is not known.
         """
-        for entry in _files(self.tmp):
-            os.unlink(entry.path)
+        self._empty_tmp()
         try:
             needed = {c.sha256 for m in self.list_manifests() for c in self.read_manifest(m).chunks}
         except ImageError:
@@ -154,15 +153,17 @@ class ImageStore:
 
     def remove_half_made(self) -> int:
         """What a killed import left in tmp/ is gone, unless somebody holds the lock, who does it himself; returns how many files."""
-        with open(self.root / "lock", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return 0
-            found = list(_files(self.tmp))
-            for entry in found:
-                os.unlink(entry.path)
-            return len(found)
+        try:
+            with self.lock(wait=False):
+                return self._empty_tmp()
+        except BlockingIOError:
+            return 0
+
+    def _empty_tmp(self) -> int:
+        found = list(_files(self.tmp))
+        for entry in found:
+            os.unlink(entry.path)
+        return len(found)
 
     def _write(self, path: Path, data: bytes) -> None:
         fd, name = tempfile.mkstemp(dir=self.tmp)

@@ -33,6 +33,7 @@ LIVE_BYTES = 2 * 1024
 NETWORK_FILE = "repave-network"  # the slot's static settings as one line for /init: MAC ADDRESS PREFIX GATEWAY|- VLAN|- [DNS...]
 COMMAND_LINE = "console=tty0 console=ttyS0,115200 quiet panic=30 scsi_mod.scan=sync"  # sync: modprobe returns when the disks are there
 
+WORK_PREFIX = ".repave-iso-"  # what a killed build leaves is swept by this name
 _EPOCH = "2020010100000000"  # of the ISO, so that the same files give the same bytes
 _SLOT_MARK = b"REPAVE-SLOT-0d9b2f6c5e7a4c1f8b3e"
 _LIVE_MARK = b"# REPAVE-LIVE-6a1c94e27b5d40f3a8de\n"
@@ -43,7 +44,7 @@ _EFI_IMAGE_BYTES = 6 * 1024 * 1024  # shim 1.0, gcdx64 2.5-4, room for later one
 
 def build_iso(files: BootFiles, out: Path) -> None:
     """`out` is the inert ISO, whole or not at all. Needs xorriso, mtools, dosfstools."""
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix="iso-") as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=WORK_PREFIX) as folder:
         work = Path(folder)
         boot = work / "disc/boot"
         (boot / "grub").mkdir(parents=True)

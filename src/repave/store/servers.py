@@ -11,7 +11,6 @@ import sqlalchemy as sa
 
 from repave.domain.model import Host, Instance, InstanceState, Server
 from repave.domain.own_host import says_something
-from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.store import rows
 from repave.store.database import Database, new_id
@@ -27,12 +26,12 @@ _ALIKE = sa.select(SERVERS).where(
     ),
 )
 _CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
+_MEDIA_OUT = _CHANGE.where(SERVERS.c.media_run_id == sa.bindparam("run_id"))
 _NEW_SERVER, _NEW_INSTANCE = sa.insert(SERVERS), sa.insert(INSTANCES)
-# Whose drive may hold the media of a run that is over; not those that are locked, that a run owns, or that a backup's run may have left (ADR 2).
+# Whose drive may hold the media of a run that is over; not those that are locked or that a run owns.
 _LEFT_MEDIA = sa.select(SERVERS.c.id, SERVERS.c.media_run_id).where(
     SERVERS.c.media_run_id.is_not(None),
     SERVERS.c.locked_at.is_(None),
-    sa.exists().where(RUNS.c.id == SERVERS.c.media_run_id, RUNS.c.outcome != Ending.RESTORED.value),
     ~sa.exists().where(RUNS.c.server_id == SERVERS.c.id, RUNS.c.ended_at.is_(None)),
 )
 _IS_LEFT = _LEFT_MEDIA.where(SERVERS.c.id == sa.bindparam("server_id"), SERVERS.c.media_run_id == sa.bindparam("run_id"))
@@ -180,10 +179,15 @@ class Servers:
         with self._db.write() as conn:
             conn.execute(_CHANGE, {"server_id": server_id, "power": power, "power_at": self._db.now()})
 
-    def record_media(self, server_id: str, run_id: str | None) -> None:
-        """From now on this run's media may be in the server's drive; None: none of ours are."""
+    def record_media(self, server_id: str, run_id: str) -> None:
+        """From now on this run's media may be in the server's drive."""
         with self._db.write() as conn:
             conn.execute(_CHANGE, {"server_id": server_id, "media_run_id": run_id})
+
+    def record_media_out(self, server_id: str, run_id: str) -> bool:
+        """This run's media are out; those of another stay recorded, as a later run has its own. Returns whether they were recorded."""
+        with self._db.write() as conn:
+            return _media_are_out(conn, server_id, run_id)
 
     def list_left_media(self) -> dict[str, str]:
         """By server, the run that is over and whose media may still be in the drive; only servers that nobody works on or has locked."""
@@ -194,10 +198,9 @@ class Servers:
         return self._db.row(_IS_LEFT, server_id=server_id, run_id=run_id) is not None
 
     def record_left_media_out(self, server_id: str, run_id: str, *, found: bool) -> None:
-        """They are out, by compare-and-set: a run that was admitted meanwhile has media of its own. `found`: they had to be taken out."""
+        """As `record_media_out`, after the run's end. `found`: they had to be taken out."""
         with self._db.write() as conn:
-            still = sa.and_(SERVERS.c.id == server_id, SERVERS.c.media_run_id == run_id)
-            if conn.execute(sa.update(SERVERS).where(still).values(media_run_id=None)).rowcount and found:
+            if _media_are_out(conn, server_id, run_id) and found:
                 run = conn.execute(sa.select(RUNS.c.project_id, RUNS.c.batch_id).where(RUNS.c.id == run_id)).one()
                 self._db.event(conn, "run.media-out", run.project_id, batch_id=run.batch_id, run_id=run_id, server_id=server_id)
 
@@ -223,3 +226,7 @@ class Servers:
     def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
         row = self._db.row(_INSTANCE, project=project_id, instance=instance_id)
         return rows.instance(row) if row else None
+
+
+def _media_are_out(conn: sa.Connection, server_id: str, run_id: str) -> bool:
+    return conn.execute(_MEDIA_OUT, {"server_id": server_id, "run_id": run_id, "media_run_id": None}).rowcount == 1

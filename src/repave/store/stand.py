@@ -14,7 +14,7 @@ from repave.domain.states import Ending
 from repave.errors import RepaveError
 from repave.store.database import Database
 from repave.store.endings import end_run
-from repave.store.tables import EVENTS, MARKS, RUNS
+from repave.store.tables import EVENTS, MARKS, RUNS, SERVERS
 
 _MARK = "generation"
 _OVER = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
@@ -47,6 +47,7 @@ def end_restored_runs(db: Database, *, above: int, why: str) -> tuple[Stand, lis
         live = list(conn.execute(sa.select(RUNS.c.id).where(RUNS.c.ended_at.is_(None)).order_by(RUNS.c.id)).scalars())
         for run_id in live:
             end_run(db, conn, run_id, Ending.RESTORED, RepaveError("restored", why).as_json())
+        conn.execute(sa.update(SERVERS).values(media_run_id=None))  # no BMC is asked because of an old state (ADR 2)
         _cancel_workflows(db, conn)
         stand = _raise(conn, above)
         db.event(conn, "site.restored", "", runs=len(live), generation=stand.generation)

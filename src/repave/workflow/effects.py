@@ -154,7 +154,7 @@ class ServerEffects:
                 bmc.power_off(graceful_s=self.places.graceful_s)
             elif run.step is Step.POWER_OFF:
                 bmc.wait_for_off(self.places.graceful_s)
-            self._take_media_out(bmc, server)
+            self._take_media_out(bmc, server, run_id)
             if run.found_state is InstanceState.RUNNING:
                 bmc.power_on()
         power = Power.ON if run.found_state is InstanceState.RUNNING else Power.OFF
@@ -169,7 +169,7 @@ class ServerEffects:
         _, server, _ = self._about(run_id)
         with self.open_bmc(server) as bmc:
             bmc.power_off()
-            self._take_media_out(bmc, server)
+            self._take_media_out(bmc, server, run_id)
         self.store.servers.record_power(server.id, Power.OFF.value)
         return None
 
@@ -182,7 +182,7 @@ class ServerEffects:
             if run.step is not Step.FIRST_BOOT:
                 self.store.runs.record_step(run_id, Step.BOOT_NEW_OS)
                 bmc.power_off()
-                self._take_media_out(bmc, server)
+                self._take_media_out(bmc, server, run_id)
                 # Recorded before power is on: killed after it, we must not cut short a first boot that has erased its config drive.
                 self.store.runs.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
@@ -203,10 +203,11 @@ class ServerEffects:
         self.store.sealer.destroy_run(run_id)
         return None
 
-    def _take_media_out(self, bmc: Bmc, server: Server) -> None:
-        bmc.eject_media()
+    def _take_media_out(self, bmc: Bmc, server: Server, run_id: str) -> None:
+        """The override first: where only that could be done, the media that are still in say whose it was (media_sweep.py)."""
         bmc.boot_from_disk()
-        self.store.servers.record_media(server.id, None)
+        bmc.eject_media()
+        self.store.servers.record_media_out(server.id, run_id)
 
     def _verify_image(self, batch_id: str, manifest_sha256: str) -> None:
         """Every chunk has its digest: read once a batch, not once a run."""
@@ -254,13 +255,13 @@ class ServerEffects:
 
 def media_urls(places: Places, store: Store, run_id: str) -> tuple[str, ...]:
     """This run's media by each protocol; the path can not be guessed, and holds no `?` or `=` (Supermicro refuses them)."""
-    name = f"{store.sealer.derive_for_run(run_id, 'media')}/boot.iso"
-    return tuple(prefix + name for prefix in media_prefixes(places, run_id))
+    path = f"{media_folder(run_id)}{store.sealer.derive_for_run(run_id, 'media')}/boot.iso"
+    return tuple(url.rstrip("/") + path for url in places.media_urls)
 
 
-def media_prefixes(places: Places, run_id: str) -> tuple[str, ...]:
-    """What the URLs of this run's media begin with, also when its keys are gone."""
-    return tuple(f"{url.rstrip('/')}/media/{run_id}/" for url in places.media_urls)
+def media_folder(run_id: str) -> str:
+    """What the URLs of this run's media have in them and no others, also when its keys are gone or `media_url` is another."""
+    return f"/media/{run_id}/"
 
 
 def verify_identity(server: Server, inventory: dict[str, Any]) -> None:

@@ -120,6 +120,7 @@ class DbosRun:
                     if not is_unavailable(error):
                         raise
                     if pause_s is None:  # no end of the run: `_revive` has the step done again
+                        log.warning("workflow stands still: the database or a disk", run_id=self.run_id, step=name, error=type(error).__name__)
                         raise NotRecorded from None
                     await asyncio.sleep(pause_s)
 

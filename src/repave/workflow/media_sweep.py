@@ -16,10 +16,11 @@ import structlog
 
 from repave.errors import RunFailed
 from repave.store import Store
-from repave.workflow.effects import OpenBmc, Places, media_prefixes
+from repave.workflow.effects import OpenBmc, media_folder
 from repave.workflow.lease import LeaseGiven, LeaseLapsed
 
 LONGEST_PAUSE = 12  # looks: a BMC that is gone for good is asked once an hour
+NEVER = timedelta(days=3650)  # in this life
 
 log = structlog.get_logger()
 
@@ -27,8 +28,8 @@ log = structlog.get_logger()
 class MediaSweep:
     """Looks for media that were left, every `every_s` seconds."""
 
-    def __init__(self, store: Store, open_bmc: OpenBmc, places: Places, *, every_s: float) -> None:
-        self._store, self._open_bmc, self._places, self._every = store, open_bmc, places, timedelta(seconds=every_s)
+    def __init__(self, store: Store, open_bmc: OpenBmc, *, every_s: float) -> None:
+        self._store, self._open_bmc, self._every = store, open_bmc, timedelta(seconds=every_s)
         self._failed: dict[str, tuple[int, datetime]] = {}  # by run: how often it was tried for nothing, and when it is tried again
         self._stop = threading.Event()
 
@@ -47,18 +48,23 @@ class MediaSweep:
         """What was left is out, where its BMC lets us and it is time to ask it again."""
         left = self._store.servers.list_left_media()
         self._failed = {run_id: failed for run_id, failed in self._failed.items() if run_id in left.values()}
-        for server_id, run_id in left.items():
-            times, again_at = self._failed.get(run_id, (0, self._store.now()))
-            if self._stop.is_set() or self._store.now() < again_at:
+        for server_id, run_id in sorted(left.items(), key=lambda item: self._failed.get(item[1], (0,))[0]):  # those that are away cost seconds each
+            times, again_at = self._failed.get(run_id, (0, None))
+            if self._stop.is_set() or (again_at is not None and self._store.now() < again_at):
                 continue
             try:
                 self._take_out(server_id, run_id)
             except (LeaseLapsed, LeaseGiven):  # other workers look too
                 return
-            except RunFailed as failure:
+            except Exception as error:  # one server's trouble is not the others'
+                why = error.slug if isinstance(error, RunFailed) else type(error).__name__
+                if why == "stale-run":
+                    continue
                 if times == 0:  # later ones say nothing new
-                    log.info("media stay in until the BMC lets us", server_id=server_id, run_id=run_id, why=failure.slug)
-                self._failed[run_id] = (times + 1, self._store.now() + self._every * min(2**times, LONGEST_PAUSE))
+                    say = log.info if isinstance(error, RunFailed) else log.warning
+                    say("media stay in until the BMC lets us", server_id=server_id, run_id=run_id, why=why)
+                pause = NEVER if why == "auth" else self._every * min(2**times, LONGEST_PAUSE)  # a refused login locks the account in the end
+                self._failed[run_id] = (times + 1, self._store.now() + pause)
 
     def _take_out(self, server_id: str, run_id: str) -> None:
         def is_left() -> bool:
@@ -71,7 +77,7 @@ class MediaSweep:
         if not is_left():  # the look may have taken minutes
             return
         with self._open_bmc(self._store.servers.get_server(server_id), require) as bmc:
-            found = bmc.withdraw_media(media_prefixes(self._places, run_id))
+            found = bmc.withdraw_media(media_folder(run_id))
         self._store.servers.record_left_media_out(server_id, run_id, found=found)
         if found:
             log.info("media taken out after the end", server_id=server_id, run_id=run_id)
