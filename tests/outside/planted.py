@@ -57,7 +57,7 @@ BUGS = (
         "I11 ", ("lab01",)),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 ", ("lab01",)),
     Bug("a run's keys outlive it", _EFFECTS, _END, "", "I13 ", ("lab01",)),
-    Bug("media stay in", _EFFECTS, "        bmc.eject_media()\n        bmc.boot_from_disk()", "        bmc.boot_from_disk()", "I13 ", ("lab01",)),
+    Bug("media stay in", _EFFECTS, "        bmc.boot_from_disk()\n        bmc.eject_media()\n", "        bmc.boot_from_disk()\n", "I13 ", ("lab01",)),
     Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
         "            with self.open_bmc(self.store.servers.list_servers(server.project_id)[0][-1]) as other:\n                other.power_off()\n"
         "            forced = bmc.power_off(", "I14 ", ("lab01",)),

@@ -49,7 +49,7 @@ BUGS = (
         "I11 "),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
     Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),
-    Bug("media stay in", _EFFECTS, "        bmc.eject_media()\n        self.store.servers.record_media_out(server.id, run_id)\n", "", "I13 "),
+    Bug("media stay in", _EFFECTS, "        bmc.boot_from_disk()\n        bmc.eject_media()\n", "        bmc.boot_from_disk()\n", "I13 "),
     Bug("media that a BMC kept are forgotten", _SWEEP, "            found = bmc.withdraw_media(media_folder(run_id))",
         "            found = False", "I13 "),
     Bug("another server is powered off", _EFFECTS, "            forced = bmc.power_off(",
