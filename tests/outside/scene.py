@@ -40,7 +40,8 @@ def play(folder: Path, names: list[str], *, twice: bool = False) -> list[str]:
         with machine.root_disk.open("r+b") as disk:  # an old system's data, where the image has zeros
             disk.seek(1 << 20)
             disk.write(b"\xa5" * (15 << 20))
-    set_faults(folder / "rack", {name: [fault] for name, fault in FAULTS.items() if name in names})
+    faults = {name: [fault] for name, fault in FAULTS.items() if name in names}
+    set_faults(folder / "rack", {name: ["hold-media"] for name in names} if twice else faults)
     watch = Watch(place_of_rack(folder, lab, [PASSWORD]))
     watch.begin()
     try:
@@ -48,8 +49,8 @@ def play(folder: Path, names: list[str], *, twice: bool = False) -> list[str]:
             if of:
                 _put(watch, lab, image, of)
         if twice:
-            time.sleep(1)
             _put(watch, lab, "tiny-1", names)
+            set_faults(folder / "rack", faults)
         if "lab04" in names:
             _damage(client, folder)
         return watch.judge()
