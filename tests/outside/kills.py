@@ -165,8 +165,8 @@ def kill_in_a_batch(site: Site, rng: random.Random, number: int, at_most: int) -
         site.spawn()
     site.start()
     broken = watch.judge()
-    runs = watch.rows(f"SELECT outcome FROM runs WHERE created_at > '{watch.began_at}'")
-    broken += [f"I0 a run ended {run['outcome']}" for run in runs if run["outcome"] != "proved"]
+    runs = watch.rows(f"SELECT outcome, error FROM runs WHERE created_at > '{watch.began_at}'")
+    broken += [f"I0 a run ended {run['outcome']}: {run['error']}" for run in runs if run["outcome"] != "proved"]
     return kills, len(runs), broken
 
 
