@@ -171,7 +171,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
-    waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s, settings.return_pause_s)
+    waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s, settings.forward_pause_s, settings.return_pause_s)
     times = LeaseTimes(settings.worker_beat_s, settings.worker_fence_s, settings.worker_lease_s)
     lock = settings.data_dir / "worker.lock"
     engine = Engine(store, settings.database_url, lock, waits=waits, times=times, shared=(secret_dir, settings.images_dir))

@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the ramdisk must have said hello.")
     written_s: float = Field(default=24 * 3600, gt=0, description="Seconds from the plan until the image must be written and verified, however well it moves.")
     proof_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the new OS must have called home.")
+    forward_pause_s: float = Field(default=10, gt=0, description="Seconds between two tries of inserting media or of booting from them, four in all.")
     return_pause_s: float = Field(default=60, gt=0, description="Seconds between two tries of giving a server back or of switching it off, four in all.")
     media_sweep_s: float = Field(default=300, gt=0, description="Seconds between two looks for boot media that were left in drives because a BMC was away.")
     reinstall_timeout_s: float = Field(

@@ -36,7 +36,7 @@ from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
 from repave.workflow.reinstall import Waits
 
-PATIENT = Waits(agent_ready_s=30, written_s=30, proof_s=30, return_pause_s=0.05)
+PATIENT = Waits(agent_ready_s=30, written_s=30, proof_s=30, forward_pause_s=0.05, return_pause_s=0.05)
 HASTY_S = 1.0
 WAITS = {"agent-ready": "agent_ready_s", "written": "written_s", "report": "written_s", "proof": "proof_s"}
 AFTER_SILENCE = {"agent-ready": "returned", "written": "returned", "report": "write-failed", "proof": "unproved"}

@@ -105,7 +105,7 @@ def _once() -> list[Cell]:
         cells += [Cell(call, fault, "running", beside=beside) for fault in ONCE]
         if call.name in _STALE:
             cells.append(Cell(call, "stale", _STALE[call.name], beside=beside))
-    cells += [Cell(MEDIA, fault, _MEDIA.get(fault, "running")) for fault in (*ONCE, "slow")]
+    cells += [Cell(MEDIA, fault, "running") for fault in (*ONCE, "slow")]
     cells += [Cell(CUT, fault, "running", beside=_PACE) for fault in ("black-hole", "reset", "lost-answer")]
     for call in BMC:
         cells += [Cell(call, fault, _BMC.get((call.name, fault), "running")) for fault in (*ONCE, "ignored", "elsewhere")]
@@ -117,9 +117,8 @@ _STALE = {
     "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
     "cross": "returned", "report": "stopped-whole", "call-home": "unheard",
 }  # fmt: skip
-_MEDIA = dict.fromkeys(("black-hole", "reset", "status", "truncated", "lost-answer"), "returned")  # the BMC says that it could not fetch them
-# A request that never arrives, or arrives elsewhere, is not sent again: before the line that ends the run, after it the step is done again a minute later.
-_BMC = {(call.name, fault): "returned" for call in (INSERT, OVERRIDE, POWER_ON) for fault in ("black-hole", "reset", "ignored", "elsewhere")}
+# Before the line a request is sent once more when the step is done again, some seconds later; a BMC that is another machine is asked no more.
+_BMC = {(call.name, "elsewhere"): "returned" for call in (INSERT, OVERRIDE, POWER_ON)}
 
 
 def _always() -> list[Cell]:

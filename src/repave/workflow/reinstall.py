@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from repave.domain.states import Ending
-from repave.errors import RunFailed
+from repave.errors import RunFailed, Who
 from repave.workflow.run import Json, Run
 
 
@@ -26,6 +26,8 @@ class Waits:
     written_s: float = 24 * 60 * 60
     # Firmware again, then the OS's own first boot (54 s for Debian in the lab; a relabelling or updating OS takes many minutes).
     proof_s: float = 30 * 60
+    # Between tries before the line: a worker that served the boot media starts anew, a BMC lost a request. The server is off meanwhile.
+    forward_pause_s: float = 10.0
     # Putting back the old OS: the BMC may just be rebooting itself, which takes up to 3 minutes on iDRAC and iLO.
     return_pause_s: float = 60.0
 
@@ -57,8 +59,8 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
         await run.step("preflight", do.preflight)
         touched = True
         await run.step("power-off", do.power_off)
-        await run.step("insert-media", do.insert_media)
-        await run.step("boot-ramdisk", do.boot_ramdisk)
+        await insist(run, "insert-media", do.insert_media, waits.forward_pause_s, on=is_passing)
+        await insist(run, "boot-ramdisk", do.boot_ramdisk, waits.forward_pause_s, on=is_passing)
         await run.wait_for("agent-ready", waits.agent_ready_s)
         await run.step("plan", do.plan)
         # ════ the line: in here the agent asks to cross, and the store commits it ════
@@ -73,7 +75,7 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
 
     # The image is verified on the disk: from here on the server stays on, whatever happens, unless another disk booted.
     try:
-        await insist(run, "boot-new-os", do.boot_new_os, waits)
+        await insist(run, "boot-new-os", do.boot_new_os, waits.return_pause_s)
         await run.wait_for("proof", waits.proof_s)
         await run.step("verify-proof", do.verify_proof)
     except RunFailed as error:
@@ -93,7 +95,7 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed | None, 
     if not touched:
         return await end(run, do, ending, cause)
     try:
-        await insist(run, "return", do.return_what_was_found, waits)
+        await insist(run, "return", do.return_what_was_found, waits.return_pause_s)
     except RunFailed as failure:
         first = f"First: {cause} " if cause else "The rehearsal itself went well. "
         return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"{first}Then: {failure}"))
@@ -103,21 +105,28 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed | None, 
 async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Waits) -> str:
     """After the line without a verified image, or with a proof from another disk: power off, media out, error."""
     try:
-        await insist(run, "stop", do.power_off_and_eject, waits)
+        await insist(run, "stop", do.power_off_and_eject, waits.return_pause_s)
     except RunFailed as failure:
         cause = RunFailed(cause.slug, f"{cause.detail} It could not be powered off: {failure}".strip(), **cause.context)
     return await end(run, do, Ending.WRITE_FAILED, cause)
 
 
-async def insist(run: Run, name: str, effect: Callable[[str], Json], waits: Waits) -> None:
-    """The step is done; a BMC that is busy or away for some minutes is waited for. Raises the last RunFailed."""
+async def insist(run: Run, name: str, effect: Callable[[str], Json], pause_s: float, *, on: Callable[[RunFailed], bool] = lambda _: True) -> None:
+    """The step is done; where it failed with what `on` holds for, it is tried again, `TRIES` in all. Raises the last RunFailed."""
     for attempt in range(1, TRIES):
         try:
             await run.step(f"{name}-{attempt}", effect)
             return
-        except RunFailed:
-            await run.sleep(waits.return_pause_s)
+        except RunFailed as error:
+            if not on(error):
+                raise
+            await run.sleep(pause_s)
     await run.step(f"{name}-{TRIES}", effect)
+
+
+def is_passing(error: RunFailed) -> bool:
+    """A BMC that was busy or away, or did not do what it was asked: it may at the next try. Not a cancel, a deadline, a wrong password."""
+    return error.problem.who is Who.BMC and error.problem.retryable
 
 
 async def end(run: Run, do: Effects, ending: Ending, error: RunFailed | None) -> str:
