@@ -108,7 +108,7 @@ def _once() -> list[Cell]:
     cells += [Cell(MEDIA, fault, "running") for fault in (*ONCE, "slow")]
     cells += [Cell(CUT, fault, "running", beside=_PACE) for fault in ("black-hole", "reset", "lost-answer")]
     for call in BMC:
-        cells += [Cell(call, fault, _BMC.get((call.name, fault), "running")) for fault in (*ONCE, "ignored", "elsewhere")]
+        cells += [Cell(call, fault, "running") for fault in (*ONCE, "ignored", "elsewhere")]
     return cells
 
 
@@ -117,8 +117,6 @@ _STALE = {
     "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
     "cross": "returned", "report": "stopped-whole", "call-home": "unheard",
 }  # fmt: skip
-# Before the line a request is sent once more when the step is done again, some seconds later; a BMC that is another machine is asked no more.
-_BMC = {(call.name, "elsewhere"): "returned" for call in (INSERT, OVERRIDE, POWER_ON)}
 
 
 def _always() -> list[Cell]:

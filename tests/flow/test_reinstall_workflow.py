@@ -47,6 +47,8 @@ class Machine:
     actions: list[str] = field(default_factory=list)
     silent: set[str] = field(default_factory=set)  # events that never come
     refuses: set[str] = field(default_factory=set)  # BMC calls that fail for good
+    refuses_once: set[str] = field(default_factory=set)
+    refusal: str = "power_failed"
     proof_serial: str = "DISK-1"
     serial: str = "SER-1"
     uuid: str = "uuid-1"
@@ -54,8 +56,9 @@ class Machine:
 
     def do(self, action: str) -> None:
         self.actions.append(action)
-        if action in self.refuses:
-            raise BmcError("power_failed", action)
+        if action in self.refuses | self.refuses_once:
+            self.refuses_once.discard(action)
+            raise BmcError(self.refusal, action)
 
     # Bmc
     def probe(self) -> BmcFacts:
@@ -301,6 +304,20 @@ def test_a_bmc_that_fails_for_good_before_the_line_leaves_the_old_os_running(wor
     assert (after.state, after.operation_state.value) == (InstanceState.RUNNING, "reinstall-failed")
     assert (world.machine.os, world.machine.disk, world.machine.media) == ("old-os", "old-os", "")
     assert after.error["code"].startswith("Repave.2")
+
+
+@pytest.mark.parametrize("call", ["insert_media", "boot_from_media_once", "power_on"])
+def test_what_a_bmc_does_not_do_at_the_first_try_costs_no_run(world, call):
+    world.machine.refuses_once = {call}
+    assert world.play(world.journal()) == "proved"
+    assert (world.machine.os, world.machine.media) == ("new-os", "")
+
+
+@pytest.mark.parametrize(("refusal", "tries"), [("busy", 4), ("auth", 1)])
+def test_only_a_refusal_that_may_pass_is_met_with_another_try(world, refusal, tries):
+    world.machine.refuses, world.machine.refusal = {"insert_media"}, refusal
+    assert world.play(world.journal()) == "returned"
+    assert world.machine.actions.count("insert_media") == tries
 
 
 def test_an_os_that_still_runs_is_not_cut_by_the_return(world):
