@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,8 @@ def reinstall_all(client: Client, lab: Json) -> float:
     batch = client.items("/batches", limit=1)[0]["id"]
     watch(client, batch)
     seconds = time.monotonic() - sent_at
-    for instance in lab["instances"]:
-        verify_login(instance, password, known.get(instance["id"], OLD_PASSWORD))
+    with ThreadPoolExecutor(COUNT) as pool:  # an emulated machine takes some seconds for each key exchange
+        list(pool.map(lambda i: verify_login(i, password, known.get(i["id"], OLD_PASSWORD)), lab["instances"]))
     show_waterfall(client, batch)
     return seconds
 
