@@ -86,7 +86,7 @@ class Steps:
 
 def save(world: World) -> None:
     """The machine outlives our processes."""
-    value = asdict(world.machine) | {"power": world.machine.power.value, "silent": [], "refuses": [], "actions": []}
+    value = asdict(world.machine) | {"power": world.machine.power.value, "silent": [], "refuses": [], "refuses_once": [], "actions": []}
     new = world.folder / f"machine.{threading.get_ident()}"
     new.write_text(json.dumps(value))
     new.replace(world.folder / "machine.json")
@@ -94,7 +94,7 @@ def save(world: World) -> None:
 
 def load(world: World) -> None:
     value = json.loads((world.folder / "machine.json").read_text())
-    world.machine.__dict__.update(value | {"power": Power(value["power"]), "silent": set(), "refuses": set()})
+    world.machine.__dict__.update(value | {"power": Power(value["power"]), "silent": set(), "refuses": set(), "refuses_once": set()})
 
 
 def play_machine(world: World) -> None:
