@@ -50,7 +50,7 @@ crashes: install ## The service dies at every point of every ending, then twice:
 	@$(VENV)/bin/python tests/simulation/crash_points.py --pairs $(or $(PAIRS),2000)
 
 faults: install ## Faults at the wire: every request of a reinstall and of the BMC driver; ONLY= part of a cell's name
-	@$(VENV)/bin/python tests/flow/faults.py $(if $(ONLY),--only "$(ONLY)")
+	@PYTHONPATH=tests/outside $(VENV)/bin/python -u tests/flow/faults.py $(if $(ONLY),--only "$(ONLY)")
 
 sabotage: install ## Each observer's planted bug must be found, in the simulator and on real racks (10 minutes)
 	@$(VENV)/bin/python tests/sabotage.py
