@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import pytest
 from conftest import wait_until
@@ -121,6 +126,38 @@ def test_a_service_that_is_stopped_in_order_while_bmcs_fetch_media_goes_on_after
     wait_until(lambda: find_service(lab.folder) is None, deadline_s=30, what=lambda: "the service did not end")
     lab.start_service()
     assert_ended_once(lab, batch, lab.names[:2], "tiny-1", before)
+
+
+def test_a_start_that_would_strand_runs_of_another_version_is_refused_and_their_own_version_ends_them(lab):
+    before = consoles(lab)
+    lab.set_faults(lab01="hold-media")
+    lab.reinstall(["lab01"], "tiny-1")
+    batch = lab.newest_batch()
+    wait_for_held_media(lab, batch, ["lab01"])
+    lab.kill_service()
+    lab.set_faults()
+    with begun_by_version(lab, "0"):
+        start = [sys.executable, "-m", "repave.cli.main", "serve", str(lab.folder / "site")]
+        refused = subprocess.run(start, capture_output=True, text=True, timeout=60, check=False)
+        assert refused.returncode and "Repave.9026" in refused.stderr and "version 0" in refused.stderr, refused.stderr
+        assert lab.bmc("lab01")["power"] == "Off"  # as it was left: nothing was asked of it
+    lab.start_service()
+    assert_ended_once(lab, batch, ["lab01"], "tiny-1", before)
+
+
+@contextmanager
+def begun_by_version(lab, version: str) -> Iterator[None]:
+    """For the block, what is under way was begun by this version of the workflow."""
+    with closing(sqlite3.connect(lab.folder / "site/repave-data/repave.db")) as db:
+        change, under_way = "UPDATE workflow_status SET application_version = ?", "WHERE status = 'PENDING'"
+        (own,) = db.execute(f"SELECT DISTINCT application_version FROM workflow_status {under_way}").fetchone()
+        db.execute(f"{change} {under_way}", (version,))
+        db.commit()
+        try:
+            yield
+        finally:
+            db.execute(f"{change} {under_way}", (own,))
+            db.commit()
 
 
 @pytest.mark.parametrize("seed", [20261124])

@@ -198,7 +198,7 @@ def main() -> None:
     done = {kind: kill_on(kind, args.kills // len(kinds), args.seed) if kind in kinds else Count() for kind in ("sqlite", "postgresql")}
     kills, runs, violations = (sum(getattr(d, what) for d in done.values()) for what in ("kills", "runs", "violations"))
     print(f"kills: {kills} SIGKILLs ({done['sqlite'].kills} on SQLite, {done['postgresql'].kills} on PostgreSQL), {runs} reinstalls, {violations} violations")
-    sys.exit(violations > 0)
+    sys.exit(violations > 0 or kills < args.kills)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
 from repave.workflow.run import Json, Run, open_message
 
 QUEUE = "reinstalls"
-APPLICATION_VERSION = "2"  # changes only with the order or names of the workflow's steps
+APPLICATION_VERSION = "2"  # changes with the order or names of the workflow's steps, and with which errors (errors.py) it tries again after
 CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
@@ -105,9 +105,10 @@ class DbosRun:
                     return effect(self.run_id)
                 except LeaseLapsed:  # nobody took the run over: the effect is begun anew
                     continue
-                except RunFailed:
+                except RunFailed as error:
                     if self._lease.is_given():  # our listeners are closed, so this may be our own doing: the step is done again in the next life
                         raise LeaseGiven from None
+                    log.warning("step failed", run_id=self.run_id, step=name, error=error.slug)
                     raise
 
         async def call() -> Json:
@@ -162,6 +163,7 @@ class Engine:
         self.lease.take()
         try:
             first()
+            self._refuse_orphans()
         except BaseException:
             self.lease.give()
             raise
@@ -189,6 +191,20 @@ class Engine:
         reconciler = threading.Thread(target=self._reconcile_forever, name="reconciler", daemon=True)
         reconciler.start()
         self._threads = [thread, reconciler]
+
+    def _refuse_orphans(self) -> None:
+        """Raises upgrade-unfinished where live runs were begun in a version that no worker has: nothing would go on with them until their deadline."""
+        table, engine = self._workflow_status, self.store.engine
+        if not sa.inspect(engine).has_table(table.name, schema=table.schema):
+            return
+        begun = sa.select(table.c.workflow_uuid, table.c.application_version).where(table.c.status.in_(("PENDING", "ENQUEUED")))
+        with engine.connect() as conn:
+            versions: dict[str, str | None] = {run_id: version for run_id, version in conn.execute(begun)}
+        known = {None, APPLICATION_VERSION, *self.lease.list_versions()}
+        orphans = [run.id for run in self.store.runs.list_runs(live=True) if versions.get(run.id) not in known]
+        if orphans:
+            others = ", ".join(sorted({str(versions[run_id]) for run_id in orphans}))
+            raise RepaveError("upgrade-unfinished", f"{len(orphans)} runs were begun by version {others} of the workflow; this one has {APPLICATION_VERSION}.")
 
     def _launch(self, effects: Effects) -> None:
         _keep_time(self.store.now)
@@ -274,11 +290,16 @@ class Engine:
 
     def _reconcile_forever(self) -> None:
         while not self._stop.wait(RECONCILE_S):
-            for part in (self._revive, self.reconcile):  # each for itself: the reaper does not depend on DBOS's tables
+            for part in (self._reap, self._revive, self.reconcile):  # each for itself: the reaper does not depend on DBOS's tables
                 try:
                     part()
                 except Exception as error:  # the next round may do better; a reconciler that died would be silence
                     log.error("reconcile failed", part=part.__name__, error=type(error).__name__)
+
+    def _reap(self) -> None:
+        for run_id in self.store.runs.reap():
+            log.error("run ended past its deadline", run_id=run_id)
+        self.store.runs.tell_late()
 
     def _revive(self) -> None:
         """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one ends them (NotRecorded), or they never began.
@@ -312,9 +333,6 @@ class Engine:
                 self._reconcile_run(run, statuses.get(run.id), now)
             except Exception as error:  # one run's trouble is not the others'
                 log.error("reconcile failed", run_id=run.id, error=type(error).__name__)
-        for run_id in self.store.runs.reap():
-            log.error("run ended past its deadline", run_id=run_id)
-        self.store.runs.tell_late()
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         old = self.store.sealer.list_keyed_runs(before=hour_ago)
         for orphan in self.store.sealer.list_keyed_runs() - live.keys():
@@ -347,4 +365,4 @@ class Engine:
     def _workflow_status(self) -> sa.TableClause:
         """DBOS's table of workflows, as much of it as we read."""
         schema = "dbos" if self.store.engine.dialect.name == "postgresql" else None
-        return sa.table("workflow_status", *map(sa.column, ("workflow_uuid", "status", "executor_id", "priority")), schema=schema)
+        return sa.table("workflow_status", *map(sa.column, ("workflow_uuid", "status", "executor_id", "priority", "application_version")), schema=schema)

@@ -159,6 +159,14 @@ class Lease:
         with self._engine.connect() as conn:
             return list(conn.execute(_LIVE).scalars())
 
+    def list_versions(self) -> list[str]:
+        """Of the workflow, that the other workers have. On SQLite there are no others."""
+        if self.alone:
+            return []
+        others = sa.select(WORKERS.c.application_version).where(~WORKERS.c.reaped, WORKERS.c.executor_id != self.executor_id)
+        with self._engine.connect() as conn:
+            return list(conn.execute(others).scalars())
+
     def _beat(self) -> None:
         while not self._stop.wait(self._times.beat_s):
             asked_at = _boot_s()
