@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from conftest import wait_until
+from dbos import DBOSClient
 from places import place_of_workers
 from watch import Watch
 
+import repave
 from repave.lab import scripted_os
 from repave.lab.workers import Worker, Workers, start_workers
+from repave.workflow.engine import APPLICATION_VERSION
 
 PASSWORD = "Flow-7!canary"
 COUNT = 6
@@ -179,6 +183,48 @@ def test_a_worker_that_ends_in_order_leaves_its_runs_to_the_other_at_once(site):
     assert took_s < LEASE_S
     site.start(leaving)
     assert_ended_once(site, leaving, batch, consoles)
+
+
+def test_an_upgrade_to_another_version_of_the_workflow_ends_each_run_in_the_version_it_began_in(site, tmp_path):
+    """As docs/operations.md says it: the new beside the old, the old one ended when no run of its version is left; and the way back."""
+    before, consoles = begin(site)
+    upgraded = busiest(site)
+    stays = other(site, upgraded)
+    wait_for_step(site, stays, before, "boot-ramdisk")
+    upgraded.kill(signal.SIGTERM)
+    site.balance(without=[upgraded])
+    assert upgraded.process.wait(30) == 0, upgraded.log.read_text()[-2000:]
+    site.start(upgraded, PYTHONPATH=str(copy_with_version(tmp_path, "next")))
+    try:
+        assert_ended_once(site, stays, before, consoles)
+        after, consoles = begin(site)
+        stays.kill(signal.SIGTERM)
+        site.balance(without=[stays])
+        assert stays.process.wait(30) == 0, stays.log.read_text()[-2000:]
+        assert_ended_once(site, upgraded, after, consoles)
+        assert [versions_of(site, batch) for batch in (before, after)] == [{APPLICATION_VERSION}, {"next"}]
+    finally:
+        upgraded.kill()
+        DBOSClient(system_database_url=site.url).set_latest_application_version(APPLICATION_VERSION)
+        for worker in site.workers:
+            if worker.process.poll() is not None:
+                site.start(worker)
+
+
+def copy_with_version(folder: Path, version: str) -> Path:
+    """A folder for PYTHONPATH with this product, its workflow said to be of another version."""
+    shutil.copytree(Path(repave.__file__).parent, folder / "repave", ignore=shutil.ignore_patterns("__pycache__"))
+    engine = folder / "repave/workflow/engine.py"
+    text, said = engine.read_text(), f'APPLICATION_VERSION = "{APPLICATION_VERSION}"'
+    assert text.count(said) == 1
+    engine.write_text(text.replace(said, f'APPLICATION_VERSION = "{version}"'))
+    return folder
+
+
+def versions_of(site: Workers, batch: str) -> set[str]:
+    query = "SELECT DISTINCT w.application_version FROM dbos.workflow_status w JOIN runs r ON r.id = w.workflow_uuid WHERE r.batch_id = :batch"
+    with site.engine.connect() as conn:
+        return set(conn.execute(sa.text(query), {"batch": batch}).scalars())
 
 
 def test_a_second_worker_with_another_key_or_other_folders_is_refused(site, tmp_path):
