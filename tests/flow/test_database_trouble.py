@@ -77,7 +77,9 @@ def small() -> Iterator[SmallSite]:
             patch.setenv("HUAWEICLOUD_SDK_HOME", str(folder))
             small = SmallSite(folder, rack_up(2, scripted=True, folder=folder, debian=False))
             import_image(small.client, build_heavy_image(folder / "heavy.raw"), name="heavy")
+            small.watch.begin()
             yield small
+            small.watch.close()
     finally:
         with contextlib.suppress(Exception):
             rack_down(folder)
