@@ -138,7 +138,7 @@ def live(world: World, url: str, act: Act | None, before: Act | None) -> dict[st
 def judge(world: World, engine: Engine, run_id: str, act: Act) -> list[str]:
     """The run is over, and so is its workflow: what is not as it must be."""
     store, machine, deadline = world.store, world.machine, time.monotonic() + 60
-    while store.runs.get_run(run_id).ended_at is None or engine._workflow_statuses().get(run_id) in ("ENQUEUED", "PENDING"):
+    while store.runs.get_run(run_id).ended_at is None or engine._workflow_statuses([run_id]).get(run_id) in ("ENQUEUED", "PENDING"):
         if time.monotonic() > deadline:
             return [f"{act.name}: still in {store.runs.get_run(run_id).step}"]
         time.sleep(0.02)
@@ -154,7 +154,7 @@ def judge(world: World, engine: Engine, run_id: str, act: Act) -> list[str]:
         "accepted, crossed, ended": (
             (kinds["run.accepted"], kinds["run.crossed"], kinds["run.ended"]), (1, int(act.ends != "returned"), 2 if act.ends == "late-proof" else 1),
         ),
-        "workflow": (engine._workflow_statuses()[run_id], "SUCCESS"),
+        "workflow": (engine._workflow_statuses([run_id])[run_id], "SUCCESS"),
         "keys": (sorted(p.name for p in (world.folder / "secret/run-keys").iterdir()), []),
     }  # fmt: skip
     if act.fails == "boot_new_os":  # nobody takes the media out of a server whose BMC does nothing

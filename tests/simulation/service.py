@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +58,8 @@ class Reconciler(Engine):
     def __init__(self, store: Store, disk: Disk) -> None:
         self.store, self._disk, self.when_idle = store, disk, lambda: None
 
-    def _workflow_statuses(self) -> dict[str, str]:
-        return dict(self._disk.queued)
+    def _workflow_statuses(self, run_ids: Collection[str]) -> dict[str, str]:
+        return {run_id: self._disk.queued[run_id] for run_id in run_ids if run_id in self._disk.queued}
 
 
 class _Request:

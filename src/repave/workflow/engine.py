@@ -14,7 +14,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -290,16 +290,11 @@ class Engine:
 
     def _reconcile_forever(self) -> None:
         while not self._stop.wait(RECONCILE_S):
-            for part in (self._reap, self._revive, self.reconcile):  # each for itself: the reaper does not depend on DBOS's tables
+            for part in (self._revive, self.reconcile):  # each for itself
                 try:
                     part()
                 except Exception as error:  # the next round may do better; a reconciler that died would be silence
                     log.error("reconcile failed", part=part.__name__, error=type(error).__name__)
-
-    def _reap(self) -> None:
-        for run_id in self.store.runs.reap():
-            log.error("run ended past its deadline", run_id=run_id)
-        self.store.runs.tell_late()
 
     def _revive(self) -> None:
         """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one ends them (NotRecorded), or they never began.
@@ -323,11 +318,14 @@ class Engine:
 
     def reconcile(self) -> None:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
+        for run_id in self.store.runs.reap():  # first: the reaper does not depend on DBOS's tables
+            log.error("run ended past its deadline", run_id=run_id)
+        self.store.runs.tell_late()
         now = self.store.now()
         live = {run.id: run for run in self.store.runs.list_runs(live=True)}
         if not live:
             self.when_idle()
-        statuses = self._workflow_statuses()
+        statuses = self._workflow_statuses(live)
         for run in live.values():
             try:
                 self._reconcile_run(run, statuses.get(run.id), now)
@@ -356,10 +354,10 @@ class Engine:
         elif run.ready_at and run.report is None and now > run.deadline_at:
             self.store.runs.tell_overdue(run.id)
 
-    def _workflow_statuses(self) -> dict[str, str]:
-        table = self._workflow_status
+    def _workflow_statuses(self, run_ids: Collection[str]) -> dict[str, str]:
+        c = self._workflow_status.c
         with self.store.engine.connect() as conn:
-            return {r.workflow_uuid: r.status for r in conn.execute(sa.select(table.c.workflow_uuid, table.c.status))}
+            return {r.workflow_uuid: r.status for r in conn.execute(sa.select(c.workflow_uuid, c.status).where(c.workflow_uuid.in_(run_ids)))}
 
     @property
     def _workflow_status(self) -> sa.TableClause:
