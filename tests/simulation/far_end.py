@@ -419,9 +419,8 @@ class Agent:
             self.time.leave()
 
     def _boot_local(self) -> None:
-        if not self.guest:
-            self.time.sleep(20)
-            self.m.boot_disk(self.boot)
+        if not self.guest:  # a boot of its own: a server without a system comes back to its media, for as long as they are in
+            self.time.spawn(f"{self.m.name} boots on", lambda: self.m.boot_disk(self.boot), life=self.m.life, after=20)
 
     def _stage(self, stage: str) -> None:
         """Here the agent, or its whole machine, may die."""

@@ -149,13 +149,13 @@ _SITUATIONS = {(after.state.value, after.operation.value if after.operation else
 def history(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
     """I12: what the client saw is a path of the table; nothing leaves an end without a new run, but for a late proof."""
     polls, broken = world.seen[name].polls, []
-    for (_, state, operation, _), (at, after, after_operation, error) in itertools.pairwise(polls):
+    for (before, state, operation, _), (at, after, after_operation, error) in itertools.pairwise(polls):
         if (after, after_operation) not in _SITUATIONS:
             broken.append(f"I12 {name}: {after}/{after_operation} is no row of the table")
         late = (state, after, after_operation) == ("error", "running", "reinstall-succeed") and any(h.at <= at for h in world.machines[name].homes)
         if state != "pending" and after != "pending" and (state, operation) != (after, after_operation) and not late:
             began = [r for r in runs if seconds(r["created_at"]) <= at]
-            if not began or not any(at - 25 <= seconds(r["created_at"]) for r in began):
+            if not any(before - 5 <= seconds(r["created_at"]) for r in began):
                 broken.append(f"I12 {name}: {state} became {after} at {at:.0f} s without a run")
         if after == "error" and not error:
             broken.append(f"I12 {name}: error without a cause")
