@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from repave.errors import RepaveError
@@ -33,7 +34,7 @@ class Settings(BaseSettings):
     media_listen: str = Field(default="127.0.0.1:8472", description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
     media_url: str = Field(default="http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
     agent_url: str = Field(default="https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
-    boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing: repave ramdisk build.")
+    boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
     agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the ramdisk must have said hello.")
@@ -72,7 +73,13 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
     class SiteSettings(Settings):
         model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=file or folder / SETTINGS_FILE)
 
-    settings = SiteSettings()
+    try:
+        settings = SiteSettings()
+    except ValidationError as error:  # no input in the text: a URL may hold a password
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False, include_url=False))
+        raise RepaveError("bad-request", f"Settings: {faults}.", field=str(error.errors()[0]["loc"][0])) from None
+    except tomllib.TOMLDecodeError as error:
+        raise RepaveError("bad-request", f"{file or folder / SETTINGS_FILE} is not TOML: {error}.") from None
     settings.data_dir = (folder / settings.data_dir).resolve()
     settings.key_file = (folder / settings.key_file).resolve()
     settings.images_dir = (folder / (settings.images_dir or settings.data_dir / "images")).resolve()

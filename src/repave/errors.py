@@ -65,10 +65,10 @@ CATALOGUE: dict[str, Problem] = _table(
     ("1010", "cancelled", Who.REQUEST, False, "The reinstall was cancelled.", "Someone cancelled it before the line.", "Nothing; or repave batch retry.", _DISK),
     ("1011", "batch-stopped", Who.REQUEST, False, "The batch was stopped by its own limit.", "More runs failed than its limit allows, or a canary did not go well.", "Read why the others failed; then repave batch retry.", _DISK),
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
-    ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _NOTHING),
+    ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _DISK),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),
-    ("2103", "auth", Who.BMC, False, "The BMC refuses user name or password.", "Wrong or expired credentials, or a locked account.", "Correct them; of a server that is there already: repave server set NAME --user USER --password-stdin.", _NOTHING),
-    ("2104", "forbidden", Who.BMC, False, "The BMC account may not do that.", "The account lacks a privilege or licence.", "Give the account the Operator or Administrator role.", _NOTHING),
+    ("2103", "auth", Who.BMC, False, "The BMC refuses user name or password.", "Wrong or expired credentials, or a locked account.", "Correct them; of a server that is there already: repave server set NAME --user USER --password-stdin.", _DISK),
+    ("2104", "forbidden", Who.BMC, False, "The BMC account may not do that.", "The account lacks a privilege or licence.", "Give the account the Operator or Administrator role.", _DISK),
     ("2105", "not_redfish", Who.BMC, False, "The address does not speak Redfish.", "The answer is not a Redfish service root.", "Check the address; enable Redfish in the BMC.", _NOTHING),
     ("2106", "no_system", Who.BMC, False, "The BMC names no server.", "No ComputerSystem of the kind we reinstall.", "Check the address: is it a chassis manager?", _NOTHING),
     ("2107", "ambiguous_system", Who.BMC, False, "The BMC names several servers.", "More than one ComputerSystem could be the host.", "repave server set NAME --system URI.", _NOTHING),

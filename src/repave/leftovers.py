@@ -30,7 +30,7 @@ def sweep_files(settings: Settings, images: ImageStore, lease: Lease) -> dict[st
     before = None if lease.alone else time.time() - ABANDONED_S
     counts = {
         "half-written": _remove(_half_written(settings), before),
-        "media": _remove(settings.data_dir.glob(f"{WORK_PREFIX}*/"), time.time() - ABANDONED_S, shutil.rmtree),  # repave ramdisk build asks for no lock
+        "media": _remove(settings.data_dir.glob(f"{WORK_PREFIX}*/"), time.time() - ABANDONED_S, shutil.rmtree),  # python -m repave.ramdisk asks for no lock
         "uploads": _remove(_inside(images.root / "uploads"), before),
         "images": _count(images.root, images.remove_half_made),
         "markers": _count(settings.key_file.parent, lambda: lease.sweep_markers(before=time.time() - ABANDONED_S)),

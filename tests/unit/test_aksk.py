@@ -119,6 +119,12 @@ def test_a_body_that_is_not_json_may_stay_unsigned():
     verify(Presented("POST", request.raw_path, b"", request.headers, None))
 
 
+def test_an_empty_content_type_leaves_no_body_unsigned():
+    """The bug: JSON was read there under a signature that need not cover it."""
+    assert changed(REQUEST, content_type="").sends_json
+    assert not changed(REQUEST, content_type="application/octet-stream").sends_json
+
+
 def test_a_replay_has_the_same_key_and_a_second_request_another():
     again, later = signed("PUT", body=b"{}"), signed("PUT", body=b"{}", at=NOW + timedelta(seconds=1))
     keys = [replay_key(r, parse_authorization(r.values("authorization")[0])) for r in (again, again, later)]

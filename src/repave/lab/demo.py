@@ -22,7 +22,7 @@ from typing import Any
 
 from repave.cli.client import Client, Endpoint
 from repave.lab.rack import OLD_PASSWORD, rack_down, rack_up
-from repave.lab.ssh import ssh_login
+from repave.lab.ssh import SshRefused, ssh_login
 from repave.secrets import write_private
 
 FOLDER = Path(".repave")
@@ -146,7 +146,7 @@ def verify_login(instance: Json, password: str, old_password: str) -> None:
     system = _retried(lambda: ssh_login(host, port, password, "cat /etc/repave-release /etc/debian_version 2>/dev/null; hostname"))
     try:
         ssh_login(host, port, old_password, "true")
-    except Exception:
+    except SshRefused:
         print(f"  {_clock()} {instance['name']:<8} SSH: new password works ({' '.join(system.split())}), the old one is refused", flush=True)
         return
     raise Failed(f"{instance['name']}: the old password still works")
