@@ -81,8 +81,8 @@ class ImageDesk:
     def room_bytes(self) -> int:
         return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes() - RESERVE_BYTES)
 
-    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
-        made = import_image(file, self.store, max_bytes=self.quota_bytes)
+    def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+        made = import_image(file, self.store, arch=arch, max_bytes=self.quota_bytes)
         return Image(
             image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, made.size_bytes, made.sector_bytes,
             made.stored_bytes, made.data_bytes, created_at,

@@ -52,14 +52,16 @@ def test_all_or_none_are_accepted_under_the_rules_of_the_wire(site: Site) -> Non
         ({"servers": ["web01", "web09"], "image": "tiny", "password": NEW_PASSWORD}, 404),
         ({"servers": ["web01"], "image": "none", "password": NEW_PASSWORD}, 404),
         ({"servers": ["web01"], "image": "tiny", "password": "weak"}, 400),
+        ({"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD, "ssh_keys": ["-----BEGIN OPENSSH PRIVATE KEY-----\ncanary-7!"]}, 400),
+        ({"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD, "ssh_keys": ["ssh-ed25519 AAAA a\nssh-ed25519 BBBB b"]}, 400),
         ({"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD, "plan": "p-00000000"}, 409),
     ):
         answer = site.ask("POST", "/reinstall", json=body)
         assert answer.status_code == status, answer.text
-        assert str(body["password"]) not in answer.text
+        assert str(body["password"]) not in answer.text and "canary" not in answer.text
     assert site.ask("GET", "/batches").json()["items"] == []
     plan = site.ask("POST", "/plans", json={"servers": ["web01", "web02"], "image": "tiny"}).json()
-    batch = reinstall(site, ["web01"], instance_ids=[second["instance"]["id"]], plan=plan["id"])
+    batch = reinstall(site, ["web01"], instance_ids=[second["instance"]["id"]], plan=plan["id"], ssh_keys=["ssh-ed25519 AAAAC3Nz op@desk"])
     assert {r["instance_id"] for r in batch["runs"]} == {first["instance"]["id"], second["instance"]["id"]}
     assert batch["counts"] == {"running": 0, "working": 0, "waiting": 2, "failed": 0, "rehearsed": 0, "cancelled": 0}
     again = site.ask("POST", "/reinstall", json={"servers": ["web02"], "image": "tiny", "password": NEW_PASSWORD})

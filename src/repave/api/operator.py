@@ -49,7 +49,7 @@ class Images(Protocol):
     def room_bytes(self) -> int:
         """Bytes that may still be stored."""
 
-    def add(self, file: Path, *, name: str, os_type: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+    def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
     def sweep(self, manifests_in_use: list[str]) -> int:

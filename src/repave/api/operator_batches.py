@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Response
@@ -21,6 +22,7 @@ from repave.store import Cancelled
 
 router = APIRouter(route_class=ProblemRoute)
 _MAX_NAMED = 50
+_PUBLIC_KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\r\n]*)?")  # sshd(8), AUTHORIZED_KEYS FILE FORMAT, without options
 
 
 class Target(Body):
@@ -144,6 +146,7 @@ def reinstall(scope: Operator, asked: Reinstall, response: Response) -> Json:
     """All of them are accepted, each with one run; or nothing happened. The same rules as CloudDC's route."""
     if asked.plan is not None and asked.plan != _plan(scope, asked)["id"]:
         raise RequestError("conflict", "The plan is out of date: image, servers or states have changed since.", field="plan")
+    _check_ssh_keys(asked.ssh_keys)
     pairs = _resolve(scope, asked)
     if asked.retry is not None and _get_batch(scope, asked.retry).rehearse and not asked.rehearse:
         raise RequestError("bad-request", "rehearse: that batch was a rehearsal, and so is its retry; to reinstall its servers name them.", field="rehearse")
@@ -155,6 +158,13 @@ def reinstall(scope: Operator, asked: Reinstall, response: Response) -> Json:
     )  # fmt: skip
     response.headers["Location"] = f"/repave/v1/batches/{admitted.batch_id}"
     return show_batch(scope, admitted.batch_id)
+
+
+def _check_ssh_keys(keys: Sequence[str]) -> None:
+    """Each is a public key. Raises bad-request, which never repeats what may be a private one."""
+    for number, key in enumerate(keys):
+        if not _PUBLIC_KEY.fullmatch(key):
+            raise RequestError("bad-request", f"ssh_keys[{number}]: no public key of one line (TYPE BASE64 COMMENT); give the .pub file.", field="ssh_keys")
 
 
 # ---- what may still be done to it ----

@@ -53,6 +53,7 @@ async def add_image(
     request: Request,
     name: Annotated[str, Query(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")],
     os_type: Literal["Linux", "Windows"] = "Linux",
+    arch: Literal["amd64", "arm64"] = "amd64",
     x_repave_sha256: Annotated[str | None, Header(pattern="^[0-9a-fA-F]{64}$")] = None,
 ) -> Json:
     """The image is in the store; or nothing of it is."""
@@ -68,7 +69,7 @@ async def add_image(
             raise ImageError("image-quota", "The disk of the image store is full.") from None
         if x_repave_sha256 and sha256 != x_repave_sha256.lower():
             raise ImageError("image-refused", f"Its SHA-256 is {sha256}, not the one announced.")
-        return await run_in_threadpool(_store_image, scope, file, name=name, os_type=os_type)
+        return await run_in_threadpool(_store_image, scope, file, name=name, os_type=os_type, arch=arch)
     finally:
         file.unlink(missing_ok=True)
 
@@ -113,10 +114,10 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, room_bytes: int) ->
     return digest.hexdigest()
 
 
-def _store_image(scope: Scope, file: Path, *, name: str, os_type: str) -> Json:
+def _store_image(scope: Scope, file: Path, *, name: str, os_type: str, arch: str) -> Json:
     store, images = scope.store, scope.desk.images
     with scope.desk.images_lock:
-        image = images.add(file, name=name, os_type=os_type, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
+        image = images.add(file, name=name, os_type=os_type, arch=arch, project_id=scope.project_id, image_id=new_id(), created_at=store.now())
         try:
             store.images.add_image(image, actor=scope.actor)
         except RequestError:  # the name was taken meanwhile

@@ -45,6 +45,7 @@ def import_image(
     *,
     name: str | None = None,
     os_type: Literal["Linux", "Windows"] = "Linux",
+    arch: Literal["amd64", "arm64"] = "amd64",
     sha256: str | None = None,
     project: str | None = None,
     json: bool = False,
@@ -55,6 +56,8 @@ def import_image(
     ----------
     name
         Its name; default: the file's, without suffix.
+    arch
+        What it runs on; a server of another architecture refuses it. One without an EFI system partition is for BIOS alone, and refused by UEFI servers.
     sha256
         Its SHA-256, or a file of `sha256sum` lines: what arrives must have it.
     """
@@ -66,12 +69,13 @@ def import_image(
     if any(image["name"] == name for image in client.items("/images")):  # said before gigabytes are sent
         raise RequestError("conflict", f"An image {name!r} exists already.")
     with file.open("rb") as f, _telling(file.name, total) as report:
-        made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type}, headers)
+        made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type, "arch": arch}, headers)
     if json:
         show_json(made)
         return
-    told = f"{size(made['size_bytes'])}, {size(made['data_bytes'])} of it data · {size(made['stored_bytes'])} stored · {made['sector_bytes']}-byte sectors"
-    say(f"{made['name']} ({made['id']}) · {told}")
+    told = f"{size(made['size_bytes'])}, {size(made['data_bytes'])} of it data · {size(made['stored_bytes'])} stored"
+    fits = f"{made['sector_bytes']}-byte sectors, {made['arch']}/{made['boot']}"
+    say(f"{made['name']} ({made['id']}) · {told} · {fits}")
     say(f"Next: repave reinstall NODESET --image {made['name']}")
 
 

@@ -63,7 +63,6 @@ def import_image(
     store: ImageStore,
     *,
     arch: str = "amd64",
-    boot: str = "uefi",
     max_bytes: int,
     progress: Callable[[int, int], None] | None = None,
     max_virtual_bytes: int = MAX_VIRTUAL_BYTES,
@@ -71,6 +70,7 @@ def import_image(
     """The image is in the store and verified as far as it went through our hands.
 
     Args:
+        arch: amd64 or arm64: no partition table says it. Whether UEFI boots it, its EFI system partition does.
         max_bytes: the store's quota, all images together.
         progress: (bytes of the disk done, bytes of the disk), from this thread.
 
@@ -85,7 +85,7 @@ def import_image(
             quota = _Quota(store, max_bytes)
             try:
                 with _raw_disk(fd, header, store) as (disk, raw, notes):
-                    return _import_raw(disk, raw, store, quota, arch, boot, notes, progress or (lambda done, total: None))
+                    return _import_raw(disk, raw, store, quota, arch, notes, progress or (lambda done, total: None))
             except OSError as e:
                 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise ImageError("image-quota", "The disk of the image store is full.") from e
@@ -116,7 +116,6 @@ def _import_raw(
     store: ImageStore,
     quota: _Quota,
     arch: str,
-    boot: str,
     notes: tuple[str, ...],
     progress: Callable[[int, int], None],
 ) -> ImportedImage:
@@ -136,6 +135,7 @@ def _import_raw(
                     added += len(data)
             chunks.append(chunk)
             progress(min(len(chunks) * WINDOW_BYTES, size), size)
+    boot = "uefi" if header.has_esp else "bios"
     manifest = Manifest(size, header.sector_bytes, arch, boot, tuple(chunks))
     quota.take(len(render_manifest(manifest)))
     return ImportedImage(
