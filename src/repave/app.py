@@ -275,8 +275,8 @@ def _listen(name: str, value: str) -> socket.socket:
     host, port = split_listen(value)
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
-    except OSError as error:
-        raise RepaveError("bad-request", f"{name} = {value}: {error.strerror or error}.", field=name) from None
+    except (OSError, OverflowError) as error:  # the second: a port above 65535
+        raise RepaveError("bad-request", f"{name} = {value}: {getattr(error, 'strerror', None) or error}.", field=name) from None
 
 
 async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:

@@ -1,4 +1,4 @@
-"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. Typos are refused."""
+"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. The file's typos are refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from repave.errors import RepaveError
 
 SETTINGS_FILE = "repave.toml"
+_LISTEN = r"^\S+:\d{1,5}$"  # HOST:PORT
 
 
 class Settings(BaseSettings):
@@ -28,10 +29,12 @@ class Settings(BaseSettings):
     worker_beat_s: float = Field(default=5, gt=0, description="PostgreSQL: seconds between two renewals of a worker's lease, and looks for dead workers.")
     worker_fence_s: float = Field(default=20, gt=0, description="A worker that could not renew so long does nothing on a server until it has renewed.")
     worker_lease_s: float = Field(default=30, gt=0, description="A worker that has not renewed so long is dead; others take over its runs.")
-    api_listen: str = Field(default="127.0.0.1:8470", description="API and pages. Plain HTTP on loopback only; otherwise api_certificate is needed.")
+    api_listen: str = Field(
+        default="127.0.0.1:8470", pattern=_LISTEN, description="API and pages. Plain HTTP on loopback only; otherwise api_certificate is needed."
+    )
     api_certificate: Path | None = Field(default=None, description="PEM file with certificate chain and key for the API.")
-    provisioning_listen: str = Field(default="127.0.0.1:8471", description="Agents and new operating systems, TLS with our own CA.")
-    media_listen: str = Field(default="127.0.0.1:8472", description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
+    provisioning_listen: str = Field(default="127.0.0.1:8471", pattern=_LISTEN, description="Agents and new operating systems, TLS with our own CA.")
+    media_listen: str = Field(default="127.0.0.1:8472", pattern=_LISTEN, description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
     media_url: str = Field(default="http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
     agent_url: str = Field(default="https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")

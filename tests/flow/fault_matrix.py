@@ -92,7 +92,7 @@ SERVICE: tuple[Row, ...] = (
 BMCS: tuple[Row, ...] = (
     Row(9, False, "Tries multiply",
         'A power action or an insert is sent once, then the state is read; only an answer that says "busy" is followed by another. '
-        "Boot media that are not in, or a power that is not on, are asked for again 10 seconds later, four times in all.", (
+        "Media that are not in, an override that is not kept, a power that is not on: asked for again 10 seconds later, four times in all.", (
         "contract/test_bmc_faults.py::test_a_lost_answer_is_judged_by_the_state_and_nothing_is_sent_twice",
         "contract/test_bmc_faults.py::test_a_busy_bmc_is_asked_again_only_after_it_said_so",
     )),

@@ -71,6 +71,13 @@ def other(site: Workers, worker: Worker) -> Worker:
     return next(w for w in site.workers if w is not worker)
 
 
+def end_in_order(site: Workers, worker: Worker) -> None:
+    assert worker.process is not None
+    worker.kill(signal.SIGTERM)
+    site.balance(without=[worker])
+    assert worker.process.wait(30) == 0, worker.log.read_text()[-2000:]
+
+
 def wait_for_step(site: Workers, worker: Worker, batch: str, step: str) -> None:
     events = lambda: site.client(worker).items("/events", batch=batch)  # noqa: E731
     wait_until(lambda: any(e["type"] == "run.step" and e["step"] == step for e in events()), deadline_s=60, what=lambda: step)
@@ -174,10 +181,7 @@ def test_a_worker_that_ends_in_order_leaves_its_runs_to_the_other_at_once(site):
     leaving = busiest(site)
     stays = other(site, leaving)
     wait_for_step(site, stays, batch, "boot-ramdisk")
-    assert leaving.process is not None
-    leaving.kill(signal.SIGTERM)
-    site.balance(without=[leaving])
-    assert leaving.process.wait(30) == 0, leaving.log.read_text()[-2000:]
+    end_in_order(site, leaving)
     took_s = site.wait_until_taken_over(leaving.executor_id)
     print(f"handed over {took_s:.1f} s after the end")
     assert took_s < LEASE_S
@@ -191,16 +195,12 @@ def test_an_upgrade_to_another_version_of_the_workflow_ends_each_run_in_the_vers
     upgraded = busiest(site)
     stays = other(site, upgraded)
     wait_for_step(site, stays, before, "boot-ramdisk")
-    upgraded.kill(signal.SIGTERM)
-    site.balance(without=[upgraded])
-    assert upgraded.process.wait(30) == 0, upgraded.log.read_text()[-2000:]
+    end_in_order(site, upgraded)
     site.start(upgraded, PYTHONPATH=str(copy_with_version(tmp_path, "next")))
     try:
         assert_ended_once(site, stays, before, consoles)
         after, consoles = begin(site)
-        stays.kill(signal.SIGTERM)
-        site.balance(without=[stays])
-        assert stays.process.wait(30) == 0, stays.log.read_text()[-2000:]
+        end_in_order(site, stays)
         assert_ended_once(site, upgraded, after, consoles)
         assert [versions_of(site, batch) for batch in (before, after)] == [{APPLICATION_VERSION}, {"next"}]
     finally:

@@ -55,7 +55,7 @@ def test_raw_and_qcow2_of_one_disk_are_one_image_and_the_second_adds_nothing(tmp
     assert files(store) == before
     assert restored(store, first.manifest_sha256) == source.read_bytes()
     assert seen[-1] == (SIZE, SIZE) and seen == sorted(seen)
-    assert (first.size_bytes, first.sector_bytes, first.has_esp, first.notes) == (SIZE, 512, True, ())
+    assert (first.size_bytes, first.sector_bytes, first.boot, first.notes) == (SIZE, 512, "uefi", ())
     store.verify(store.read_manifest(first.manifest_sha256), deep=True)
 
 

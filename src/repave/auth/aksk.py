@@ -48,9 +48,9 @@ class Presented:
 
     @property
     def sends_json(self) -> bool:
-        """True also where no content type says otherwise (section 10, "Body"), as an empty one does not."""
-        kinds = self.values("content-type")
-        return not any(kinds) or any(kind.lower().startswith(("application/json", "application/bson")) for kind in kinds)
+        """True also where no content type says otherwise (section 10, "Body"), as an empty one or mere parameters do not."""
+        kinds = [value.partition(";")[0].strip().lower() for value in self.values("content-type")]
+        return not any(kinds) or any(kind.startswith(("application/json", "application/bson")) for kind in kinds)
 
 
 @dataclass(frozen=True)

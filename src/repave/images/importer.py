@@ -54,7 +54,6 @@ class ImportedImage:
     added_bytes: int  # new in the store; 0 where the same image was there
     arch: str
     boot: str
-    has_esp: bool
     notes: tuple[str, ...] = ()
 
 
@@ -141,7 +140,7 @@ def _import_raw(
     return ImportedImage(
         manifest_sha256=store.write_manifest(manifest), size_bytes=size, sector_bytes=header.sector_bytes,
         data_bytes=manifest.data_bytes, stored_bytes=sum({c.sha256: c.compressed_bytes for c in chunks}.values()), added_bytes=added,
-        arch=arch, boot=boot, has_esp=header.has_esp, notes=notes,
+        arch=arch, boot=boot, notes=notes,
     )  # fmt: skip
 
 

@@ -144,22 +144,27 @@ def verify_login(instance: Json, password: str, old_password: str) -> None:
     """The new OS takes the new password over SSH and refuses the old one. Raises Failed."""
     host, port = instance["ssh"]["host"], instance["ssh"]["port"]
     system = _retried(lambda: ssh_login(host, port, password, "cat /etc/repave-release /etc/debian_version 2>/dev/null; hostname"))
+    if not _retried(lambda: _is_refused(host, port, old_password)):
+        raise Failed(f"{instance['name']}: the old password still works")
+    print(f"  {_clock()} {instance['name']:<8} SSH: new password works ({' '.join(system.split())}), the old one is refused", flush=True)
+
+
+def _is_refused(host: str, port: int, password: str) -> bool:
     try:
-        ssh_login(host, port, old_password, "true")
+        ssh_login(host, port, password, "true")
     except SshRefused:
-        print(f"  {_clock()} {instance['name']:<8} SSH: new password works ({' '.join(system.split())}), the old one is refused", flush=True)
-        return
-    raise Failed(f"{instance['name']}: the old password still works")
+        return True
+    return False
 
 
-def _retried(attempt: Callable[[], str]) -> str:
+def _retried(attempt: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + SSH_WAIT_S
     while True:
         try:
             return attempt()
         except Exception as error:
             if time.monotonic() > deadline:
-                raise Failed(f"SSH with the new password does not work: {error}") from None
+                raise Failed(f"SSH does not work: {error}") from None
             time.sleep(2)
 
 

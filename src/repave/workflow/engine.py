@@ -258,13 +258,14 @@ class Engine:
         """Runs whose worker is dead are back in the queue, before all that have not begun. Harmless to repeat, also from several workers."""
         table = self._workflow_status
         c = table.c
+        ours = sa.and_(c.status == "PENDING", c.application_version == APPLICATION_VERSION)  # runs of another go on in a worker of it alone
         with self.store.engine.connect() as conn:
-            owners = set(conn.execute(sa.select(c.executor_id).where(c.status == "PENDING").distinct()).scalars())
+            owners = set(conn.execute(sa.select(c.executor_id).where(ours).distinct()).scalars())
         dead = sorted(owners - set(self.lease.list_live()))  # in this order: who owned a run then has its row in `workers` by now
         if not dead:
             return
         with self.store.write() as conn:
-            conn.execute(sa.update(table).where(c.executor_id.in_(dead), c.status == "PENDING").values(priority=0))
+            conn.execute(sa.update(table).where(c.executor_id.in_(dead), ours).values(priority=0))
         taken = DBOS._recover_pending_workflows(dead)  # private in 3.4: touches only rows that these ids still own, and of our version
         log.warning("took over", runs=len(taken), workers=dead)
 
