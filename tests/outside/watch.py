@@ -132,7 +132,7 @@ class Watch:
         """At a test's end: judges what happened since the last one's, and begins anew."""
         broken = self.judge()
         self.begin()
-        assert broken == []
+        assert not broken, "\n".join(broken)
 
     def wait_for_rest(self) -> None:
         """No run is live, or the time is over: then the judgement says so."""
