@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 import requests
-from invariants import differences
+from bmc_log import read_bmc
+from disks import differences, digest_of
 from places import place_of_rack
-from watch import Watch, digest_of, read_bmc
+from watch import Watch
 
 from repave.cli.client import Client, Endpoint
 from repave.images.manifest import Manifest

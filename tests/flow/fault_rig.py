@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import sqlite3
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import requests
 from conftest import MIB, SECTOR, Lab, wait_until
 from fault_cells import Cell
+from wide_image import build_wide_image
 
 from repave.app import init_site
 from repave.ca import make_certificate
@@ -85,9 +85,7 @@ class FaultRig(Lab):
             seen = dataclasses.replace(m, bmc_url=self.bmcs[name].url)
             self.ids[name] = register_machine(self.client, seen, unit=unit)["instance"]["id"]
         for name in ("tiny-1", "wide"):
-            raw = scripted_os.build_image(folder / f"{name}.raw", name)
-            if name == "wide":
-                _widen(raw)
+            raw = (build_wide_image if name == "wide" else scripted_os.build_image)(folder / f"{name}.raw", name)
             import_image(self.client, raw, name=name)
         self.image_ids = {i["name"]: i["id"] for i in self.client.items("/images")}
 
@@ -277,16 +275,6 @@ JUDGES: dict[str, Callable[[FaultRig, Cell, str, Json, Before], str]] = {
     "running": _judge_running, "returned": _judge_returned, "stopped": _judge_stopped, "stopped-whole": _judge_stopped_whole,
     "stopped-clean": _judge_stopped_clean, "unproved": _judge_unproved, "unheard": _judge_unheard, "return-failed": _judge_return_failed,
 }  # fmt: skip
-
-
-def _widen(raw: Path) -> None:
-    """A second partition that no compressor makes smaller: more than one chunk to fetch."""
-    with raw.open("r+b") as out:
-        out.truncate(40 * MIB)
-        out.seek(10 * MIB)
-        out.write(os.urandom(24 * MIB))
-    table = f"label: gpt\nstart=2048, size=16384, type=uefi\nstart={10 * MIB // SECTOR}, size={24 * MIB // SECTOR}, type=linux\n"
-    subprocess.run(["/sbin/sfdisk", "-q", "--wipe=never", "--wipe-partitions=never", raw], input=table, text=True, capture_output=True, check=True)
 
 
 @contextlib.contextmanager

@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from disks import differences, find_strange
 
 from repave.domain.states import TABLE
 from repave.domain.timing import REAP_GRACE_S
 from repave.lab import scripted_os
 
 if TYPE_CHECKING:
-    from watch import Facts, Place
+    from watch import Facts, Place, Seen
 
-MIB = 1 << 20
+TICK_S = 0.05  # a file's times come from the kernel's coarse clock
+CLOCK_S = 3.0  # a look of the client's and a commit on busy cores
 Json = dict[str, Any]
 _GOOD = ("proved", "late-proof")
 _BACK = ("returned", "rehearsed")
@@ -29,15 +30,20 @@ _SITUATIONS = {(after.state.value, after.operation.value if after.operation else
 
 
 def find_broken(facts: Facts, place: Place) -> list[str]:
-    broken = []
-    for name in place.machines:
-        runs = [r for r in facts.runs if r["name"] == name]
-        for check in (disks, one_writer, ends, truth, before_line, calls, history, audit):
-            broken += check(facts, place, name, runs)
-        broken += (after_the_end if runs else bystander)(facts, place, name, runs)
-    broken += [f"I7 a refused request changed {what}" for what in facts.refusals]
+    return [line for name in place.machines for line in find_broken_of(facts, place, name)] + find_broken_of_site(facts, place)
+
+
+def find_broken_of(facts: Facts, place: Place, name: str) -> list[str]:
+    broken, runs = [], facts.runs[name]
+    for check in (writes_to_disks, early_writes, one_writer, ends, truth, before_line, calls, history, audit):
+        broken += check(facts, place, name, runs)
+    return broken + (after_the_end if runs else bystander)(facts, place, name, runs)
+
+
+def find_broken_of_site(facts: Facts, place: Place) -> list[str]:
+    broken = [f"I7 a refused request changed {what}" for what in facts.refusals]
     broken += [f"I8 a secret is in {where}" for where in facts.leaks]
-    broken += count(facts)
+    broken += count(facts) + at_once(facts)
     broken += [f"I13 the keys of run {key} are still there" for key in facts.keys]
     return broken + [f"I13 {what}" for what in facts.leftovers]
 
@@ -46,17 +52,47 @@ def seconds(text: str) -> float:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
 
 
-def disks(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
+def events(run: Json, type_: str, **data: str) -> list[float]:
+    """When."""
+    return [seconds(e["at"]) for e in run["events"] if e["type"] == type_ and data.items() <= e["data"].items()]
+
+
+def was_written(pair: tuple[str, str]) -> bool:
+    """Whether digests differ; "" is of a disk that an OS writes."""
+    return all(pair) and len(set(pair)) == 2
+
+
+def writes_to_disks(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     """I1: no other disk's byte; the root disk's only past the line, by a plan that names it."""
     broken = []
-    if len(set(facts.data_disks.get(name, ()))) == 2:
+    if was_written(facts.data_disks.get(name, ("", ""))):
         broken.append(f"I1 {name}: the data disk was written")
-    if len(set(facts.digests[name])) == 2 and not any(r["crossed_at"] for r in runs):
+    if was_written(facts.digests[name]) and not any(r["crossed_at"] for r in runs):
         broken.append(f"I1 {name}: the root disk was written, and no run crossed the line")
     for run in runs:
         planned = [e["data"]["disk_serial"] for e in run["events"] if e["type"] == "run.plan"]
         if run["crossed_at"] and planned[-1:] != [place.machines[name].root_serial]:
             broken.append(f"I1 {name}: the plan named {planned}")
+    return broken
+
+
+def early_writes(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
+    """I6, I15: from power off to the line, or to the moment the old OS starts again, the root disk is not written.
+
+    Seen by the file's time of its last write, at each look: that sees real machines too, whose old OS writes until it is off and when it starts again.
+    """
+    broken = []
+    for run in runs:
+        if off := events(run, "run.power-off")[:1]:
+            ended_at = seconds(run["ended_at"] or run["deadline_at"])
+            starts = [at for at in facts.disk_boots[name] if at > off[0]]
+            resets = [c["at"] for c in facts.calls[name] if c["path"].endswith("Reset") and off[0] < c["at"] <= ended_at and run["found_state"] == "running"]
+            until = seconds(run["crossed_at"]) if run["crossed_at"] else min([*starts[:1], *resets[-1:], ended_at])
+            early = [at for at in facts.writes[name] if off[0] + TICK_S < at < until - TICK_S]
+            if early and run["crossed_at"]:
+                broken.append(f"I15 {name}: the root disk was written {until - early[0]:.2f} s before the line was crossed")
+            elif early:
+                broken.append(f"I6 {name}: {run['outcome']} before the line, and the ramdisk wrote {early[0] - off[0]:.2f} s after power off")
     return broken
 
 
@@ -83,18 +119,39 @@ def ends(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
             broken.append(f"I4 {name}: ended past its deadline")
         if run["outcome"] not in (*_GOOD, "rehearsed") and not (run["error"] or {}).get("cause"):
             broken.append(f"I4 {name}: {run['outcome']} without a cause")
-    if runs and facts.polls.get(name) and facts.polls[name][-1][1] == "pending":
+        broken += pending_for(facts.polls[name], name, run)
+    if runs and facts.polls[name] and facts.polls[name][-1].state == "pending":
         broken.append(f"I4 {name}: the client sees it pending, and nothing is under way")
+    return broken
+
+
+def pending_for(polls: list[Seen], name: str, run: Json) -> list[str]:
+    """I4 by the client's own clock: it is pending as long as the run says that it was, to what lies between two looks, and no longer than it may be."""
+    began = seconds(run["created_at"])
+    number = next((n for n, seen in enumerate(polls) if seen.state == "pending" and seen.until > began - CLOCK_S), None)
+    if number is None or run["ended_at"] is None:
+        return []
+    at_least = polls[number].until - polls[number].at
+    at_most = polls[number + 1].at - (polls[number - 1].until if number else began) if number + 1 < len(polls) else float("inf")
+    took, allowed = seconds(run["ended_at"]) - began, seconds(run["deadline_at"]) - began + REAP_GRACE_S + 30
+    broken = [f"I4 {name}: the client saw it pending for {at_least:.0f} s, {allowed:.0f} s are allowed"] if at_least > allowed else []
+    if not at_least - CLOCK_S <= took <= at_most + CLOCK_S:
+        broken.append(f"I4 {name}: the client saw it pending for {at_least:.0f} to {at_most:.0f} s, the run says {took:.0f} s")
     return broken
 
 
 def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     """I3: a failed write does not boot. I5: `running` = the image is on the disk, the new OS started from it and called home; its drive is erased."""
-    if not runs or not place.scripted:
+    if not runs:
         return []
+    raw = place.find_raw(runs[-1]["image"])
+    if not place.scripted:
+        good = runs[-1]["outcome"] in _GOOD and raw is not None
+        return [f"I5 {name}: running, and {what}" for what in find_strange(place.machines[name].root_disk, raw)] if good else []
     run, disk, broken = runs[-1], place.machines[name].root_disk, []
     booted = scripted_os.find_os(disk)
-    if run["outcome"] == "write-failed" and booted is not None:
+    written = run["crossed_at"] and any(at > seconds(run["crossed_at"]) for at in facts.writes[name])
+    if run["outcome"] == "write-failed" and written and booted is not None:
         broken.append(f"I3 {name}: the write failed, and the disk boots {booted}")
     if run["outcome"] not in _GOOD:
         return broken
@@ -102,8 +159,7 @@ def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
         broken.append(f"I5 {name}: running, and no new OS called home")
     if scripted_os.find_config_drive(disk) is not None:
         broken.append(f"I5 {name}: running, and its config drive holds its secrets")
-    raw = place.images / f"{run['image']}.raw"
-    if raw.exists() and (wrong := differences(disk, raw)):
+    if raw is not None and (wrong := differences(disk, raw)):
         broken.append(f"I5 {name}: running, and MiB {wrong[:5]} of the disk are not the image's")
     return broken
 
@@ -113,7 +169,7 @@ def before_line(facts: Facts, place: Place, name: str, runs: list[Json]) -> list
     broken = [f"I6 {name}: {r['outcome']}, and the line was crossed" for r in runs if (r["outcome"] in _AFTER_LINE) != bool(r["crossed_at"])]
     if not runs or any(r["crossed_at"] for r in runs):
         return broken
-    if len(set(facts.digests[name])) == 2:
+    if was_written(facts.digests[name]):
         broken.append(f"I6 {name}: {runs[-1]['outcome']} before the line, and the disk was written")
     if runs[-1]["outcome"] in _BACK:
         power = "On" if runs[-1]["found_state"] == "running" else "Off"
@@ -123,35 +179,50 @@ def before_line(facts: Facts, place: Place, name: str, runs: list[Json]) -> list
 
 
 def calls(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
-    """I10: a login reaches only its own BMC. I11: what changes a server belongs to a run that is live, or takes out the media that one left."""
-    broken = []
-    taken_out = [seconds(e["at"]) for r in runs for e in r["events"] if e["type"] == "run.media-out"]
-    for call in (c for c in facts.calls if c["machine"] == name):
-        if call["login_of"] not in ("", name):
+    """I10: a login reaches only its own BMC. I11: what changes a server belongs to a run that is live, or takes out the media that one left.
+
+    I14: none begins while it is locked. I15: what powers it or puts media in comes after the audit's word of it.
+    """
+    broken, changes = [], [c for c in facts.calls[name] if c["method"] != "GET"]
+    taken_out = [at for r in runs for at in events(r, "run.media-out")]
+    for call in facts.calls[name]:
+        if call["login_of"]:
             broken.append(f"I10 {name}: was shown the login of {call['login_of']}")
-        live = [r for r in runs if seconds(r["created_at"]) <= call["at"] <= seconds(r["ended_at"] or r["deadline_at"])]
-        last_ones = any(at - 60 <= call["at"] <= at for at in taken_out) and (call["path"].endswith("EjectMedia") or call["method"] == "PATCH")
-        if call["method"] != "GET" and not live and not last_ones:
+    for call in changes:
+        early, late = call["at"], call["at"] + call["within_s"]
+        if any(began <= late and early <= ended for began, ended in facts.by_hand[name]):
+            continue
+        live = [r for r in runs if seconds(r["created_at"]) <= late and early <= seconds(r["ended_at"] or r["deadline_at"])]
+        last_ones = any(at - 60 <= early <= at for at in taken_out) and (call["path"].endswith("EjectMedia") or call["method"] == "PATCH")
+        if not live and not last_ones:
             broken.append(f"I11 {name}: {call['method']} {call['path']} without a live run")
+        if live and call["path"].endswith(("Reset", "InsertMedia")) and live[-1]["outcome"] not in ("returned", "return-failed"):
+            said = [at for step in ("power-off", "insert-media") for at in events(live[-1], "run.step", step=step)]
+            if not any(at <= late for at in said):
+                broken.append(f"I15 {name}: {call['method']} {call['path']}, and the audit has no step that does it")
+    locked_at = facts.locked_at[name]
+    if locked_at and any(run["created_at"] > locked_at for run in runs):
+        broken.append(f"I14 {name}: it is locked, and a run of it began")
     return broken
 
 
 def history(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     """I12: what the client saw is a path of the table; an end is left only by a new run, or by a late proof."""
-    broken, polls = [], facts.polls.get(name, [])
-    for (_, state, operation, _), (at, after, after_operation, error) in itertools.pairwise(polls):
-        if (after, after_operation) not in _SITUATIONS:
-            broken.append(f"I12 {name}: {after}/{after_operation} is no row of the table")
-        late = any(r["outcome"] == "late-proof" for r in runs) and (state, after) == ("error", "running")
-        began = any(seconds(r["created_at"]) <= at + 1 for r in runs)
-        if "pending" not in (state, after) and (state, operation) != (after, after_operation) and not (late or began):
-            broken.append(f"I12 {name}: {state}/{operation} became {after}/{after_operation} without a run")
-        if after == "error" and not error:
+    broken, polls = [], facts.polls[name]
+    for before, after in itertools.pairwise(polls):
+        was, is_ = (before.state, before.operation), (after.state, after.operation)
+        if is_ not in _SITUATIONS:
+            broken.append(f"I12 {name}: {after.state}/{after.operation} is no row of the table")
+        late = any(r["outcome"] == "late-proof" for r in runs) and (before.state, after.state) == ("error", "running")
+        began = any(seconds(r["created_at"]) <= after.at + 1 for r in runs)
+        if "pending" not in (before.state, after.state) and was != is_ and not (late or began):
+            broken.append(f"I12 {name}: {before.state}/{before.operation} became {after.state}/{after.operation} without a run")
+        if after.state == "error" and not after.has_error:
             broken.append(f"I12 {name}: error without a cause")
     if runs and polls and runs[-1]["outcome"]:
         ought = next(row for (_, event, found), (row, _) in TABLE.items() if event == runs[-1]["outcome"] and found in (None, runs[-1]["found_state"]))
-        if polls[-1][1:3] != (ought.state, ought.operation):
-            broken.append(f"I12 {name}: {runs[-1]['outcome']}, and the client sees {polls[-1][1]}/{polls[-1][2]}")
+        if (polls[-1].state, polls[-1].operation) != (ought.state, ought.operation):
+            broken.append(f"I12 {name}: {runs[-1]['outcome']}, and the client sees {polls[-1].state}/{polls[-1].operation}")
     return broken
 
 
@@ -175,46 +246,43 @@ def audit(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
 def after_the_end(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     """I13: no media of ours in the drive, no override; `return-failed` is where that could not be."""
     bmc = facts.bmcs[name]
-    if runs[-1]["outcome"] == "return-failed" or (bmc["media"], bmc["boot"]) == ("", "Hdd"):
+    if runs[-1]["outcome"] == "return-failed" or (bmc["media"] == "" and bmc["boot"] in ("Hdd", "None")):
         return []
     return [f"I13 {name}: {runs[-1]['outcome']}, and media {bmc['media'] != ''}, override {bmc['boot']}"]
 
 
 def bystander(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     """I14: what nobody asked for was not touched."""
-    touched = facts.power_before[name] != facts.bmcs[name]["power"] or len(set(facts.digests[name])) == 2
-    return [f"I14 {name} was touched: nobody asked for it"] if touched or any(c["machine"] == name and c["method"] != "GET" for c in facts.calls) else []
+    if facts.by_hand[name]:
+        return []
+    touched = facts.power_before[name] != facts.bmcs[name]["power"] or was_written(facts.digests[name])
+    return [f"I14 {name} was touched: nobody asked for it"] if touched or any(c["method"] != "GET" for c in facts.calls[name]) else []
+
+
+def at_once(facts: Facts) -> list[str]:
+    """I14: never more servers of a batch under way than it allows, by what their BMCs were asked and when their disks were written."""
+    broken = []
+    for batch in facts.batches:
+        stretches = [s for run in batch["runs"] if run["name"] and (s := touched(facts, run))]
+        most = max((sum(began <= at <= ended for began, ended in stretches) for at, _ in stretches), default=0)
+        if batch["at_once"] and most > batch["at_once"]:
+            broken.append(f"I14 {most} servers of a batch were under way, {batch['at_once']} are allowed")
+    return broken
+
+
+def touched(facts: Facts, run: Json) -> tuple[float, float] | None:
+    """When this run's server was touched, first and last."""
+    began, ended = seconds(run["created_at"]), seconds(run["ended_at"] or run["deadline_at"])
+    calls = [c["at"] + c["within_s"] * (c["at"] < began) for c in facts.calls[run["name"]] if c["method"] != "GET"]
+    times = [at for at in (*calls, *facts.writes[run["name"]]) if began <= at <= ended]
+    return (min(times), max(times)) if times else None
 
 
 def count(facts: Facts) -> list[str]:
     """I9: a 202 made one run for each of its ids."""
-    broken, asked = [], {b["id"]: sorted(r["instance_id"] for r in facts.runs if r["batch_id"] == b["id"]) for b in facts.batches}
+    broken = []
     for sent_at, answered_at, ids in facts.accepted:
-        made = [asked[b["id"]] for b in facts.batches if sent_at - 1 <= seconds(b["created_at"]) <= answered_at + 1]
+        made = [sorted(r["instance_id"] for r in b["runs"]) for b in facts.batches if sent_at - 1 <= seconds(b["created_at"]) <= answered_at + 1]
         if sorted(ids) not in made:
             broken.append(f"I9 {len(ids)} ids were accepted, and no batch has a run for each: {[len(m) for m in made]}")
     return broken
-
-
-def differences(disk: Path, raw: Path) -> list[int]:
-    """The MiB of the disk that are not the image's, from the second to its last partition's end; the first has the tables."""
-    end, found = partition_end(raw), []
-    with raw.open("rb") as image, disk.open("rb") as there:
-        image.seek(MIB)
-        there.seek(MIB)
-        for at in range(MIB, end, MIB):
-            size = min(MIB, end - at)
-            if image.read(size) != there.read(size):
-                found.append(at // MIB)
-    return found
-
-
-@cache
-def partition_end(raw: Path) -> int:
-    """Bytes up to the end of the image's last partition, as sfdisk sees it."""
-    import subprocess
-
-    listed = subprocess.run(["/sbin/sfdisk", "--dump", raw], capture_output=True, text=True, check=True).stdout
-    parts = [line.split(":", 1)[1] for line in listed.splitlines() if "start=" in line]
-    fields = [dict(f.strip().split("=", 1) for f in part.split(",") if "=" in f) for part in parts]
-    return max(int(f["start"]) + int(f["size"]) for f in fields) * 512

@@ -45,6 +45,7 @@ class Site(Protocol):
     """What a batch of kills needs of either half."""
 
     watch: Watch
+    folder: Path
 
     def reinstall(self, password: str) -> None: ...
     def kill(self, rng: random.Random) -> int: ...
@@ -92,7 +93,7 @@ class OnPostgres:
     """Two workers on PostgreSQL; one of them is killed, or in one of four cases both before either is started again."""
 
     def __init__(self, site: Workers) -> None:
-        self.site = site
+        self.site, self.folder = site, site.folder
         self.watch = Watch(place_of_workers(site, [PASSWORD]))
 
     def reinstall(self, password: str) -> None:
@@ -184,7 +185,7 @@ def kill_on(kind: str, wanted: int, seed: int, *, at_most_s: float = 7200) -> Co
             for line in broken:
                 print(f"  {line}", flush=True)
             if broken and (keep := os.environ.get("REPAVE_KEEP")):
-                shutil.copytree(site.watch.place.images, Path(keep) / f"{kind}-{number}", ignore=shutil.ignore_patterns("*.img", "pg", "*.raw", "chunks"))
+                shutil.copytree(site.folder, Path(keep) / f"{kind}-{number}", ignore=shutil.ignore_patterns("*.img", "pg", "*.raw", "chunks"))
     return done
 
 

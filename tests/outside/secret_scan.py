@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import zstandard
@@ -15,6 +16,7 @@ CRYPT_HASH = re.compile(rb"\$6\$(rounds=\d+\$)?[./0-9A-Za-z]{8,16}\$")
 _PACKED = re.compile(rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd")
 _UNPACKED_BYTES = 4 << 20  # of one packed stream; what hides deeper is not looked for
 _OVERLAP = 4096
+_BLOCK = 64 << 10
 
 
 def encodings_of(secret: str) -> dict[str, bytes]:
@@ -59,26 +61,35 @@ def find_secret(files: Iterable[Path], secret: str) -> list[str]:
 
 
 class Scanner:
-    """Looks again only at what has changed, and of a file that has grown only at its new end."""
+    """Looks again only at the blocks that have changed, and what is around them."""
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[int, int, int]] = {}  # inode, size, mtime
+        self._blocks: dict[Path, list[int]] = {}
 
-    def scan(self, files: Iterable[Path], secrets: Iterable[str]) -> list[str]:
-        secrets, found = list(secrets), []
+    def scan(self, files: Iterable[Path], secrets: Mapping[str, Collection[str]]) -> list[str]:
+        """ "file: encoding" for each place. `secrets`: each with the names of the files that it may be in."""
+        found = []
         for path in files:
             try:
                 stat = path.stat()
-                before = self._seen.get(path)
                 now = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if now == before:
+                if now == self._seen.get(path):
                     continue
-                grown = before and before[0] == now[0] and before[1] < now[1] and path.suffix in (".log", ".console")
-                with path.open("rb") as f:
-                    f.seek(max(0, before[1] - _OVERLAP) if grown and before else 0)
-                    data = f.read()
+                data = path.read_bytes().rstrip(b"\0")  # a segment of a log that is made long before it is full
             except FileNotFoundError:
                 continue
             self._seen[path] = now
-            found += [f"{path.name}: {name}" for name in find_in(data, secrets)]
+            here = [secret for secret, at in secrets.items() if path.name not in at]
+            names = {name for part in self._changed(path, data) for name in find_in(part, here)}
+            found += [f"{path.name}: {name}" for name in sorted(names)]
         return found
+
+    def _changed(self, path: Path, data: bytes) -> Iterator[bytes]:
+        """Each stretch of new blocks, with what is around it."""
+        before, now = self._blocks.get(path, []), [zlib.crc32(data[at : at + _BLOCK]) for at in range(0, len(data), _BLOCK)]
+        self._blocks[path] = now
+        new = [n for n, crc in enumerate(now) if n >= len(before) or before[n] != crc]
+        for _, run in itertools.groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
+            stretch = [n for _, n in run]
+            yield data[max(0, stretch[0] * _BLOCK - _OVERLAP) : (stretch[-1] + 1) * _BLOCK + _OVERLAP]

@@ -1,17 +1,19 @@
-"""A rack watched from outside while it works: a client that polls with its own clock, the disks' bytes, the BMCs' own words and logs, the files.
+"""A rack watched from outside while it works: a client that polls with its own clock, the disks' bytes and the times of their writes, the BMCs' own
+words and logs, the files.
 
-`Watch` gathers; `invariants.py` judges. Of the product it reads the rows that an operator could read, never its code's opinion of them.
+`Watch` gathers; `invariants.py` judges. Of the product it reads the rows that an operator could read, never its code's opinion of them; only the
+tokens of live runs, which it looks for in files, it derives as the product does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +21,19 @@ from typing import Any
 
 import requests
 import sqlalchemy as sa
-from invariants import find_broken
+from bmc_log import read_bmc, read_calls
+from disks import Disks
+from invariants import find_broken, find_broken_of, find_broken_of_site
 from secret_scan import Scanner, find_in
 
+from repave.errors import RunFailed
 from repave.lab.state import Machine
+from repave.secrets import Sealer
 
-POLL_S = 0.5
+POLL_S, LOOK_S = 0.5, 0.1
 REST_S = 120.0
+DISK_BOOTS = ("booting the local disk", "boot: disk")  # a console's words: what runs from here on may write
+TOKENS = ("agent", "session", "nonce", "media")
 Json = dict[str, Any]
 _RUNS = (
     "id", "batch_id", "instance_id", "server_id", "image_id", "epoch", "found_state", "created_at", "released_at", "deadline_at", "crossed_at",
@@ -35,7 +43,7 @@ _RUNS = (
 
 @dataclass
 class Place:
-    """What is watched. `kept`: every file that the product wrote or a machine showed; `passwords`: must be in none of them."""
+    """What is watched. `kept`: every file that the product wrote or a machine showed; `secrets`: each with the names of the files that it must be in."""
 
     machines: dict[str, Machine]
     ids: dict[str, str]  # instance by server
@@ -44,30 +52,46 @@ class Place:
     project_id: str
     token: str
     refused_token: str  # may read only
-    bmc_log: Path
+    bmc_logs: Mapping[str, Path]  # by server
     run_keys: Path
     kept: Callable[[], Sequence[Path]]
-    passwords: Sequence[str]
-    images: Path  # the raw files, by name
+    secrets: Mapping[str, Collection[str]]
+    media_told: Collection[str]  # files of BMCs: they are told the URL of a run's media, and may log it
+    find_raw: Callable[[str], Path | None]  # an image's raw file, by name
     services: Callable[[], Sequence[int]]  # their processes
     scripted: bool = True
 
 
 @dataclass
-class Facts:
-    """One stretch of time, and what all were at its end."""
+class Seen:
+    """What the client saw of an instance, from its first look to its last one at the same."""
 
-    began_at: str = ""
-    runs: list[Json] = field(default_factory=list)  # those created in it, with `name`, `image` and `events`
-    batches: list[Json] = field(default_factory=list)
-    polls: dict[str, list[tuple[float, str, str | None, bool]]] = field(default_factory=dict)  # at, state, operation_state, has an error
-    accepted: list[tuple[float, float, list[str]]] = field(default_factory=list)
-    calls: list[Json] = field(default_factory=list)
-    digests: dict[str, tuple[str, str]] = field(default_factory=dict)  # of root disks, before and now
+    at: float
+    state: str
+    operation: str | None
+    has_error: bool
+    until: float
+
+
+@dataclass
+class Facts:
+    """One stretch of time, and what all were at its end. By server, but for what is the site's."""
+
+    began_at: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, list[Json]] = field(default_factory=dict)  # those created in it, with `name`, `image` and `events`
+    polls: dict[str, list[Seen]] = field(default_factory=dict)
+    calls: dict[str, list[Json]] = field(default_factory=dict)
+    by_hand: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # when a test asked the BMC itself
+    digests: dict[str, tuple[str, str]] = field(default_factory=dict)  # of root disks, before and now; "" where an OS writes
     data_disks: dict[str, tuple[str, str]] = field(default_factory=dict)
+    writes: dict[str, list[float]] = field(default_factory=dict)  # of root disks
+    disk_boots: dict[str, list[float]] = field(default_factory=dict)
     bmcs: dict[str, Json] = field(default_factory=dict)
     power_before: dict[str, str] = field(default_factory=dict)
     consoles: dict[str, str] = field(default_factory=dict)  # what was said in it
+    locked_at: dict[str, str | None] = field(default_factory=dict)
+    batches: list[Json] = field(default_factory=list)
+    accepted: list[tuple[float, float, list[str]]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)  # what a refused request changed
@@ -75,25 +99,34 @@ class Facts:
 
 
 class Watch:
-    """`begin`, then the work, then `judge`: what is broken. `excuse` names what a test does itself, for this once."""
+    """`begin`, then the work, then `judge`: what is broken. `excuse` names what a test does itself, for this once.
+
+    Where machines are at work side by side, each has its own stretch: `begin_of`, `judge_of`; the site's is judged when all rest.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.accepted: list[tuple[float, float, list[str]]] = []
         self._engine = sa.create_engine(_read_only(place.database_url), poolclass=sa.NullPool)
-        self._scanner, self._excused = Scanner(), set[str]()
-        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
-        self._polls: dict[str, list[tuple[float, str, str | None, bool]]] = {}
+        self._scanner, self._excused, self._disks = Scanner(), set[str](), Disks()
+        self._polls: dict[str, list[Seen]] = {}
         self._leaks: list[str] = []
-        self._size: dict[int, tuple[int, int]] = {}
-        self._begun = Facts()
+        self._tokens: dict[str, dict[str, str]] = {}  # by run, then purpose
+        self._open: dict[int, Counter[str]] = {}
+        self._begun, self._site_began_at = Facts(), ""
+        self._console_at: dict[str, int] = {}
+        self._log_at: dict[str, int] = {}
+        self._looked_at: dict[str, int] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._poll_forever, name="watch", daemon=True)
-        self._thread.start()
+        self._sealer = Sealer.open(place.run_keys.parent / "key")
+        self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._poll_forever, self._look_forever)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join(10)
+        for thread in self._threads:
+            thread.join(10)
         self._engine.dispose()
 
     def excuse(self, *words: str) -> None:
@@ -102,31 +135,72 @@ class Watch:
 
     def look_again(self, name: str) -> None:
         """What is on this disk now was written by the test itself."""
-        self._begun.digests[name] = (self.digest(self.place.machines[name].root_disk), "")
+        disk = self.place.machines[name].root_disk
+        with self._lock:
+            self._disks.forget(disk)
+        self._begun.digests[name] = (self._disks.digest(disk), "")
+
+    @contextlib.contextmanager
+    def by_hand(self, name: str) -> Iterator[None]:
+        """The test itself asks this BMC."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self._begun.by_hand.setdefault(name, []).append((began, time.time()))
 
     def begin(self) -> None:
         """What is there now is what the next judgement compares with."""
         self.accepted, self._excused, self._leaks = [], set(), []
+        self._site_began_at = _now()
         with self._lock:
-            self._polls = {i: seen[-1:] for i, seen in self._polls.items()}
-        machines = self.place.machines
-        self._begun = Facts(
-            began_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            digests={n: (self._root_digest(m), "") for n, m in machines.items()},
-            data_disks={n: (self.digest(m.data_disk), "") for n, m in machines.items() if m.data_disk},
-            power_before={n: read_bmc(machines[n])["power"] for n in machines},
-        )
-        self._console_at = {n: m.console.stat().st_size for n, m in machines.items()}
-        self._log_at = self.place.bmc_log.stat().st_size if self.place.bmc_log.exists() else 0
+            self._tokens = {}
+        for name in self.place.machines:
+            self.begin_of(name)
+        for pid in self.place.services():
+            if pid not in self._open:
+                with contextlib.suppress(OSError):
+                    self._open[pid] = count_open(pid)
+
+    def begin_of(self, name: str) -> None:
+        machine, facts = self.place.machines[name], self._begun
+        with self._lock:
+            instance = self.place.ids.get(name, "")
+            self._polls[instance] = self._polls.get(instance, [])[-1:]
+            self._disks.forget(machine.root_disk)
+            self._looked_at[name] = self._console_at[name] = machine.console.stat().st_size
+            facts.disk_boots[name] = []
+        facts.began_at[name], facts.by_hand[name] = _now(), []
+        bmc = read_bmc(machine)
+        facts.power_before[name] = bmc["power"]
+        facts.digests[name] = (self._root_digest(machine, bmc), "")
+        if machine.data_disk:
+            facts.data_disks[name] = (self._disks.digest(machine.data_disk), "")
+        log = self.place.bmc_logs[name]
+        self._log_at[name] = log.stat().st_size if log.exists() else 0
 
     @property
     def began_at(self) -> str:
-        return self._begun.began_at
+        return self._site_began_at
 
     def judge(self) -> list[str]:
         """Everything broken since `begin`, once nothing is under way any more."""
-        facts = self._gather()
-        return [b for b in find_broken(facts, self.place) if not any(word in b for word in self._excused)]
+        self.wait_for_rest()
+        for name in self.place.machines:
+            self._gather(name)
+        self._gather_site()
+        return [b for b in find_broken(self._begun, self.place) if not any(word in b for word in self._excused)]
+
+    def judge_of(self, name: str) -> list[str]:
+        """Everything broken at this machine since `begin_of`."""
+        self._gather(name)
+        return find_broken_of(self._begun, self.place, name)
+
+    def judge_site(self) -> list[str]:
+        """Everything broken that is no single machine's, since `begin`; machines had stretches of their own."""
+        self.wait_for_rest()
+        self._gather_site()
+        return find_broken_of_site(self._begun, self.place)
 
     def assert_nothing_broken(self) -> None:
         """At a test's end: judges what happened since the last one's, and begins anew."""
@@ -140,35 +214,45 @@ class Watch:
         while self.rows("SELECT id FROM runs WHERE ended_at IS NULL") and time.monotonic() < deadline:
             time.sleep(0.2)
 
-    def _gather(self) -> Facts:
-        facts, machines = self._begun, self.place.machines
-        self.wait_for_rest()
+    def _gather(self, name: str) -> None:
+        facts, machine, instance = self._begun, self.place.machines[name], self.place.ids.get(name, "")
         with contextlib.suppress(requests.RequestException, IndexError):
             self._poll()
-        names = {i: n for n, i in self.place.ids.items()}
-        images = {r["id"]: r["name"] for r in self.rows("SELECT id, name FROM images")}
-        for run in self.rows(f"SELECT {', '.join(_RUNS)} FROM runs WHERE created_at > '{facts.began_at}' ORDER BY server_id, epoch"):
-            if run["instance_id"] in names:
-                events = self.rows(f"SELECT seq, type, at, data FROM events WHERE run_id = '{run['id']}' ORDER BY seq")
-                facts.runs.append(run | {"name": names[run["instance_id"]], "image": images.get(run["image_id"], ""), "events": events})
-        facts.batches = self.rows(f"SELECT id, created_at FROM batches WHERE created_at > '{facts.began_at}'")
+        facts.runs[name] = self._runs(f"instance_id = '{instance}' AND created_at > '{facts.began_at[name]}'")
+        lock = self.rows(f"SELECT s.locked_at FROM servers s JOIN instances i ON i.server_id = s.id WHERE i.id = '{instance}'")
+        facts.locked_at[name] = lock[0]["locked_at"] if lock else None
+        self._look(name)
         with self._lock:
-            facts.polls = {names[i]: list(seen) for i, seen in self._polls.items() if i in names}
+            facts.polls[name] = list(self._polls.get(instance, ()))
+            facts.writes[name] = self._disks.writes(machine.root_disk)
+        facts.calls[name] = read_calls(self.place.bmc_logs[name], name, self._log_at[name])
+        facts.bmcs[name] = read_bmc(machine)
+        facts.digests[name] = (facts.digests[name][0], self._root_digest(machine, facts.bmcs[name]))
+        if machine.data_disk:
+            facts.data_disks[name] = (facts.data_disks[name][0], self._disks.digest(machine.data_disk))
+        with machine.console.open("rb") as f:
+            f.seek(self._console_at[name])
+            facts.consoles[name] = f.read().decode(errors="replace")
+
+    def _gather_site(self) -> None:
+        facts = self._begun
+        facts.batches = self.rows(f"SELECT id, created_at, at_once FROM batches WHERE created_at > '{self._site_began_at}'")
+        for batch in facts.batches:
+            batch["runs"] = self._runs(f"batch_id = '{batch['id']}'")
         facts.accepted = self.accepted
-        facts.calls = self._calls()
-        for name, machine in machines.items():
-            facts.digests[name] = (facts.digests[name][0], self._root_digest(machine))
-            if machine.data_disk:
-                facts.data_disks[name] = (facts.data_disks[name][0], self.digest(machine.data_disk))
-            with machine.console.open("rb") as f:
-                f.seek(self._console_at[name])
-                facts.consoles[name] = f.read().decode(errors="replace")
-            facts.bmcs[name] = read_bmc(self.place.machines[name])
         facts.keys = sorted(p.name for p in self.place.run_keys.iterdir())
         facts.refusals = self._try_refused()
         facts.leaks = self._leaks + self._scan()
         facts.leftovers = self._find_leftovers()
-        return facts
+
+    def _runs(self, where: str) -> list[Json]:
+        names = {i: n for n, i in self.place.ids.items()}
+        runs = self.rows(f"SELECT {', '.join(_RUNS)} FROM runs WHERE {where} ORDER BY server_id, epoch")
+        images = {r["id"]: r["name"] for r in self.rows("SELECT id, name FROM images")} if runs else {}
+        for run in runs:
+            run["name"], run["image"] = names.get(run["instance_id"], ""), images.get(run["image_id"], "")
+            run["events"] = self.rows(f"SELECT seq, type, at, data FROM events WHERE run_id = '{run['id']}' ORDER BY seq")
+        return runs
 
     # ---- the client ----
 
@@ -183,13 +267,14 @@ class Watch:
         answer = requests.get(url, params={"limit": 100}, headers={"X-Auth-Token": self.place.refused_token}, timeout=10)
         if answer.status_code != 200:
             return
-        if found := find_in(answer.content, self.place.passwords):
+        if found := find_in(answer.content, self.place.secrets):
             self._leaks.append(f"an answer: {found}")
         with self._lock:
             for one in answer.json()["instances"]:
                 seen, now = self._polls.setdefault(one["id"], []), (one["state"], one.get("operation_state"), "error" in one)
-                if not seen or seen[-1][1:] != now:
-                    seen.append((asked_at, *now))
+                if not seen or (seen[-1].state, seen[-1].operation, seen[-1].has_error) != now:
+                    seen.append(Seen(asked_at, *now, until=asked_at))
+                seen[-1].until = asked_at
 
     def _try_refused(self) -> list[str]:
         """A good request without the right, and one with an id that is nobody's: what is different afterwards."""
@@ -213,89 +298,91 @@ class Watch:
             found: Json = {t: conn.execute(sa.text(f"SELECT count(*) FROM {t}")).scalar_one() for t in tables}
             found["states"] = sorted(map(tuple, conn.execute(sa.text("SELECT id, state, operation_state, updated_at FROM instances")).all()))
         found["keys"] = sorted(p.name for p in self.place.run_keys.iterdir())
-        found["calls"] = self.place.bmc_log.stat().st_size if self.place.bmc_log.exists() else 0
+        calls = [c for name, log in self.place.bmc_logs.items() for c in read_calls(log, name, self._log_at[name])]
+        found["calls"] = sum(c["method"] != "GET" for c in calls)
         return found
 
     # ---- what lies there ----
+
+    def _look_forever(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            with contextlib.suppress(OSError):
+                for name in self.place.machines:
+                    self._look(name)
+                self._learn_tokens()
+
+    def _look(self, name: str) -> None:
+        """The root disk's last write, and whether the console says that something else than the ramdisk runs from now on."""
+        machine = self.place.machines[name]
+        with self._lock:
+            self._disks.look(machine.root_disk)
+            began = self._looked_at.get(name)
+            if began is None or machine.console.stat().st_size <= began:
+                return
+            with machine.console.open("rb") as f:
+                f.seek(began)
+                said = f.read()
+            self._looked_at[name] = began + len(said)
+            if any(words.encode() in said for words in DISK_BOOTS):
+                self._begun.disk_boots.setdefault(name, []).append(time.time())
+
+    def _learn_tokens(self) -> None:
+        for path in self.place.run_keys.iterdir():
+            if "." not in path.name and path.name not in self._tokens:
+                with contextlib.suppress(RunFailed):  # it ended meanwhile
+                    learnt = {purpose: self._sealer.derive_for_run(path.name, purpose) for purpose in TOKENS}
+                    with self._lock:
+                        self._tokens[path.name] = learnt
 
     def rows(self, query: str) -> list[Json]:
         with self._engine.connect() as conn:
             return [{k: _plain(k, v) for k, v in row._mapping.items()} for row in conn.execute(sa.text(query))]
 
-    def digest(self, disk: Path | None) -> str:
-        """Of every byte that is not in a hole, and where it is; read again only when the file was written."""
-        assert disk is not None
-        stat = disk.stat()
-        now = (stat.st_mtime_ns, stat.st_size)
-        if self._digests.get(disk, (None,))[0] != now:
-            self._digests[disk] = (now, digest_of(disk))
-        return self._digests[disk][1]
-
-    def _root_digest(self, machine: Machine) -> str:
-        """A real OS writes its own disk all the time: there, a digest says nothing."""
-        return self.digest(machine.root_disk) if self.place.scripted else ""
-
-    def _calls(self) -> list[Json]:
-        if not self.place.bmc_log.exists():
-            return []
-        with self.place.bmc_log.open() as f:
-            f.seek(self._log_at)
-            return [json.loads(line) for line in f]
+    def _root_digest(self, machine: Machine, bmc: Json) -> str:
+        """A real OS that runs writes its own disk all the time: there, a digest says nothing."""
+        return self._disks.digest(machine.root_disk) if self.place.scripted or bmc["power"] == "Off" else ""
 
     def _scan(self) -> list[str]:
         files = [
             path for root in self.place.kept() for path in ([root] if root.is_file() else root.rglob("*")) if path.is_file() and "chunks" not in path.parts
         ]
-        found = self._scanner.scan(files, self.place.passwords)
+        with self._lock:
+            tokens = {t: self.place.media_told if what == "media" else () for of_run in self._tokens.values() for what, t in of_run.items()}
+        secrets = {**self.place.secrets, **tokens}
+        found = self._scanner.scan(files, secrets)
         for pid in self.place.services():
             with contextlib.suppress(OSError):
                 shown = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
-                found += [f"process {name}" for name in find_in(shown, self.place.passwords)]
+                found += [f"process {name}" for name in find_in(shown, secrets)]
         return found
 
     def _find_leftovers(self) -> list[str]:
-        """Half-written files, and a process that has grown by more than its pools."""
+        """Half-written files, and what a process has opened and not closed: pools grow as much as so few runs make them, nothing else does."""
         found = [str(p.name) for root in self.place.kept() if root.is_dir() for p in root.rglob("*") if p.name.endswith((".new", ".part"))]
+        connections = 32  # store/database.py keeps so many
+        pools = {"thread": 40, "socket": 8, "file repave.db": connections, "file repave.db-wal": connections}
+        if not self.place.database_url.startswith("sqlite"):
+            pools["socket"] += connections
         for pid in self.place.services():
             with contextlib.suppress(OSError):
-                now = (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
-                first = self._size.setdefault(pid, now)
-                found += [f"process {pid} has {n} {what}, had {f}" for n, f, what in zip(now, first, ("descriptors", "threads"), strict=True) if n > f + 150]
+                now = count_open(pid)
+                first = self._open.setdefault(pid, now)
+                found += [f"process {pid} has {n} of {what}, had {first[what]}" for what, n in now.items() if n > first[what] + pools.get(what, 0)]
         return found
 
 
-def read_bmc(machine: Machine) -> Json:
-    """What its BMC says: power, boot (the override's target), media (what is in the drive)."""
-    m = machine
-    with requests.Session() as session:
-        session.trust_env, session.auth = False, (m.bmc_username, m.bmc_password)
-        system = session.get(f"{m.bmc_url}/redfish/v1/Systems/{m.uuid}", timeout=30).json()
-        cd = session.get(f"{m.bmc_url}/redfish/v1/Systems/{m.uuid}/VirtualMedia/Cd", timeout=30).json()
-    return {"power": system["PowerState"], "boot": system["Boot"]["BootSourceOverrideTarget"], "media": cd["Image"] if cd["Inserted"] else ""}
+def count_open(pid: int) -> Counter[str]:
+    """The process's threads, and its descriptors by what they are."""
+    found = Counter({"thread": len(os.listdir(f"/proc/{pid}/task"))})
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(link)
+            found[target.partition(":")[0] if ":" in target else "file " + Path(target).name] += 1
+    return found
 
 
-def digest_of(disk: Path) -> str:
-    """Of every byte that is not in a hole, and where it is."""
-    digest = hashlib.sha256()
-    for offset, data in read_data(disk):
-        digest.update(offset.to_bytes(8, "big") + data)
-    return digest.hexdigest()
-
-
-def read_data(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of what the file holds, holes left out, at most 8 MiB at once."""
-    with path.open("rb") as file:
-        offset, end = 0, os.fstat(file.fileno()).st_size
-        while offset < end:
-            try:
-                offset = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole
-                return
-            hole = os.lseek(file.fileno(), offset, os.SEEK_HOLE)
-            while offset < hole:
-                data = os.pread(file.fileno(), min(8 << 20, hole - offset), offset)
-                yield offset, data
-                offset += len(data)
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _read_only(url: str) -> str:
