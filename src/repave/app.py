@@ -8,12 +8,14 @@ import gc
 import hashlib
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 import structlog
@@ -239,6 +241,8 @@ def serve(folder: Path) -> None:
     host, _ = split_listen(settings.api_listen)
     if settings.api_certificate is None and host not in ("127.0.0.1", "::1", "localhost"):
         raise RepaveError("bad-request", "api_listen is not loopback: api_certificate is needed.", field="api_listen")
+    for name in ("api_certificate", "media_certificate"):
+        _check_certificate(name, getattr(settings, name))
     configure_logging()
     ensure_boot_iso(settings)
     try:
@@ -258,8 +262,9 @@ def _serve_site(settings: Settings) -> None:
             def first() -> None:
                 begin_life(site.store, stand_path(settings.key_file))
                 sweep_files(settings, site.images, site.engine.lease)
-                for name in ("api_listen", "provisioning_listen", "media_listen"):
-                    sockets[name] = stack.enter_context(_listen(name, getattr(settings, name)))
+                for name in ("api_listen", "provisioning_listen", "media_listen", "media_https_listen"):
+                    if value := getattr(settings, name):
+                        sockets[name] = stack.enter_context(_listen(name, value))
 
             # A run that is taken up asks its BMC for media at once: who comes before the listeners are served waits in their queues, and is not refused.
             site.engine.start(site.effects, first=first)
@@ -282,13 +287,15 @@ def _listen(name: str, value: str) -> socket.socket:
 async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:
     """The API in this loop; machines (agents, boot media) in a loop and threads of their own, so that neither waits for the other's share."""
     settings = site.settings
-    hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
-    provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
+    provisioning_certificate = _certificate(settings, "provisioning.pem", settings.agent_url, settings.provisioning_listen)
     api = {_server(build_api(site), settings.api_certificate): sockets["api_listen"]}
     machines = {
         _server(build_provisioning(site), provisioning_certificate): sockets["provisioning_listen"],
         _server(build_media(site), None): sockets["media_listen"],
     }
+    if by_https := sockets.get("media_https_listen"):
+        certificate = settings.media_certificate or _certificate(settings, "media.pem", *settings.media_url.split(), settings.media_https_listen)
+        machines[_server(build_media(site), certificate)] = by_https
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -333,10 +340,19 @@ def _server(app: FastAPI, certificate: Path | None) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _host_of(url: str) -> str:
-    from urllib.parse import urlsplit
+def _check_certificate(name: str, path: Path | None) -> None:
+    """Raises RepaveError bad-request, naming the setting, where the file can not be served with."""
+    try:
+        if path is not None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
+    except OSError as error:  # SSLError is one
+        raise RepaveError("bad-request", f"{name} = {path}: {error.strerror or error}. One PEM file: key and certificate chain.", field=name) from None
 
-    return urlsplit(url).hostname or "127.0.0.1"
+
+def _certificate(settings: Settings, file: str, *seen_as: str) -> Path:
+    """By our own CA, for the hosts of these URLs and listeners and for this machine."""
+    hosts = [urlsplit(url if "//" in url else f"//{url}").hostname for url in seen_as]
+    return make_certificate(settings.key_file.parent, [*filter(None, hosts), "127.0.0.1", "localhost"], settings.data_dir / file)
 
 
 def ensure_boot_iso(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from repave.errors import RepaveError
 
 SETTINGS_FILE = "repave.toml"
 _LISTEN = r"^\S+:\d{1,5}$"  # HOST:PORT
+_LISTEN_OR_NONE = rf"^$|{_LISTEN}"
 
 
 class Settings(BaseSettings):
@@ -35,7 +36,17 @@ class Settings(BaseSettings):
     api_certificate: Path | None = Field(default=None, description="PEM file with certificate chain and key for the API.")
     provisioning_listen: str = Field(default="127.0.0.1:8471", pattern=_LISTEN, description="Agents and new operating systems, TLS with our own CA.")
     media_listen: str = Field(default="127.0.0.1:8472", pattern=_LISTEN, description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
-    media_url: str = Field(default="http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
+    media_https_listen: str = Field(
+        default="",
+        pattern=_LISTEN_OR_NONE,
+        description="The same media by HTTPS, for BMCs that take nothing else; empty = not served. Name it in media_url too.",
+    )
+    media_certificate: Path | None = Field(
+        default=None, description="PEM file with certificate chain and key for it; empty = one by our own CA, for BMCs that check none or were given ca.pem."
+    )
+    media_url: str = Field(
+        default="http://127.0.0.1:8472", description="The media listeners as BMCs see them, separated by blanks; a BMC gets the first that it can fetch."
+    )
     agent_url: str = Field(default="https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
@@ -92,8 +103,9 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         settings.database_url = f"sqlite:///{settings.data_dir / 'repave.db'}"
     if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
         raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
-    if settings.api_certificate is not None:
-        settings.api_certificate = (folder / settings.api_certificate).resolve()
+    for name in ("api_certificate", "media_certificate"):
+        if (certificate := getattr(settings, name)) is not None:
+            setattr(settings, name, (folder / certificate).resolve())
     return settings
 
 

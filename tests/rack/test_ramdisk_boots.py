@@ -1,4 +1,4 @@
-"""The boot media in QEMU with UEFI firmware: a live disc brings the agent's hello, an inert one gives the local disk back."""
+"""The boot media in QEMU with UEFI firmware: a live disc brings the agent's hello, or gives the local disk back; an inert one does so at once."""
 
 from __future__ import annotations
 
@@ -80,6 +80,24 @@ def test_an_address_on_a_tagged_vlan_speaks_with_its_tag(media: BootMedia, tmp_p
 
 
 @pytest.mark.timeout(600)
+def test_a_live_disc_whose_token_is_spent_or_whose_server_is_silent_gives_the_local_disk_back(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
+    """The disc stays in the drive, first in the boot order: what the agent tells the firmware must be stronger."""
+    with provisioning_listener(tmp_path) as (url, ca_pem, hellos), contextlib.ExitStack() as both:
+        consoles = []
+        for name, server in (("spent", url), ("silent", "https://10.0.2.2:1")):
+            folder = tmp_path / name
+            folder.mkdir()
+            slot = render_slot(Slot("run-1", server, TOKEN, ca_pem, None, give_up_s=10))
+            disk = make_local_disk(folder / "disk.img", files, says="THE LOCAL DISK BOOTED")
+            consoles.append(both.enter_context(machine(folder, media.read(0, media.size, slot), disk, may_reboot=True)))
+        wait_for(hellos, consoles[0])
+        for console in consoles:
+            wait_for_line("THE LOCAL DISK BOOTED", console)
+            assert "booting the local disk: " in console.read_text(errors="replace")
+        assert hellos.empty(), "a refused hello was sent again"
+
+
+@pytest.mark.timeout(600)
 def test_an_inert_disc_boots_the_local_disk(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
     disk = make_local_disk(tmp_path / "disk.img", files, says="THE LOCAL DISK BOOTED")
     with machine(tmp_path, media.read(0, media.size, None), disk) as console:
@@ -94,8 +112,11 @@ def test_an_inert_disc_without_a_bootable_disk_says_so_and_powers_off(media: Boo
 
 
 @contextlib.contextmanager
-def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, dump: Path | None = None) -> Iterator[Path]:
-    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends. `dump`: its frames, as pcap."""
+def machine(
+    folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, may_reboot: bool = False, dump: Path | None = None
+) -> Iterator[Path]:
+    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends; `may_reboot`: else a reboot ends it.
+    `dump`: its frames, as pcap."""
     console = folder / "console"
     console.touch()
     (folder / "boot.iso").write_bytes(iso)
@@ -104,7 +125,7 @@ def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, 
     smm = ["-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     command = [
         "qemu-system-x86_64", *(smm if secure_boot else ["-machine", "q35"]), "-accel", "tcg", "-cpu", CPU, "-m", "512",
-        "-display", "none", "-no-reboot", "-serial", f"file:{console}",
+        "-display", "none", *([] if may_reboot else ["-no-reboot"]), "-serial", f"file:{console}",
         "-drive", f"if=pflash,format=raw,readonly=on,file={code}", "-drive", f"if=pflash,format=raw,file={folder / 'vars.fd'}",
         "-drive", f"if=none,id=cd,media=cdrom,readonly=on,file={folder / 'boot.iso'}", "-device", "ide-cd,drive=cd,bootindex=0",
         "-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL},bootindex=10",
