@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from repave.domain.waves import Limits
 from repave.secrets import Sealer
+from repave.store.chain import LAST, link
 from repave.store.tables import EVENTS
 
 Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
@@ -93,15 +94,14 @@ class Database:
         """One audit row for each of `each`: actor and the ids it is about have columns of their own, the rest is its data."""
         names = ("batch_id", "run_id", "server_id")
         fixed = {"at": self.now(), "project_id": project_id, "type": type_}
-        conn.execute(
-            _NEW_EVENT,
-            [
-                fixed
-                | {"actor": about.get("actor", "repave"), "data": {k: v for k, v in about.items() if k not in (*names, "actor")}}
-                | {name: about.get(name) for name in names}
-                for about in each
-            ],
-        )
+        mac, events = conn.execute(LAST).scalar() or "", []
+        for about in each:
+            data = {k: v for k, v in about.items() if k not in (*names, "actor")}
+            event = fixed | {"actor": about.get("actor", "repave"), "data": data} | {name: about.get(name) for name in names}
+            mac = link(self.sealer, mac, event)
+            events.append(event | {"mac": mac})
+        if events:
+            conn.execute(_NEW_EVENT, events)
 
     def page(self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int) -> tuple[list[sa.RowMapping], int]:
         counted = self.row(sa.select(sa.func.count().label("n")).select_from(table).where(*where))

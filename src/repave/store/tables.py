@@ -109,6 +109,7 @@ sa.Index("runs_live", RUNS.c.ended_at)
 EVENTS = sa.Table(
     "events", META, Column("seq", Integer, primary_key=True, autoincrement=True), _at("at", null=False), _text("project_id"), _text("type"),
     _text("batch_id", null=True), _text("run_id", null=True), _text("server_id", null=True), _text("actor"), _json("data"),
+    _text("mac", null=True),
 )  # fmt: skip
 sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
 
