@@ -122,7 +122,11 @@ def init_site(folder: Path, **changes: Any) -> FirstKey:
         raise RepaveError("conflict", f"{SETTINGS_FILE} is there already; this folder is a site.", field="folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_private(path, render_settings(changes).encode())
-    settings = load_settings(folder)
+    try:
+        settings = load_settings(folder)
+    except RepaveError:
+        path.unlink()  # or the next `init`, with the mistake mended, would find a site here
+        raise
     with open_site(settings) as site:
         project = site.store.access.add_project("default")
         credential, sk, token = site.store.access.add_credential(project.id, "admin", Role.ADMIN)

@@ -1,16 +1,27 @@
-"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. The file's typos are refused."""
+"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. Typos in either are refused."""
 
 from __future__ import annotations
 
+import os
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from repave.domain.urls import find_url_fault
 from repave.errors import RepaveError
 
 SETTINGS_FILE = "repave.toml"
+ENV_PREFIX = "REPAVE_"
+OTHER_VARIABLES = frozenset((
+    "REPAVE_SITE", "REPAVE_ENDPOINT", "REPAVE_TOKEN", "REPAVE_CA", "REPAVE_NEW_PASSWORD",  # the command line
+    "REPAVE_BMC_USERNAME", "REPAVE_BMC_PASSWORD", "REPAVE_BMC_TLS_VERIFY",
+    "REPAVE_CACHE", "REPAVE_DEMO_IMAGE", "REPAVE_SSH_PASSWORD",  # the ramdisk's builder and the lab
+    "REPAVE_REDFISH_CORPUS", "REPAVE_KEEP",  # tests
+))  # fmt: skip
 _LISTEN = r"^\S+:\d{1,5}$"  # HOST:PORT
 _LISTEN_OR_NONE = rf"^$|{_LISTEN}"
 
@@ -18,7 +29,7 @@ _LISTEN_OR_NONE = rf"^$|{_LISTEN}"
 class Settings(BaseSettings):
     """Everything that can be set. `repave init` writes the file; docs/settings.md is generated from here."""
 
-    model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid")
 
     data_dir: Path = Field(default=Path("repave-data"), description="Database, images, boot media. Relative paths count from the settings file.")
     images_dir: Path | None = Field(default=None, description="The image store; empty = data_dir/images. Several workers share it.")
@@ -68,6 +79,21 @@ class Settings(BaseSettings):
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 
+    @field_validator("media_url")
+    @classmethod
+    def _media_urls(cls, value: str) -> str:
+        for url in value.split() or [""]:
+            if fault := find_url_fault(url):
+                raise ValueError(f"each {fault}")
+        return value
+
+    @field_validator("agent_url")
+    @classmethod
+    def _agent_url(cls, value: str) -> str:
+        if fault := find_url_fault(value, schemes=("https",), with_path=False):
+            raise ValueError(fault)
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -85,12 +111,16 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
     """The settings of the site in `folder`, from its settings file or from `file`. Relative paths become absolute, from that folder."""
 
     class SiteSettings(Settings):
-        model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=file or folder / SETTINGS_FILE)
+        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", toml_file=file or folder / SETTINGS_FILE)
 
+    refuse_unknown_variables(os.environ)
     try:
         settings = SiteSettings()
     except ValidationError as error:  # no input in the text: a URL may hold a password
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False, include_url=False))
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
         raise RepaveError("bad-request", f"Settings: {faults}.", field=str(error.errors()[0]["loc"][0])) from None
     except tomllib.TOMLDecodeError as error:
         raise RepaveError("bad-request", f"{file or folder / SETTINGS_FILE} is not TOML: {error}.") from None
@@ -107,6 +137,15 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         if (certificate := getattr(settings, name)) is not None:
             setattr(settings, name, (folder / certificate).resolve())
     return settings
+
+
+def refuse_unknown_variables(environment: Iterable[str]) -> None:
+    """Raises bad-request for a REPAVE_ name that nothing of ours reads: it was meant for something, and is not in force."""
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    for name in sorted(n for n in environment if n.upper().startswith(ENV_PREFIX) and n.upper() not in known):
+        meant = get_close_matches(name.upper(), sorted(known), 1)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise RepaveError("bad-request", f"{name} in the environment is no setting of ours.{hint}", field=name)
 
 
 def split_listen(value: str) -> tuple[str, int]:

@@ -119,6 +119,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9025", "database-corrupt", Who.US, False, "The database is damaged.", "Its own check found pages that make no sense.", "repave restore FILE, with the newest backup; keep the damaged file.", "everything"),
     ("9026", "upgrade-unfinished", Who.US, False, "Runs of another version are under way.", "A run ends in the version of the workflow it began in, and no worker of that version is left.", "Start the version from before and let its runs end (repave batch ls); then upgrade.", "everything"),
     ("9027", "audit-broken", Who.US, False, "The audit is not as it was written.", "An event was changed, added or removed in the database by something that has not the key file.", "Find out who can write in the database; compare the events around it with a backup's.", "everything"),
+    ("9028", "loopback-address", Who.US, False, "The server can not reach Repave.", "media_url or agent_url is a loopback address: BMC and server would look for us in themselves.", "Set media_url and agent_url to an address of ours that BMCs and servers reach, then start repave serve again: README.md.", _NOTHING),
     ("9008", "not-this-site", Who.US, False, "This service does not fit the database.", "The key file, CA or a shared folder is not the one that the database was begun with.", "Give it the same secret folder and image folder as the other workers: docs/operations.md.", "everything"),
 )
 # fmt: on

@@ -120,6 +120,8 @@ def test_events_are_listed_and_followed_from_any_point_to_the_end_of_the_batch(s
             site.store.runs.record_ending(run["id"], Ending.RETURNED, None)
 
     threading.Timer(0.5, end_all).start()
+    assert site.ask("GET", f"/events?after={10**20}").status_code == 400
+    assert site.ask("GET", "/events", headers={"Last-Event-ID": str(10**20)}).status_code == 400
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(listed["next"])}
     with site.ask("GET", f"/events?batch={batch['id']}", headers=headers, stream=True) as stream:
         lines = stream.content.decode().splitlines()  # returns, so the stream has ended by itself

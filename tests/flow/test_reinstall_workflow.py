@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -204,7 +205,7 @@ class World:
         def open_bmc(_):
             yield self.machine
 
-        places = Places(("http://127.0.0.1:1",), "https://127.0.0.1:2", "CA", 0)
+        places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
         fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
         admitted = fleet.admit(
@@ -401,6 +402,22 @@ def test_a_damaged_image_is_found_before_any_power_action(world):
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert world.play(world.journal()) == "returned"
     assert world.state().error["code"] == "Repave.4102"
+    assert world.machine.actions == []
+
+
+@pytest.mark.parametrize(
+    ("named", "places"),
+    [
+        ("media_url", {"media_urls": ("http://127.0.0.1:8472", "http://[::1]:8472")}),
+        ("media_url", {"media_urls": ("http://0.0.0.0:8472",)}),
+        ("agent_url", {"agent_url": "https://localhost:8471"}),
+    ],
+)
+def test_a_server_elsewhere_is_not_powered_where_we_are_known_by_a_loopback_address(world, named, places):
+    world.effects.places = dataclasses.replace(world.effects.places, **places)
+    assert world.play(world.journal()) == "returned"
+    error = world.state().error
+    assert error["class"] == "loopback-address" and error["cause"].startswith(named)
     assert world.machine.actions == []
 
 

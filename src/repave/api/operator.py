@@ -154,7 +154,7 @@ class ProblemRoute(APIRoute):
             except RequestValidationError as error:
                 first = error.errors()[0]
                 field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-                return render_problem(RequestError("bad-request", f"{field}: {first['msg']}.", field=field))
+                return render_problem(RequestError("bad-request", f"{field}: {first['msg'].removeprefix('Value error, ')}.", field=field))
             except RepaveError as error:
                 return render_problem(error)
 

@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -13,6 +12,7 @@ from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Instance, Role, Server
 from repave.domain.root_disk import parse_hints
+from repave.domain.urls import find_url_fault
 from repave.errors import RequestError
 from repave.store import new_id
 
@@ -20,9 +20,8 @@ router = APIRouter(route_class=ProblemRoute, prefix="/servers")
 
 
 def _bmc_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("must be http(s)://HOST[:PORT], without user, password or query")
+    if fault := find_url_fault(url):
+        raise ValueError(fault)
     return url.rstrip("/")
 
 

@@ -42,7 +42,9 @@ def render_settings() -> str:
         default = "" if field.default in (None, "") else f"`{field.default}`"
         rows.append(f"| `{name}` | `REPAVE_{name.upper()}` | {default} | {field.description} |")
     head = "| Setting | Environment | Default | Meaning |\n|---|---|---|---|"
-    intro = f"The file is `{SETTINGS_FILE}` in the site's folder (TOML; `repave init` writes it). The environment wins over it. Unknown names are refused."
+    intro = (
+        f"The file is `{SETTINGS_FILE}` in the site's folder (TOML; `repave init` writes it). The environment wins over it. Unknown names are refused in both."
+    )
     return f"# Settings\n\n{_MADE.format(source='src/repave/config.py')}\n{intro}\n\n{head}\n" + "\n".join(rows) + "\n"
 
 

@@ -17,6 +17,7 @@ from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
+from repave.domain.urls import find_unreachable_place
 from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
@@ -60,6 +61,8 @@ class ServerEffects:
         self.store.runs.get_run_secret(run_id)
         if own := find_own_host(server, self.store.servers.list_hosts()):
             raise RunFailed("own-host", f"It has {own}.")
+        if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url):
+            raise RunFailed("loopback-address", f"{place} is a loopback address; the server is elsewhere.")
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
         seen = (self.store.runs.find_inventory(server.id) or {}).get("disks", ())
