@@ -219,12 +219,17 @@ class Racks:
 
     def play(self, name: str | None = None) -> str:
         """The first queued run, or that of this server, to its end."""
+        one = self.take(name)
+        return one.play(one.journal())
+
+    def take(self, name: str | None = None) -> World:
+        """It as a world of its own."""
         run_id = next(r for r in self.queue if name in (None, self.name(r)))
         self.queue.remove(run_id)
         one = object.__new__(World)
         one.store, one.effects, one.run_id = self.store, self.effects, run_id
         one.machine, one.inbox = self.machines[self.store.runs.get_run(run_id).server_id], self.inboxes.setdefault(run_id, {})
-        return one.play(one.journal())
+        return one
 
     def play_all(self) -> list[str]:
         ended = []
@@ -431,10 +436,10 @@ def test_a_step_that_takes_longer_than_usual_is_said_to_be_late_once(racks):
     batch = racks.admit([racks.instances[1]])
     run_id = racks.runs(batch)[0].id
     racks.store.runs.record_step(run_id, Step.PREFLIGHT)
-    racks.store.runs.tell_late()
+    racks.store.runs.tell_late({})
     assert racks.runs(batch)[0].late_step is None
     later(racks.store, 120)
-    racks.store.runs.tell_late()
-    racks.store.runs.tell_late()
+    racks.store.runs.tell_late({})
+    racks.store.runs.tell_late({})
     late = [e for e in racks.store.events.list_events(racks.base.credential.project_id, batch_id=batch) if e.type == "run.late"]
     assert [(e.data["step"], racks.runs(batch)[0].late_step) for e in late] == [("preflight", "preflight")]

@@ -19,7 +19,7 @@ import zstandard
 from repave.bmc import BmcFacts, Power
 from repave.domain.model import Image, InstanceState, Role, Server
 from repave.domain.states import Ending
-from repave.errors import BmcError, DeadlinePassed, RunFailed
+from repave.errors import BmcError, RunFailed
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
@@ -27,6 +27,7 @@ from repave.store import Store, new_id
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.fleet import Fleet
 from repave.workflow.reinstall import reinstall
+from repave.workflow.run import open_message
 
 PASSWORD = "Canary-7!canary"
 
@@ -111,6 +112,8 @@ class Journal:
         self.crash_after, self.twice = crash_after, twice
         self.records: list[tuple[str, object]] = []
         self.steps: list[str] = []
+        self.takes_s: dict[str, float] = {}  # how long the machine needs until it says this; no turn of it where that is longer than the wait
+        self.waited: dict[str, float] = {}
         self._at = 0
 
     def again(self) -> Journal:
@@ -152,17 +155,18 @@ class Journal:
             raise Crash
         return self._record(name, value)
 
-    async def wait_for(self, event, deadline_s):
+    async def wait_for(self, event, deadline_s, why=""):
         found, value = self._replay(event)
         if found:
             return value
-        self.machine_turn(event)
-        message = self.inbox.get(event)
-        if message is None:
-            return self._record(event, DeadlinePassed("deadline", f"No {event}."))
-        if error := message.get("error"):
-            return self._record(event, RunFailed(error["class"], error.get("cause", "")))
-        return self._record(event, message)
+        self.waited[event] = deadline_s
+        if self.takes_s.get(event, 0) <= deadline_s:
+            self.machine_turn(event)
+        try:
+            value = open_message(event, self.inbox.get(event), deadline_s, why)
+        except RunFailed as error:
+            value = error
+        return self._record(event, value)
 
     async def sleep(self, seconds):
         found, _ = self._replay("sleep")

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any, Protocol
 
 from repave.agent import protocol
@@ -17,6 +18,7 @@ from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
+from repave.domain.timing import learn_wait, way_back_at
 from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
@@ -99,14 +101,14 @@ class ServerEffects:
         return None
 
     def boot_ramdisk(self, run_id: str) -> Json:
-        """Power is on; from here the agent speaks."""
+        """Power is on; from here the agent speaks. Returns what is known of how long to wait for it (`choose_wait`)."""
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
         with self.open_bmc(server) as bmc:
             bmc.power_on()
         self.store.servers.record_power(server.id, Power.ON.value)
-        return None
+        return self._know_wait(server, Step.BOOT_RAMDISK, until=way_back_at(run))
 
     def plan(self, run_id: str) -> Json:
         """One disk is chosen by the pure rule and named in the plan; the config drive is rendered and sealed."""
@@ -174,7 +176,10 @@ class ServerEffects:
         return None
 
     def boot_new_os(self, run_id: str) -> Json:
-        """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone."""
+        """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone.
+
+        Returns what is known of how long to wait for its proof (`choose_wait`).
+        """
         run, server, _ = self._about(run_id)
         if run.proof is not None:
             return None
@@ -187,7 +192,7 @@ class ServerEffects:
                 self.store.runs.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
         self.store.servers.record_power(server.id, Power.ON.value)
-        return None
+        return self._know_wait(server, Step.FIRST_BOOT, until=run.deadline_at, image_id=run.image_id)
 
     def verify_proof(self, run_id: str) -> Json:
         """The proof names the disk of the plan and another boot than the ramdisk's."""
@@ -216,12 +221,16 @@ class ServerEffects:
                 self.images.verify(self.images.read_manifest(manifest_sha256), deep=True)
                 self._verified = (batch_id, manifest_sha256)
 
+    def _know_wait(self, server: Server, step: Step, *, until: datetime, image_id: str | None = None) -> dict[str, Json]:
+        left_s = max(0.0, (until - self.store.now()).total_seconds())
+        return {"left_s": left_s} | learn_wait(self.store.runs.list_seconds_alike(server, step, image_id=image_id))
+
     def _refuse_over(self, run: RunRow) -> None:
-        """No forward motion once the run was told to stop, or past its deadline: a row that slept in a backup or a stopped service powers nothing off."""
+        """No forward motion once the run was told to stop, or too late to turn back in time: one that slept in a stopped service powers nothing off."""
         if run.cancel is not None:
             raise RunFailed(run.cancel["class"], run.cancel["cause"])
-        if self.store.now() > run.deadline_at:
-            raise RunFailed("deadline", "The run's deadline passed before this step.")
+        if self.store.now() > way_back_at(run):
+            raise RunFailed("deadline", "The run's deadline was too near for this step and the way back.")
 
     def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
         run = self.store.runs.get_run(run_id)
