@@ -55,7 +55,14 @@ class Machine:
     uuid: str = "uuid-1"
     mac: str = "52:54:00:00:00:01"
 
+    # Not fields: they are no state of the machine's.
+    before_write = staticmethod(lambda: None)  # the driver's, of the call under way
+    when = staticmethod(lambda action: None)  # told of each call when it has begun and nothing is sent yet
+
     def do(self, action: str) -> None:
+        self.when(action)
+        if action not in ("probe", "check_media"):
+            self.before_write()
         self.actions.append(action)
         if action in self.refuses | self.refuses_once:
             self.refuses_once.discard(action)
@@ -205,7 +212,8 @@ class World:
         self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
-        def open_bmc(_):
+        def open_bmc(_, before_write=lambda: None):
+            self.machine.before_write = before_write
             yield self.machine
 
         places = Places(("http://127.0.0.1:1",), "https://127.0.0.1:2", "CA", 0)

@@ -83,7 +83,7 @@ class ServerEffects:
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.POWER_OFF)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
         self.store.servers.record_power(server.id, Power.OFF.value)
         self.store.runs.record_note(run_id, "run.power-off", forced=forced)
@@ -95,7 +95,7 @@ class ServerEffects:
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.INSERT_MEDIA)
         self.store.servers.record_media(server.id, run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             bmc.insert_media(media_urls(self.places, self.store, run_id))
             bmc.boot_from_media_once()
         return None
@@ -105,7 +105,7 @@ class ServerEffects:
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             bmc.power_on()
         self.store.servers.record_power(server.id, Power.ON.value)
         return self._know_wait(server, Step.BOOT_RAMDISK, until=way_back_at(run))
@@ -151,7 +151,7 @@ class ServerEffects:
         asked by a process that died meanwhile is let shut down, or it would do so after it was powered on.
         """
         run, server, _ = self._about(run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             if run.step is Step.BOOT_RAMDISK or run.found_state is not InstanceState.RUNNING:
                 bmc.power_off(graceful_s=self.places.graceful_s)
             elif run.step is Step.POWER_OFF:
@@ -169,7 +169,7 @@ class ServerEffects:
     def power_off_and_eject(self, run_id: str) -> Json:
         """Off, no media: a half-written disk stays where it is, and no other disk boots in its place."""
         _, server, _ = self._about(run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             bmc.power_off()
             self._take_media_out(bmc, server, run_id)
         self.store.servers.record_power(server.id, Power.OFF.value)
@@ -183,7 +183,7 @@ class ServerEffects:
         run, server, _ = self._about(run_id)
         if run.proof is not None:
             return None
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             if run.step is not Step.FIRST_BOOT:
                 self.store.runs.record_step(run_id, Step.BOOT_NEW_OS)
                 bmc.power_off()
@@ -207,6 +207,22 @@ class ServerEffects:
         record_late_proof(self.store, run_id)
         self.store.sealer.destroy_run(run_id)
         return None
+
+    def _open_forward(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
+        """The BMC on the way to the line. Each write asks anew whether the run may still go on: a call waits for its BMC for a minute and more."""
+
+        def require() -> None:
+            self._refuse_over(self._get_live(run_id))
+
+        return self.open_bmc(server, require)
+
+    def _open_live(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
+        """The BMC for as long as the run has not ended."""
+
+        def require() -> None:
+            self._get_live(run_id)
+
+        return self.open_bmc(server, require)
 
     def _take_media_out(self, bmc: Bmc, server: Server, run_id: str) -> None:
         """The override first: where only that could be done, the media that are still in say whose it was (media_sweep.py)."""
@@ -232,10 +248,14 @@ class ServerEffects:
         if self.store.now() > way_back_at(run):
             raise RunFailed("deadline", "The run's deadline was too near for this step and the way back.")
 
-    def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
+    def _get_live(self, run_id: str) -> RunRow:
         run = self.store.runs.get_run(run_id)
         if run.ended_at is not None:  # by the reaper: the server may be another run's now
             raise RunFailed("stale-run")
+        return run
+
+    def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
+        run = self._get_live(run_id)
         server = self.store.servers.get_server(run.server_id)
         image = self.store.images.find_image(run.project_id, run.image_id)
         if image is None:
