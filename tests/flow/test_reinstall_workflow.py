@@ -20,7 +20,7 @@ import zstandard
 from repave.bmc import BmcFacts, Power
 from repave.domain.model import Image, InstanceState, Role, Server
 from repave.domain.states import Ending
-from repave.errors import BmcError, DeadlinePassed, RunFailed
+from repave.errors import BmcError, RunFailed
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
@@ -28,6 +28,7 @@ from repave.store import Store, new_id
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.fleet import Fleet
 from repave.workflow.reinstall import reinstall
+from repave.workflow.run import open_message
 
 PASSWORD = "Canary-7!canary"
 
@@ -55,7 +56,14 @@ class Machine:
     uuid: str = "uuid-1"
     mac: str = "52:54:00:00:00:01"
 
+    # Not fields: they are no state of the machine's.
+    before_write = staticmethod(lambda: None)  # the driver's, of the call under way
+    when = staticmethod(lambda action: None)  # told of each call when it has begun and nothing is sent yet
+
     def do(self, action: str) -> None:
+        self.when(action)
+        if action not in ("probe", "check_media"):
+            self.before_write()
         self.actions.append(action)
         if action in self.refuses | self.refuses_once:
             self.refuses_once.discard(action)
@@ -112,6 +120,8 @@ class Journal:
         self.crash_after, self.twice = crash_after, twice
         self.records: list[tuple[str, object]] = []
         self.steps: list[str] = []
+        self.takes_s: dict[str, float] = {}  # how long the machine needs until it says this; no turn of it where that is longer than the wait
+        self.waited: dict[str, float] = {}
         self._at = 0
 
     def again(self) -> Journal:
@@ -153,17 +163,18 @@ class Journal:
             raise Crash
         return self._record(name, value)
 
-    async def wait_for(self, event, deadline_s):
+    async def wait_for(self, event, deadline_s, why=""):
         found, value = self._replay(event)
         if found:
             return value
-        self.machine_turn(event)
-        message = self.inbox.get(event)
-        if message is None:
-            return self._record(event, DeadlinePassed("deadline", f"No {event}."))
-        if error := message.get("error"):
-            return self._record(event, RunFailed(error["class"], error.get("cause", "")))
-        return self._record(event, message)
+        self.waited[event] = deadline_s
+        if self.takes_s.get(event, 0) <= deadline_s:
+            self.machine_turn(event)
+        try:
+            value = open_message(event, self.inbox.get(event), deadline_s, why)
+        except RunFailed as error:
+            value = error
+        return self._record(event, value)
 
     async def sleep(self, seconds):
         found, _ = self._replay("sleep")
@@ -202,7 +213,8 @@ class World:
         self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
-        def open_bmc(_):
+        def open_bmc(_, before_write=lambda: None):
+            self.machine.before_write = before_write
             yield self.machine
 
         places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)

@@ -66,6 +66,8 @@ BUGS = (
     Bug("what begins is not counted for its rack", _WAVES, "                racks[place.rack] += 1\n", "", "I17 "),
     Bug("one failure too many is allowed", _WAVES, "failed > waves.max_failed", "failed > waves.max_failed + 1", "and the batch was not stopped"),
     Bug("a cancel stops what has crossed", _ENDINGS, "RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None)", "RUNS.c.closed_at.is_(None)", "I18 "),
+    Bug("a cancelled run still sends what was under way", _EFFECTS, "            self._refuse_over(self._get_live(run_id))",
+        "            self._get_live(run_id)", "after a cancel was answered"),
     Bug("a rehearsal is admitted as a reinstall", _FLEET, "rehearse=rehearse,", "rehearse=False,", "I19 "),
     Bug("the plan does not say that it is a rehearsal", _EFFECTS, "rehearse=run.rehearse", "rehearse=False", "nothing went wrong, and a run ended"),
     Bug("a retry takes what went well too", "src/repave/store/batches.py", "RUNS.c.outcome.not_in(good)", "RUNS.c.outcome.is_not(None)", "I9 "),

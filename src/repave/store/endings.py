@@ -83,7 +83,8 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
         return False
     ended_at = row.ended_at or now
     values = {
-        "ended_at": ended_at, "closed_at": row.closed_at or now, "outcome": ending.value, "error": error, "durations_s": _durations(conn, row, ended_at),
+        "ended_at": ended_at, "closed_at": row.closed_at or now, "outcome": ending.value, "error": error,
+        "durations_s": _durations(conn, row, now),  # a late proof's: how long it really took
     }  # fmt: skip
     if good:
         values["step"] = Step.PROOF.value

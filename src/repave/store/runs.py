@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from repave.domain.model import Batch, Instance, RunRow, Server, Step
-from repave.domain.states import Ending, next_situation
-from repave.domain.timing import MOVED_S, REAP_GRACE_S, is_late, usual_durations
+from repave.domain.states import GOOD_ENDINGS, Ending, next_situation
+from repave.domain.timing import ALIKE_NEWEST, MOVED_S, REAP_GRACE_S, is_late, usual_durations
 from repave.errors import RepaveError, RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.endings import end_run, go_on
+from repave.store.endings import close_for, end_run, go_on
 from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
@@ -75,6 +75,18 @@ _DURATIONS = (
     .order_by(RUNS.c.id.desc())
     .limit(sa.bindparam("count"))
 )
+_ALIKE = (
+    sa.select(RUNS.c.durations_s)
+    .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
+    .where(
+        RUNS.c.outcome.in_((Ending.PROVED.value, Ending.LATE_PROOF.value)), RUNS.c.durations_s.is_not(None),
+        SERVERS.c.model == sa.bindparam("model"), SERVERS.c.boot == sa.bindparam("boot"),
+    )
+    .order_by(RUNS.c.id.desc())
+    .limit(ALIKE_NEWEST)
+)  # fmt: skip
+_ALIKE_IN_IMAGE = _ALIKE.where(RUNS.c.image_id == sa.bindparam("image"))
+_LAST_OUTCOME = sa.select(RUNS.c.outcome).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.ended_at.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
 
 
 @dataclass(frozen=True)
@@ -285,15 +297,22 @@ class Runs:
             if row.ended_at is None:
                 self._db.tell(conn, run_id, "proof", {})
 
-    def tell_silence(self, run_id: str) -> None:
-        """The agent's lease ran out long ago: the workflow is told once."""
-        with self._db.write() as conn:
-            self._db.tell(conn, run_id, "written", {"error": RepaveError("agent-silent").as_json()})
+    def tell_silence(self, run: RunRow) -> None:
+        """The agent's lease ran out long ago: the workflow is told once, and stops or returns the server."""
+        self._stop(run, RepaveError("agent-silent"))
 
-    def tell_overdue(self, run_id: str) -> None:
-        """The agent speaks, and the run's deadline has passed: the workflow is told once, and stops or returns the server."""
+    def tell_overdue(self, run: RunRow) -> None:
+        """Its time is over, whatever it does, or before the line that for going on: the workflow is told once, and stops or returns the server."""
+        missed = "The image was not written by the run's deadline." if run.past_the_line else "The line was not reached while there was time for the way back."
+        self._stop(run, RepaveError("deadline", missed))
+
+    def _stop(self, run: RunRow, error: RepaveError) -> None:
+        """Against a crossing whoever commits first wins: one that came after we looked goes on."""
         with self._db.write() as conn:
-            self._db.tell(conn, run_id, "written", {"error": RepaveError("deadline", "The image was not written by the run's deadline.").as_json()})
+            if run.past_the_line:
+                self._db.tell(conn, run.id, "written", {"error": error.as_json()})
+            else:
+                close_for(self._db, conn, run.id, error.as_json())
 
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
         """The run and its instance are at their end, the batch too when it was the last; what waited for it begins. The first ending stands. Repeatable."""
@@ -326,8 +345,24 @@ class Runs:
         """Seconds by step of the newest proved runs on servers of this model."""
         return [dict(r["durations_s"]) for r in self._db.rows(_DURATIONS, model=model, count=limit)]
 
-    def tell_late(self) -> None:
-        """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else."""
+    def list_seconds_alike(self, server: Server, step: Step, *, image_id: str | None = None) -> list[float]:
+        """Seconds in this step of the newest runs with a proved end on servers of this model and firmware, and of this image where one is given.
+
+        Empty for a model that is not known, and for a server whose last run did not end well: its next one waits as long as the setting allows, so
+        that a model which has become slower for good teaches us that.
+        """
+        last = self._db.row(_LAST_OUTCOME, server_id=server.id)
+        if not server.model or (last is not None and last["outcome"] not in GOOD_ENDINGS):
+            return []
+        given = {"model": server.model, "boot": server.boot}
+        found = self._db.rows(_ALIKE, **given) if image_id is None else self._db.rows(_ALIKE_IN_IMAGE, **given, image=image_id)
+        return [row["durations_s"][step.value] for row in found if step.value in row["durations_s"]]
+
+    def tell_late(self, waits_s: Mapping[Step, float]) -> None:
+        """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else.
+
+        Where nothing is usual yet, half of what a step may take is late: of its wait in `waits_s`, else of the run's time. Not of a write, which has its pace.
+        """
         now = self._db.now()
         models = {r["id"]: r["model"] for r in self._db.rows(_MODELS)}
         usual: dict[str, dict[str, float]] = {}
@@ -337,11 +372,13 @@ class Runs:
             model = models.get(run.server_id, "")
             if model not in usual:
                 usual[model] = usual_durations(self.list_durations(model))
-            if run.step.value not in usual[model]:
+            usual_s = usual[model].get(run.step.value)
+            late_s = waits_s.get(run.step, (run.deadline_at - run.started_at).total_seconds()) / 2
+            if usual_s is None and (run.step is Step.WRITE_IMAGE or (now - run.started_at).total_seconds() < late_s):
                 continue
             seconds = (now - self._step_began(run)).total_seconds()
-            if is_late(seconds, usual[model][run.step.value]):
-                self._record_late(run, seconds, usual[model][run.step.value])
+            if is_late(seconds, usual_s) if usual_s is not None else seconds > late_s:
+                self._record_late(run, seconds, usual_s)
 
     def _step_began(self, run: RunRow) -> datetime:
         if run.step is Step.WRITE_IMAGE and run.crossed_at:
@@ -349,7 +386,7 @@ class Runs:
         at = [r["at"] for r in self._db.rows(_STEPS, batch=run.batch_id, run=run.id) if r["data"]["step"] == run.step.value]
         return at[0] if at else run.created_at
 
-    def _record_late(self, run: RunRow, seconds: float, usual_s: float) -> None:
+    def _record_late(self, run: RunRow, seconds: float, usual_s: float | None) -> None:
         still = sa.and_(RUNS.c.id == run.id, RUNS.c.step == run.step.value, RUNS.c.ended_at.is_(None), RUNS.c.late_step.is_distinct_from(run.step.value))
         with self._db.write() as conn:
             row = conn.execute(sa.update(RUNS).where(still).values(late_step=run.step.value).returning(*RUNS.c)).first()

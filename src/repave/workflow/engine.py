@@ -26,8 +26,9 @@ import structlog
 from dbos import DBOS, DBOSClient, Serializer, _sys_db
 from dbos._dbos import _get_dbos_instance
 
-from repave.domain.model import RunRow
+from repave.domain.model import RunRow, Step
 from repave.domain.states import Ending
+from repave.domain.timing import way_back_at
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
 from repave.store.database import is_unavailable
@@ -127,8 +128,8 @@ class DbosRun:
 
         return await DBOS.run_step_async({"name": name}, call)
 
-    async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
-        return open_message(event, await DBOS.recv_async(event, timeout_seconds=deadline_s), deadline_s)
+    async def wait_for(self, event: str, deadline_s: float, why: str = "") -> dict[str, Json]:
+        return open_message(event, await DBOS.recv_async(event, timeout_seconds=deadline_s), deadline_s, why)
 
     async def sleep(self, seconds: float) -> None:
         await DBOS.sleep_async(seconds)
@@ -321,7 +322,7 @@ class Engine:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
         for run_id in self.store.runs.reap():  # first: the reaper does not depend on DBOS's tables
             log.error("run ended past its deadline", run_id=run_id)
-        self.store.runs.tell_late()
+        self.store.runs.tell_late({Step.BOOT_RAMDISK: self._waits.agent_ready_s, Step.FIRST_BOOT: self._waits.proof_s})
         now = self.store.now()
         live = {run.id: run for run in self.store.runs.list_runs(live=True)}
         if not live:
@@ -351,9 +352,9 @@ class Engine:
             if self.store.runs.record_ending(run.id, ending, cause.as_json()):
                 log.error("run ended by the reconciler", run_id=run.id, status=status)
         elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
-            self.store.runs.tell_silence(run.id)
-        elif run.ready_at and run.report is None and now > run.deadline_at:
-            self.store.runs.tell_overdue(run.id)
+            self.store.runs.tell_silence(run)
+        elif run.report is None and now > (run.deadline_at if run.past_the_line else way_back_at(run)):
+            self.store.runs.tell_overdue(run)
 
     def _workflow_statuses(self, run_ids: Collection[str]) -> dict[str, str]:
         c = self._workflow_status.c
