@@ -41,7 +41,7 @@ def observe(world: World) -> list[str]:
         mine = [r for r in runs if r["instance_id"] == world.instances[name].id]
         for check in (writes, ends, truth, before_line, calls, history, audit):
             broken += check(world, name, mine)
-    return broken + observe_fleet(world, runs, seconds) + count(world, runs) + leftovers(world, runs) + secrets(world) + bystanders(world)
+    return broken + observe_fleet(world, runs, seconds) + count(world, runs) + leftovers(world, runs) + secrets(world) + chain(world) + bystanders(world)
 
 
 def _runs(world: World) -> list[dict[str, Any]]:
@@ -208,6 +208,17 @@ def secrets(world: World) -> list[str]:
     """I8: neither password nor hash is in the database in clear."""
     dump = world.disk.dump()
     return [f"I8 {what} is in the database" for what, value in (("a password", b"Canary-"), ("the hash", HASH.encode())) if value in dump]
+
+
+def chain(world: World) -> list[str]:
+    """I15: each event has the MAC of itself behind the one before it."""
+    before = ""
+    names = "seq, mac, at, project_id, type, batch_id, run_id, server_id, actor, data"
+    for seq, mac, at, *said, data in world.disk.rows(f"SELECT {names} FROM events ORDER BY seq"):
+        text = json.dumps([before, at.replace("Z", "+00:00"), *said, json.loads(data)], sort_keys=True)
+        if mac != (before := world.disk.sealer.authenticate(text, about="event")):
+            return [f"I15 event {seq} does not follow the one before it"]
+    return []
 
 
 def bystanders(world: World) -> list[str]:

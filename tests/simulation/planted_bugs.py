@@ -57,6 +57,7 @@ BUGS = (
         "            forced = bmc.power_off(", "I14 "),
     Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
         "            if False:\n                self._run_event", "I15 "),
+    Bug("an event does not say which came before it", "src/repave/store/database.py", "link(self.sealer, mac, event)", 'link(self.sealer, "", event)', "I15 "),
     Bug("a repeated step cuts the first boot", _EFFECTS, "if run.step is not Step.FIRST_BOOT:", "if True:", "ended unproved, not proved", _CRASH),
     Bug("an old run's proof counts", _RUNS, 'return row is not None and row["epoch"] == run.epoch', "return True", "I5 ", _OLD_PROOF),
     Bug("what a stopped batch left does not say so", _ENDINGS, 'f"not started: {reason}"', "reason", "I17 a run that was not started"),
