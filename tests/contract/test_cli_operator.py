@@ -118,6 +118,16 @@ def test_all_mistakes_of_a_csv_file_are_told_at_once(cli: Cli) -> None:
     assert "servers.csv:1: unknown column 'bcm'" in cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).stderr
 
 
+def test_a_server_may_be_added_with_the_image_its_os_was_made_from(cli: Cli) -> None:
+    known_bmcs(cli, 2)
+    cli.site.add_image("tiny")
+    argv = ("--bmc", "https://10.9.0.11", "--user", "root", "--password-stdin", "--image", "tiny", "--json")
+    refused = cli.run("server", "add", "web01", *argv, "--windows", stdin=BMC_PASSWORD)
+    assert refused.returncode == 3 and "os_type" in refused.stderr + refused.stdout
+    assert cli.run("server", "add", "web01", *argv, stdin=BMC_PASSWORD).returncode == 0
+    assert cli.items("server", "ls")[0]["instance"]["image"] == "tiny"
+
+
 def test_a_csv_file_whose_bmcs_do_not_all_answer_says_which_and_the_same_file_again_adds_the_rest(cli: Cli) -> None:
     known_bmcs(cli, 1)
     file = cli.folder / "servers.csv"
@@ -265,6 +275,9 @@ def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
 
 def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
     assert cli.run("server", "ls", "--colour").returncode == 2
+    for count in ("0", "-1", "1000000"):
+        refused = cli.run("rack", "up", count)
+        assert refused.returncode == 2 and "COUNT" in refused.stderr
     assert cli.run("server", "show", "nobody").returncode == 3
     assert cli.run("server", "ls", REPAVE_TOKEN="wrong").returncode == 4
     assert cli.run("key", "ls", REPAVE_TOKEN=cli.site.tokens["viewer"]).returncode == 4

@@ -98,6 +98,7 @@ def add(
     csv: Path | None = None,
     blank: bool = False,
     windows: bool = False,
+    image: str | None = None,
     password_stdin: bool = False,
     project: str | None = None,
     yes: bool = False,
@@ -111,18 +112,20 @@ def add(
         Name, or names: web01, 'web[01-50]'.
     csv
         A file with the columns name, bmc, user, secret_env and, where wanted, rack, unit, mac, address, prefix, gateway, dns, vlan,
-        root_disk, blank, tls_verify, fingerprint, system, arch, os_type. secret_env names the environment variable that holds the BMC's
+        root_disk, blank, tls_verify, fingerprint, system, arch, os_type, image. secret_env names the environment variable that holds the BMC's
         password. A file with a mistake is refused whole; servers that are there already are left out.
     blank
         There is no OS yet: the first install is a reinstall.
     windows
         A Windows server.
+    image
+        The image that the OS it has was made from, name or id, where that is known: then a reinstall may leave the image out.
     """
     if (csv is None) == (nodeset is None):
         raise Usage("Name the servers, or give --csv FILE.")
     if csv is not None and (settings != _NOTHING_SAID or password_stdin):
-        raise Usage("With --csv the file says what each server is; other options than --blank and --windows do not go with it.")
-    common = {"blank": blank, "os_type": "Windows" if windows else "Linux"}
+        raise Usage("With --csv the file says what each server is; other options than --blank, --windows and --image do not go with it.")
+    common = {"blank": blank, "os_type": "Windows" if windows else "Linux", "image": image}
     bodies = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
     client = Client(project)
     if csv:
