@@ -218,6 +218,17 @@ def test_a_script_reinstalls_and_learns_from_lines_and_exit_code_how_it_ended(fl
     assert events[-1]["type"] == "batch.ended"
 
 
+@pytest.mark.parametrize(("image", "bad", "good"), [("tiny", "Groot-Flora-7", "Administrator-7"), ("win", "Administrator-7", "Groot-Flora-7")])
+def test_a_password_is_judged_by_the_user_of_the_image_before_anything_is_sent(fleet: Cli, image: str, bad: str, good: str) -> None:
+    fleet.site.add_image("win", os_type="Windows")
+    argv = ("reinstall", "web01", "--image", image, "--yes", "--expect", "1", "--password-stdin", "--detach")
+    before = fleet.asked()
+    refused = fleet.run(*argv, stdin=bad + "\n")
+    assert (refused.returncode, fleet.asked()) == (3, before)
+    assert "user name reversed; nothing was sent" in refused.stderr
+    assert fleet.run(*argv, stdin=good + "\n").returncode == 0
+
+
 def test_only_the_typed_words_start_it(fleet: Cli) -> None:
     """On a terminal: 'y' does not, 'erase 2' does."""
     for words, begun in (("y", 0), ("erase 2", 1)):

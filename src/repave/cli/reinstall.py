@@ -113,8 +113,9 @@ def begin(
     if plan["problems"]:
         raise Refused("The plan has problems; nothing was sent.")
     password = "" if rehearse else read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
-    if not rehearse and (fault := find_password_fault(password, user=user_for("Linux"))):
-        raise Refused(f"The password {fault}; nothing was sent.")
+    for os_type in sorted({e["os_type"] for e in plan["erased"]}) if not rehearse else ():
+        if fault := find_password_fault(password, user=user_for(os_type)):
+            raise Refused(f"The password {fault}; nothing was sent.")
     words = f"{'rehearse' if rehearse else 'erase'} {number}"
     confirm(f"Type  {words}  to start: ", words, yes=yes)
     batch = client.post("/reinstall", target | extras | asdict(waves) | {"password": password, "plan": plan["id"], "rehearse": rehearse})
