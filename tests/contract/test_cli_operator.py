@@ -1,8 +1,10 @@
 """The command line as a process, against a real service; a pipe on each side, as in a script."""
 
+import inspect
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 from operator_site import BMC_PASSWORD, NEW_PASSWORD, Site, start_site
 
+from repave.api import wire_errors
 from repave.cli import docs
 from repave.domain.model import Step
 from repave.domain.states import Ending
-from repave.errors import CATALOGUE, RepaveError
+from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 
 REPAVE = [sys.executable, "-m", "repave.cli.main"]
 
@@ -285,6 +288,8 @@ def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
 
 
 def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
+    for code in ("0 all went as asked", "3 refused", "10 ended", "124 --timeout passed", "130 Ctrl-C"):
+        assert code in " ".join(cli.run("--help").stdout.split())
     assert cli.run("server", "ls", "--colour").returncode == 2
     for count in ("0", "-1", "1000000"):
         refused = cli.run("rack", "up", count)
@@ -293,6 +298,12 @@ def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
     assert cli.run("server", "ls", REPAVE_TOKEN="wrong").returncode == 4
     assert cli.run("key", "ls", REPAVE_TOKEN=cli.site.tokens["viewer"]).returncode == 4
     assert cli.run("server", "ls", REPAVE_ENDPOINT="http://127.0.0.1:9").returncode == 5
+
+
+def test_an_init_with_a_mistake_leaves_nothing_in_the_way_of_the_next(cli: Cli) -> None:
+    refused = cli.run("init", "new", "--media-url", "10.9.0.5:8472")
+    assert refused.returncode == 3 and "media_url" in refused.stderr
+    assert cli.run("init", "new", "--media-url", "http://10.9.0.5:8472").returncode == 0
 
 
 def test_bare_repave_prints_state_and_a_next_command_that_exists(fleet: Cli) -> None:
@@ -318,7 +329,10 @@ def test_explain_knows_every_code(tmp_path: Path) -> None:
 
     for problem in CATALOGUE.values():
         assert run(["explain", problem.code]) == run(["explain", problem.slug]) == 0
-    assert run(["explain", "iMetal.0201"]) == 0
+    wire = set(re.findall(r'"((?:iMetal|APIGW)\.\d{4})"', inspect.getsource(wire_errors)))
+    assert wire == set(CLOUDDC)
+    for code in wire:
+        assert run(["explain", code]) == run(["explain", code, "--json"]) == 0
     assert run(["explain", "0000"]) == 2
 
 

@@ -106,7 +106,8 @@ def _plan(scope: Scope, target: Target) -> Json:
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "os_type": image.os_type if image else None,
-            "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None, "usual_s": round(sum(usual[server.model].values())) or None,
+            "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
+            "usual_s": round(sum(usual[server.model].values())) or None,
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
         facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from repave.cli.client import Client
 from repave.cli.output import (
+    Exit,
     Json,
     Refused,
     Usage,
@@ -131,7 +132,7 @@ def add(
     if csv:
         bodies = _leave_out_known(bodies, client, csv)
         if not bodies:
-            return 0
+            return Exit.OK
     if len(bodies) > 1:
         order = "as the file says" if csv else "paired in order"
         say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, {order}.")
@@ -178,8 +179,9 @@ def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_jso
     say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
     codes = {exit_code(error) for _, error in bad}
     if bad and not good:
-        return codes.pop() if len(codes) == 1 and codes & {1, 4, 5} else 3 if len(bad) == 1 else 11
-    return 10 if bad else 0
+        code = codes.pop() if len(codes) == 1 else Exit.REFUSED
+        return code if code is not Exit.REFUSED or len(bad) == 1 else Exit.ALL_FAILED
+    return Exit.FAILED if bad else Exit.OK
 
 
 def _paired(nodeset: str, settings: Settings, password_stdin: bool) -> list[Json]:
