@@ -64,6 +64,8 @@ CATALOGUE: dict[str, Problem] = _table(
     ("1009", "past-the-line", Who.REQUEST, False, "It is past the line: stopping would leave half a system.", "The old OS is being overwritten, or is gone.", "Let it finish: repave watch. Then reinstall it with the image you want.", "data disks"),
     ("1010", "cancelled", Who.REQUEST, False, "The reinstall was cancelled.", "Someone cancelled it before the line.", "Nothing; or repave batch retry.", _DISK),
     ("1011", "batch-stopped", Who.REQUEST, False, "The batch was stopped by its own limit.", "More runs failed than its limit allows, or a canary did not go well.", "Read why the others failed; then repave batch retry.", _DISK),
+    ("1012", "too-many", Who.REQUEST, True, "This key asks too often.", "It sent more requests a second than rate_per_s and rate_burst allow.", "Wait as long as Retry-After says, then send it again.", "this request started nothing"),
+    ("1013", "no-route", Who.REQUEST, False, "There is no such path, or it takes another method.", "Wrong path, letter case, slash or method.", "Compare it with docs/api.md.", "everything"),
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
     ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _DISK),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),
@@ -123,6 +125,14 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9008", "not-this-site", Who.US, False, "This service does not fit the database.", "The key file, CA or a shared folder is not the one that the database was begun with.", "Give it the same secret folder and image folder as the other workers: docs/operations.md.", "everything"),
 )
 # fmt: on
+
+# What CloudDC's codes, which its routes answer with (api/wire_errors.py), are among ours.
+CLOUDDC: dict[str, tuple[str, ...]] = {
+    "iMetal.0001": ("bad-request",), "iMetal.0002": ("bad-request",), "iMetal.0003": ("not-logged-in",), "iMetal.0004": ("not-allowed",),
+    "iMetal.0005": ("too-many",), "iMetal.0099": ("internal", "database-unavailable"), "iMetal.0100": ("not-found",),
+    "iMetal.0101": ("locked", "own-host"), "iMetal.0200": ("not-found",), "iMetal.0201": ("in-progress",),
+    "APIGW.0101": ("no-route",), "APIGW.0201": ("bad-request",),
+}  # fmt: skip
 
 BMC_CLASSES = tuple(slug for slug, p in CATALOGUE.items() if p.who is Who.BMC)
 

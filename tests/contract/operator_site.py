@@ -73,9 +73,9 @@ class Site:
         made: dict[str, Any] = answer.json()
         return made
 
-    def add_image(self, name: str, *, arch: str = "amd64") -> Image:
+    def add_image(self, name: str, *, arch: str = "amd64", os_type: str = "Linux") -> Image:
         """A row only: nothing here reads its chunks."""
-        image = Image(new_id(), self.project.id, name, "Linux", arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
+        image = Image(new_id(), self.project.id, name, os_type, arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
         self.store.images.add_image(image)
         return image
 

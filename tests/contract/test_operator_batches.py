@@ -102,6 +102,8 @@ def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site
     run = ended["runs"][0]
     assert (ended["state"], run["state"], run["os_now"], run["proof"]["root_disk_serial"]) == ("succeeded", "running", "tiny", "D1")
     assert {"preflight", "boot-ramdisk", "write-image"} <= run["durations_s"].keys()
+    assert site.ask("GET", f"/runs/{run['id']}", as_="viewer").json() == run
+    assert site.ask("GET", f"/runs/{run['id']}", as_="other").status_code == site.ask("GET", "/runs/nothing").status_code == 404
     shown = site.ask("GET", "/servers/web01").json()["instance"]
     assert (shown["image"], shown["image_id"], shown["operation_state"]) == ("tiny", image.id, "reinstall-succeed")
 

@@ -40,6 +40,7 @@ def test_a_blank_server_waits_in_error_for_its_first_os(site: Site) -> None:
         ({"root_disk": "colour=red"}, 400, "bad-request"),
         ({"network": {"mac": "aa:bb:cc:00:00:01", "address": "10.0.0.5", "prefix": 99}}, 400, "bad-request"),
         ({"blnak": True}, 400, "bad-request"),
+        ({"image": "nothing"}, 404, "not-found"),
         ({"name": "web01"}, 409, "conflict"),
     ],
 )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from repave.cli.output import Exit
 from repave.domain.urls import find_address_fault
 from repave.errors import BmcError
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 COMMAND_S = 80.0
 GRACE_S = 6.0  # for one answer that is under way when the deadline passes
 GRACEFUL_S = 45.0  # leaves 35 s of COMMAND_S for ForceOff
-FAILED = 10  # exit status
 MEDIA_SCHEMES = ("http", "https", "nfs", "cifs", "smb", "ftp", "sftp", "scp", "tftp")  # TransferProtocolType of VirtualMedia; SMB is CIFS
 
 app = App(name="bmc", help="Talk to one BMC: REPAVE_BMC_USERNAME, REPAVE_BMC_PASSWORD, REPAVE_BMC_TLS_VERIFY.")
@@ -93,9 +93,9 @@ def _run(url: str, as_json: bool, do: Callable[[_Command, RedfishBmc], dict[str,
     shown = _failure("timeout", "The command took too long.", command.step) if late else outcome
     print(json.dumps(shown) if as_json else _plain(shown), flush=True)
     if late:
-        os._exit(FAILED)  # the thread cannot be stopped
+        os._exit(Exit.FAILED)  # the thread cannot be stopped
     if shown["result"] != "ok":
-        sys.exit(FAILED)
+        sys.exit(Exit.FAILED)
 
 
 def _failure(slug: str, message: str, step: str) -> dict[str, Any]:

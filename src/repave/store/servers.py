@@ -45,8 +45,10 @@ class Servers:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def add_server(self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave") -> Instance:
-        """The server and its one instance: adopted = running with an unknown image, blank = error, no OS yet."""
+    def add_server(
+        self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", image_id: str | None = None, actor: str = "repave"
+    ) -> Instance:
+        """The server and its one instance: adopted = running, with an unknown image unless one is named; blank = error, no OS yet."""
         now = self._db.now()
         error = RepaveError("blank").as_json() if blank else None
         state = InstanceState.ERROR if blank else InstanceState.RUNNING
@@ -55,7 +57,7 @@ class Servers:
             server.name,
             server.project_id,
             server.id,
-            None,
+            image_id,
             state,
             None,
             error,
