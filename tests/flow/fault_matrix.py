@@ -161,6 +161,7 @@ MACHINES: tuple[Row, ...] = (
     )),
     Row(33, True, "The agent dies while it writes",
         "The disk can not boot; the run ends in error, and the next one repairs it.", (
+        "flow/test_agent_killed.py::test_an_agent_killed_before_the_line_and_again_while_it_writes_is_started_again_and_the_run_ends_running",
         "unit/test_agent_writer.py::test_killed_at_any_stage_the_disk_can_not_boot_and_the_next_write_repairs_it",
         "flow/test_reinstall_workflow.py::test_an_agent_that_falls_silent_after_the_line_ends_in_error_powered_off",
     )),

@@ -20,13 +20,19 @@ import pytest
 
 from repave.agent.protocol import Slot
 from repave.ca import make_ca, make_certificate
+from repave.ramdisk import cpio
 from repave.ramdisk.build import BootFiles, build_ramdisk
-from repave.ramdisk.media import BootMedia, build_iso, render_slot
+from repave.ramdisk.media import SLOT_BYTES, BootMedia, build_iso, render_slot
 
 CPU = "qemu64,+aes,+pclmulqdq,+sse4.1,+sse4.2,+ssse3,+popcnt"
 MAC, DISK_SERIAL, TOKEN = "52:54:00:12:34:56", "RAMDISK-0001", "one-boot-only"
 STATIC = {"mac": MAC, "address": "10.0.2.77", "prefix": 24, "gateway": "10.0.2.2", "dns": ["10.0.2.3"]}
 MIB = 1024 * 1024
+KILLED_ONCE = {  # laid over the ramdisk: the agent's package, which kills the first Python that imports it
+    "usr/lib/repave/repave/agent/__init__.py": cpio.file(
+        b"import os\nif not os.path.exists('/run/killed'):\n    open('/run/killed', 'w').close()\n    os.kill(os.getpid(), 9)\n"
+    )
+}
 BOOT_DEADLINE_S = 240  # 25 s on a quiet machine without KVM; others may be using it
 
 
@@ -47,9 +53,12 @@ def media(files: BootFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.parametrize(("network", "secure_boot"), [(None, False), (STATIC, True)], ids=["dhcp", "static-address-and-secure-boot"])
 @pytest.mark.timeout(600)
 def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, network: dict[str, Any] | None, secure_boot: bool) -> None:
+    """Without network settings also where its first agent is killed before it has said a word."""
     disk = make_local_disk(tmp_path / "disk.img")
     with provisioning_listener(tmp_path) as (url, ca_pem, hellos):
         slot = render_slot(Slot("run-1", url, TOKEN, ca_pem, network))
+        if network is None:
+            slot = (slot.rstrip(b"\0") + bytes(4) + cpio.render_archive(KILLED_ONCE)).ljust(SLOT_BYTES, b"\0")
         started = time.monotonic()
         with machine(tmp_path, media.read(0, media.size, slot), disk, secure_boot=secure_boot) as console:
             path, authorization, hello = wait_for(hellos, console)
@@ -60,8 +69,8 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
     assert [(d["path"], d["serial"], d["size_bytes"]) for d in hello["disks"]] == [("/dev/vda", DISK_SERIAL, disk.stat().st_size)]
     shown = console.read_text(errors="replace")
     assert TOKEN not in shown
-    if network:
-        assert "10.0.2.77/24" in shown
+    assert ("10.0.2.77/24" in shown) is (network is not None)
+    assert shown.count("the agent was killed by signal 9") == (network is None)
 
 
 @pytest.mark.timeout(600)

@@ -32,9 +32,9 @@ _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam(
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
-_HELLO = _CHANGE.where(
-    RUNS.c.closed_at.is_(None), RUNS.c.crossed_at.is_(None), sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == sa.bindparam("boot"))
-).values(ready_at=sa.func.coalesce(RUNS.c.ready_at, sa.bindparam("now", type_=RUNS.c.ready_at.type)))
+_HELLO = _CHANGE.where(RUNS.c.closed_at.is_(None), sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == sa.bindparam("boot"))).values(
+    ready_at=sa.func.coalesce(RUNS.c.ready_at, sa.bindparam("now", type_=RUNS.c.ready_at.type))
+)
 _PLAN = _CHANGE.where(RUNS.c.crossed_at.is_(None))
 _CLOSE = _CHANGE.where(RUNS.c.closed_at.is_(None))
 _CROSSED_AT = sa.select(RUNS.c.crossed_at).where(RUNS.c.id == sa.bindparam("run_id"))
@@ -208,7 +208,7 @@ class Runs:
         self._db.event(conn, type_, row.project_id, batch_id=row.batch_id, run_id=row.id, server_id=row.server_id, **data)
 
     def record_hello(self, run_id: str, boot_id: str, inventory: dict[str, Any]) -> bool:
-        """The agent of this boot is known. False for any other boot (the token is spent), or once the run is closing."""
+        """The agent of this boot is known, also started again. False for any other boot (the token is spent), or once the run is closing."""
         with self._db.write() as conn:
             now = self._db.now()
             values = {"boot_id": boot_id, "inventory": inventory, "seen_at": now}
