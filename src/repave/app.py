@@ -90,6 +90,9 @@ class ImageDesk:
             made.stored_bytes, made.data_bytes, created_at,
         )  # fmt: skip
 
+    def verify(self, manifest_sha256: str) -> None:
+        self.store.verify(self.store.read_manifest(manifest_sha256), deep=True)
+
     def sweep(self, manifests_in_use: list[str]) -> int:
         unused = [m for m in self.store.list_manifests() if m not in manifests_in_use]
         for manifest in unused:

@@ -87,7 +87,7 @@ CATALOGUE: dict[str, Problem] = _table(
     # 3: server and disk
     ("3101", "no-root-disk", Who.SERVER, False, "No disk can be the root disk.", "No candidate: removable, virtual and read-only disks do not count.", "Check the disks; repave server set NAME --root-disk.", "all disks"),
     ("3102", "ambiguous-root-disk", Who.SERVER, False, "Several disks could be the root disk.", "No recorded serial, hint or boot entry decides.", "repave server set NAME --root-disk serial=SERIAL.", "all disks"),
-    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "Check cabling and address; add it as a new server.", "all disks"),
+    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "It is locked now. Check cabling and address; then repave server unlock, or after a board swap repave server replace.", "all disks"),
     ("3104", "disk-too-small", Who.SERVER, False, "The root disk is smaller than the image.", "The image needs more bytes than the disk has.", "Choose a smaller image or another disk.", "all disks"),
     ("3105", "sector-size", Who.SERVER, False, "Image and disk have different sector sizes.", "The image is made for other logical sectors.", "Use an image made for the disk's sector size (repave image ls shows it).", "all disks"),
     ("3106", "arch-mismatch", Who.SERVER, False, "The image is for another architecture.", "Server and image differ in arch or boot mode.", "Use an image for this architecture and boot mode.", _NOTHING),
@@ -95,6 +95,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("3108", "agent-silent", Who.SERVER, True, "The ramdisk stopped reporting.", "No word from the agent within its lease.", "Look at the console; retry.", _ERASED),
     ("3109", "read-back", Who.SERVER, True, "The disk gave back other bytes than were written.", "Read-back after the flush differs.", "Replace the disk, then retry.", _ERASED),
     ("3110", "disk-changed", Who.SERVER, False, "The disk is not the one in the plan.", "Serial or size changed between plan and write.", "Check the disks, then retry.", "all disks"),
+    ("3112", "second-agent", Who.SERVER, True, "Its ramdisk was started twice.", "Another boot showed this run's token: the server reset itself, or something else has its boot media.", "Look at the console, and at who can read its boot media; then retry.", _DISK),
     ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
     # 4: image
     ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Not raw or qcow2, or it refers to other files, or it is too large.", "Convert it: qemu-img convert -O qcow2.", "everything"),

@@ -52,6 +52,9 @@ class Images(Protocol):
     def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
+    def verify(self, manifest_sha256: str) -> None:
+        """Every chunk has its digest. Blocks 0.8 s per GB. Raises ImageError."""
+
     def sweep(self, manifests_in_use: list[str]) -> int:
         """Manifests not in use are gone, and the chunks that no other needs. How many."""
 

@@ -19,6 +19,7 @@ from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
 from repave.store.endings import close_for, end_run, go_on
+from repave.store.images import doubt_image
 from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
@@ -217,6 +218,14 @@ class Runs:
             self._db.tell(conn, run_id, "agent-ready", {})
             return True
 
+    def record_second_boot(self, run_id: str, inventory: dict[str, Any]) -> None:
+        """Another boot than the one we know showed the run's token: an event says which, and before the line the run goes back."""
+        with self._db.write() as conn:
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
+            if row.closed_at is None and row.boot_id not in (None, inventory["boot_id"]):
+                self._run_event(conn, "run.second-agent", row, serial=inventory["serial"], uuid=inventory["uuid"], macs=inventory["macs"])
+                close_for(self._db, conn, run_id, RepaveError("second-agent").as_json())
+
     def record_seen(self, run: RunRow) -> None:
         """The agent asked again; written down every ten seconds, not at each of its polls."""
         if run.seen_at is None or (self._db.now() - run.seen_at).total_seconds() > 10:
@@ -286,6 +295,8 @@ class Runs:
                 error=report.get("error"),
             )
             failure = report.get("error") or RepaveError("agent-failed").as_json()
+            if failure["class"] == "image-damaged":
+                doubt_image(self._db, conn, row.image_id, failure["cause"])
             self._db.tell(conn, run_id, "written", {"rehearsed": True} if rehearsed else {} if verified else {"error": failure})
             return True
 

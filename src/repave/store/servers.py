@@ -123,6 +123,8 @@ class Servers:
             values = seen | {"macs": list(seen["macs"])}
             if bmc_password is not None:
                 values["bmc_password_sealed"] = self._db.sealer.seal(bmc_password, about=f"bmc:{old.id}")
+            if old.locked_by == "repave":  # because it was another server than the one known
+                values |= {"locked_at": None, "locked_by": None, "lock_reason": None}
             about = {f"old_{n}": getattr(old, n) for n in ("serial", "uuid")} | {f"new_{n}": seen[n] for n in ("serial", "uuid")}
             self._change(conn, old.id, "server.replaced", values, actor=actor, **about, old_macs=list(old.macs), new_macs=list(seen["macs"]))
 

@@ -48,7 +48,8 @@ class ServerEffects:
 
     def __init__(self, store: Store, images: ImageStore, open_bmc: OpenBmc, places: Places) -> None:
         self.store, self.images, self.open_bmc, self.places = store, images, open_bmc, places
-        self._verify_lock, self._verified = threading.Lock(), ("", "")
+        self._verify_lock = threading.Lock()
+        self._verified: tuple[str, str, datetime | None] = ("", "", None)
 
     # ---- before the line ----
 
@@ -71,7 +72,7 @@ class ServerEffects:
         misfit = find_known_misfit(seen, server.root_disk, sector_bytes=image.sector_bytes, needed_bytes=image.size_bytes)
         if misfit is not None:
             raise misfit
-        self._verify_image(run.batch_id, image.manifest_sha256)
+        self._verify_image(run.batch_id, image)
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
             bmc.check_media(media_urls(self.places, self.store, run_id))
@@ -123,6 +124,8 @@ class ServerEffects:
         if found.get("arch") != image.arch or found.get("firmware") != image.boot:
             raise RunFailed("arch-mismatch", f"The ramdisk sees {found.get('arch')}/{found.get('firmware')}, the image is {image.arch}/{image.boot}.")
         disk = choose_root_disk(found["disks"], server.root_disk)
+        if image.doubted_at is not None:  # another run of this batch was the first to meet a damaged chunk
+            self._verify_image(run.batch_id, image)
         self._refuse_over(run)
         drive = self._render_drive(run, server, image)
         misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
@@ -233,12 +236,15 @@ class ServerEffects:
         bmc.eject_media()
         self.store.servers.record_media_out(server.id, run_id)
 
-    def _verify_image(self, batch_id: str, manifest_sha256: str) -> None:
-        """Every chunk has its digest: read once a batch, not once a run."""
+    def _verify_image(self, batch_id: str, image: Image) -> None:
+        """Every chunk has its digest: read once a batch, not once a run; and again when a run has said that it is damaged."""
+        this = (batch_id, image.manifest_sha256, image.doubted_at)
         with self._verify_lock:
-            if self._verified != (batch_id, manifest_sha256):
-                self.images.verify(self.images.read_manifest(manifest_sha256), deep=True)
-                self._verified = (batch_id, manifest_sha256)
+            if self._verified != this:
+                self.images.verify(self.images.read_manifest(image.manifest_sha256), deep=True)
+                self._verified = this
+        if image.doubted_at is not None:
+            self.store.images.record_whole(image)
 
     def _know_wait(self, server: Server, step: Step, *, until: datetime, image_id: str | None = None) -> dict[str, Json]:
         left_s = max(0.0, (until - self.store.now()).total_seconds())
