@@ -211,11 +211,12 @@ class Engine:
         begun = sa.select(table.c.workflow_uuid, table.c.application_version).where(table.c.status.in_(("PENDING", "ENQUEUED")))
         with engine.connect() as conn:
             versions: dict[str, str | None] = {run_id: version for run_id, version in conn.execute(begun)}
-        known = {None, APPLICATION_VERSION, *self.lease.list_versions()}
-        orphans = [run.id for run in self.store.runs.list_runs(live=True) if versions.get(run.id) not in known]
-        if orphans:
-            others = ", ".join(sorted({str(versions[run_id]) for run_id in orphans}))
-            raise RepaveError("upgrade-unfinished", f"{len(orphans)} runs were begun by version {others} of the workflow; this one has {APPLICATION_VERSION}.")
+        begun_by = [versions.get(run.id) for run in self.store.runs.list_runs(live=True)]
+        others = {version for version in begun_by if version is not None} - {APPLICATION_VERSION}
+        known = self.lease.find_versions(others)
+        if orphans := [version for version in begun_by if version in others - known]:
+            said = ", ".join(sorted(set(orphans)))
+            raise RepaveError("upgrade-unfinished", f"{len(orphans)} runs were begun by version {said} of the workflow; this one has {APPLICATION_VERSION}.")
 
     def _launch(self, effects: Effects) -> None:
         _keep_time(self.store.now)
