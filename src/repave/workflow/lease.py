@@ -166,8 +166,7 @@ class Lease:
         """
         alive: set[str] = set()
         seen: dict[str, int] = {}
-        lapsed = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000)
-        others = sa.select(WORKERS).where(~WORKERS.c.reaped, ~lapsed, WORKERS.c.executor_id != self.executor_id)
+        others = sa.select(WORKERS).where(~WORKERS.c.reaped, ~self._lapsed(), WORKERS.c.executor_id != self.executor_id)
         while not self.alone:
             with self._engine.connect() as conn:
                 found = [row for row in conn.execute(others) if row.application_version in wanted]
@@ -218,9 +217,12 @@ class Lease:
     @functools.cached_property
     def _reap_others(self) -> dict[bool, sa.Update]:
         """Other workers that are dead are reaped: their lease ran out (by whether we may judge that), or we hold the lock that was theirs."""
-        late, ours = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000), WORKERS.c.slot == self._slot
+        late, ours = self._lapsed(), WORKERS.c.slot == self._slot
         others = sa.update(WORKERS).where(WORKERS.c.executor_id != self.executor_id, ~WORKERS.c.reaped).values(reaped=True)
         return {True: others if self.alone else others.where(sa.or_(late, ours)), False: others if self.alone else others.where(ours)}
+
+    def _lapsed(self) -> sa.ColumnElement[bool]:
+        return WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000)
 
     @functools.cached_property
     def _forget(self) -> sa.Delete:
