@@ -171,8 +171,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     @contextlib.contextmanager
     def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[Bmc]:
         def may_write() -> None:
+            before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
-            before_write()
 
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 from test_cancel_and_waves import Racks, later
 from test_reinstall_workflow import Crash, World
 
@@ -14,6 +15,7 @@ from repave.bmc import Power
 from repave.domain.model import InstanceState, Step
 from repave.domain.states import Ending
 from repave.domain.timing import ALIKE_ENOUGH, ENOUGH, MOVED_S, PATIENCE_S, REAP_GRACE_S, WAY_BACK_S
+from repave.store.tables import INSTANCES
 from repave.workflow.engine import SILENCE_S, Engine
 from repave.workflow.reinstall import DEFAULT_WAITS
 
@@ -181,6 +183,20 @@ def test_a_run_is_said_to_be_late_long_before_it_is_dead(tmp_path):
         assert [t for t, _ in events if t in ("run.late", "run.ended")] == ["run.late", "run.ended"]
         assert (told["run.ended"] - told["run.late"]).total_seconds() > 3000
         assert dataclasses.asdict(racks.runs(batch)[0])["late_step"] == "preflight"
+    finally:
+        racks.store.close()
+
+
+def test_one_overdue_run_that_can_not_be_ended_keeps_none_of_the_others(tmp_path):
+    """The bug: all were ended in one transaction, so one instance in a state that no run may leave it in held up the rest for good."""
+    racks = Racks(tmp_path, count=3)
+    try:
+        batch = racks.admit()
+        with racks.store.write() as conn:
+            conn.execute(sa.update(INSTANCES).where(INSTANCES.c.id == racks.instances[0].id).values(state="running"))
+        later(racks.store, 3600 + REAP_GRACE_S + 1)
+        reconcile(racks)
+        assert [run.outcome for run in racks.runs(batch)] == [None, "return-failed", "return-failed"]
     finally:
         racks.store.close()
 

@@ -29,8 +29,11 @@ class Bug:
 
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
 _WAVES, _ENDINGS, _LEASE = "src/repave/domain/waves.py", "src/repave/store/endings.py", "src/repave/workflow/lease.py"
+_REINSTALL, _TIMING = "src/repave/workflow/reinstall.py", "src/repave/domain/timing.py"
 _SWEEP = "src/repave/workflow/media_sweep.py"
 _OLD_PROOF = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "returned: an old proof comes")
+_LOGIN = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "return-failed: login refused")
+_SLOW = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved: slow, learnt")
 _CRASH = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved", "--down", "120")
 BUGS = (
     Bug("the plan names another disk", _EFFECTS, 'choose_root_disk(found["disks"], server.root_disk)', 'found["disks"][-1]', "I1 "),
@@ -72,6 +75,13 @@ BUGS = (
     Bug("a rehearsal is admitted as a reinstall", _FLEET, "rehearse=rehearse,", "rehearse=False,", "I19 "),
     Bug("the plan does not say that it is a rehearsal", _EFFECTS, "rehearse=run.rehearse", "rehearse=False", "nothing went wrong, and a run ended"),
     Bug("a retry takes what went well too", "src/repave/store/batches.py", "RUNS.c.outcome.not_in(good)", "RUNS.c.outcome.is_not(None)", "I9 "),
+    Bug("what can not pass is tried again", _REINSTALL, "do.insert_media, waits.forward_pause_s, on=is_passing)", "do.insert_media, waits.forward_pause_s)",
+        "I20 ", _LOGIN),
+    Bug("what was learnt is not used", _TIMING, 'if "learnt_s" in known:', "if False:", "longer than what was learnt"),
+    Bug("what was learnt is from too few", _TIMING, "ALIKE_ENOUGH, ALIKE_NEWEST = 8,", "ALIKE_ENOUGH, ALIKE_NEWEST = 1,", "by what was not learnt"),
+    Bug("what was learnt leaves no time for a firmware update", _TIMING, "PATIENCE, PATIENCE_S = 3.0, 10 * 60.0", "PATIENCE, PATIENCE_S = 3.0, 0.0",
+        "ended returned", _SLOW),
+    Bug("a server that failed is not waited for longer", _RUNS, 'last["outcome"] not in GOOD_ENDINGS', "False", "though its last run"),
     Bug("a worker acts without its lease", _LEASE, "_boot_s() - self._renewed_at < self._times.fence_s)", "True)", "I16 "),
     Bug("a worker whose runs were taken goes on", _LEASE, 'self._end("another worker owns our runs now", REAPED)', "pass", "I16 "),
     Bug("the runs of a living worker are taken", _LEASE, "int(self._times.lease_s * 1000)", "int(self._times.lease_s * 100)", "I16 "),

@@ -275,8 +275,8 @@ class Service:
     @contextlib.contextmanager
     def _open_bmc(self, worker: Worker, server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[SimBmc]:
         def may_write() -> None:
-            worker.require()
             before_write()
+            worker.require()
 
         yield SimBmc(self.machines[server.name], self.at, before_write=may_write, executor_id=worker.executor_id)
 

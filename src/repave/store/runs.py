@@ -69,6 +69,7 @@ _OVERDUE = sa.select(RUNS).where(
         sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < sa.bindparam("now")),
     ),
 )
+_OVERDUE_ONE = _OVERDUE.where(RUNS.c.id == sa.bindparam("run_id"))
 _DURATIONS = (
     sa.select(RUNS.c.durations_s)
     .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
@@ -335,22 +336,35 @@ class Runs:
             self._db.sealer.destroy_run(other)
         return True
 
-    def reap(self) -> list[str]:
-        """Runs whose deadline passed and whose workflow did not end them are at their end; waiting runs too, then others begin. Returns their ids.
+    def list_overdue(self) -> list[str]:
+        """Runs whose deadline passed and whose workflow did not end them, and waiting runs that did not begin in time."""
+        return [r["id"] for r in self._db.rows(_OVERDUE, **self._overdue_now())]
+
+    def reap(self, run_id: str) -> bool:
+        """An overdue run is at its end, in a transaction of its own: `let_begin` when all are. False where it is not overdue any more.
 
         It asks nobody: a workflow that hangs, or none at all, makes no difference. What it left is told by the ending; its later steps are refused.
         """
-        now = self._db.now()
-        reaped: list[str] = []
         with self._db.write() as conn:
-            for row in conn.execute(_OVERDUE, {"lost": now - timedelta(seconds=REAP_GRACE_S), "now": now}).all():
-                ending, cause = _overdue(row)
-                if end_run(self._db, conn, row.id, ending, RepaveError("deadline", cause).as_json()):
-                    reaped.append(row.id)
-            reaped += go_on(self._db, conn)
-        for run_id in reaped:
+            row = conn.execute(_OVERDUE_ONE, {"run_id": run_id} | self._overdue_now()).first()
+            if row is None:
+                return False
+            ending, cause = _overdue(row)
+            if not end_run(self._db, conn, run_id, ending, RepaveError("deadline", cause).as_json()):
+                return False
+        self._db.sealer.destroy_run(run_id)
+        return True
+
+    def let_begin(self) -> None:
+        """Batches past their limit are stopped, and what waits begins as its rules allow. Repeatable."""
+        with self._db.write() as conn:
+            ended = go_on(self._db, conn)
+        for run_id in ended:
             self._db.sealer.destroy_run(run_id)
-        return reaped
+
+    def _overdue_now(self) -> dict[str, datetime]:
+        now = self._db.now()
+        return {"lost": now - timedelta(seconds=REAP_GRACE_S), "now": now}
 
     def list_durations(self, model: str, *, limit: int = 50) -> list[dict[str, float]]:
         """Seconds by step of the newest proved runs on servers of this model."""
