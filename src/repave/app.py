@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import signal
@@ -37,6 +38,7 @@ from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
+from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.generation import Watch, begin_life, stand_path
@@ -212,7 +214,10 @@ def build_api(site: Site) -> FastAPI:
     desk = ImageDesk(site.images, site.images.root, site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
-    app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc))
+    find_unreachable = functools.partial(find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url)
+    app.include_router(build_operator_router(
+        store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
+    ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)
     return app

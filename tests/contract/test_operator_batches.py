@@ -258,6 +258,14 @@ def test_a_retry_of_a_rehearsal_is_a_rehearsal_of_what_failed_and_never_a_reinst
     assert again["rehearse"] and [r["server"] for r in again["runs"]] == ["web02"]
 
 
+def test_a_server_that_can_not_reach_us_is_a_problem_of_the_plan(tmp_path: Path) -> None:
+    with start_site(tmp_path, media_url="http://127.0.0.1:8472") as site:
+        site.add_server("web01")
+        site.add_image("tiny")
+        problems = site.ask("POST", "/plans", json={"servers": ["web01"], "image": "tiny"}).json()["problems"]
+        assert [p["class"] for p in problems] == ["loopback-address"] and problems[0]["cause"].startswith("media_url")
+
+
 def test_a_locked_server_and_our_own_host_are_problems_of_the_plan_and_refused(site: Site, three: list[str]) -> None:
     assert site.ask("POST", "/servers/web02/lock", json={"reason": ""}).status_code == 400
     assert site.ask("POST", "/servers/web02/lock", json={"reason": "database"}, as_="viewer").status_code == 403

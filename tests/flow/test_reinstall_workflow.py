@@ -20,7 +20,7 @@ import zstandard
 from repave.bmc import BmcFacts, Power
 from repave.domain.model import Image, InstanceState, Role, Server
 from repave.domain.states import Ending
-from repave.errors import BmcError, RunFailed
+from repave.errors import BmcError, RequestError, RunFailed
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
@@ -219,11 +219,15 @@ class World:
 
         places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
-        fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
-        admitted = fleet.admit(
+        self.fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
+        self.admit(rehearse=rehearse)
+
+    def admit(self, *, rehearse: bool = False) -> None:
+        admitted = self.fleet.admit(
             credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password="" if rehearse else PASSWORD, rehearse=rehearse,
         )  # fmt: skip
         self.run_id = self.store.runs.list_runs(batch_id=admitted.batch_id)[0].id
+        self.inbox.clear()
 
     def machine_turn(self, event: str) -> None:
         """What the machine does of itself before `event` would come."""
@@ -258,6 +262,11 @@ class World:
 
     def play(self, journal: Journal) -> str:
         return asyncio.run(reinstall(journal, self.effects))
+
+    def play_another(self) -> str:
+        """The next reinstall of the same server."""
+        self.admit()
+        return self.play(self.journal())
 
     def state(self):
         return self.store.servers.find_instance(self.credential.project_id, self.instance.id)
@@ -415,6 +424,35 @@ def test_a_damaged_image_is_found_before_any_power_action(world):
     assert world.play(world.journal()) == "returned"
     assert world.state().error["code"] == "Repave.4102"
     assert world.machine.actions == []
+
+
+def test_an_image_that_another_run_met_damaged_is_looked_at_again_before_the_line_until_it_is_whole(world):
+    chunk = next((world.folder / "images").rglob("chunks/*/*"))
+    good, journal = chunk.read_bytes(), world.journal(crash_after="boot-ramdisk-1")
+    with pytest.raises(Crash):
+        world.play(journal)
+    chunk.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    world.store.images.record_damage(world.image, "another run's word")
+    assert world.play(journal.again()) == "returned"
+    assert (world.state().error["code"], world.machine.os) == ("Repave.4102", "old-os")
+    chunk.write_bytes(good)
+    assert world.play_another() == "proved"
+    kinds = [e.type for e in world.store.events.list_events(world.credential.project_id) if e.type.startswith("image.")]
+    assert kinds == ["image.added", "image.doubted", "image.whole"]
+
+
+def test_another_server_behind_the_address_is_locked_until_an_operator_has_looked(world):
+    world.machine.uuid = "uuid-of-another"
+    assert world.play(world.journal()) == "returned"
+    assert world.machine.actions == ["probe", "check_media"]
+    server = world.store.servers.get_server(world.instance.server_id)
+    assert server.locked_by == "repave" and "another UUID" in server.lock_reason
+    with pytest.raises(RequestError, match="another UUID") as refused:
+        world.play_another()
+    assert refused.value.slug == "locked"
+    seen = {"serial": "SER-1", "uuid": "uuid-of-another", "model": "M1", "macs": ("52:54:00:00:00:01",)}
+    world.store.servers.replace_server(server, seen, bmc_password=None, actor="op")
+    assert world.play_another() == "proved"
 
 
 @pytest.mark.parametrize(

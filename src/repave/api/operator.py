@@ -68,6 +68,7 @@ class Desk:
     images: Images
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
+    find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     images_lock: threading.Lock = field(default_factory=threading.Lock)  # an image whose row is not there yet must not be swept
 
 
@@ -237,12 +238,13 @@ def build_operator_router(
     images: Images,
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
+    find_unreachable: Callable[[str], str | None],
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
     from repave.api import operator_batches, operator_events, operator_images, operator_servers
 
-    desk = Desk(store, fleet, images, authenticate, probe)
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
 
     async def attach(request: Request) -> None:
         request.state.desk = desk

@@ -128,6 +128,8 @@ def _problems(scope: Scope, server: Server, instance: Instance, image: Image | N
         scope.desk.fleet.refuse_protected([server])
     except RequestError as protected:
         found.append(protected)
+    if place := scope.desk.find_unreachable(server.bmc_url):
+        found.append(RepaveError("loopback-address", f"{place} is a loopback address; the server is elsewhere."))
     if image is None:
         found.append(RequestError("bad-request", "image: is needed; the image it has now is not known.", field="image"))
     elif (server.arch, server.boot) != (image.arch, image.boot):

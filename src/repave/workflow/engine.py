@@ -231,6 +231,7 @@ class Engine:
                 "sys_db_idle_transaction_timeout_sec": self._idle_s,
                 "log_level": "WARNING",
                 "notification_listener_polling_interval_sec": 0.25,
+                "db_engine_kwargs": {"pool_use_lifo": True},  # as store/database.py
             }
         )
         pool, waits, lease, workflow = self._pool, self._waits, self.lease, self._workflow
