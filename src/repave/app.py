@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 import structlog
@@ -35,6 +38,7 @@ from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
+from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.generation import Watch, begin_life, stand_path
@@ -88,6 +92,9 @@ class ImageDesk:
             made.stored_bytes, made.data_bytes, created_at,
         )  # fmt: skip
 
+    def verify(self, manifest_sha256: str) -> None:
+        self.store.verify(self.store.read_manifest(manifest_sha256), deep=True)
+
     def sweep(self, manifests_in_use: list[str]) -> int:
         unused = [m for m in self.store.list_manifests() if m not in manifests_in_use]
         for manifest in unused:
@@ -120,7 +127,11 @@ def init_site(folder: Path, **changes: Any) -> FirstKey:
         raise RepaveError("conflict", f"{SETTINGS_FILE} is there already; this folder is a site.", field="folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_private(path, render_settings(changes).encode())
-    settings = load_settings(folder)
+    try:
+        settings = load_settings(folder)
+    except RepaveError:
+        path.unlink()  # or the next `init`, with the mistake mended, would find a site here
+        raise
     with open_site(settings) as site:
         project = site.store.access.add_project("default")
         credential, sk, token = site.store.access.add_credential(project.id, "admin", Role.ADMIN)
@@ -162,8 +173,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     @contextlib.contextmanager
     def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[Bmc]:
         def may_write() -> None:
+            before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
-            before_write()
 
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
@@ -203,7 +214,10 @@ def build_api(site: Site) -> FastAPI:
     desk = ImageDesk(site.images, site.images.root, site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
-    app.include_router(build_operator_router(store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc))
+    find_unreachable = functools.partial(find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url)
+    app.include_router(build_operator_router(
+        store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
+    ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)
     return app
@@ -239,6 +253,8 @@ def serve(folder: Path) -> None:
     host, _ = split_listen(settings.api_listen)
     if settings.api_certificate is None and host not in ("127.0.0.1", "::1", "localhost"):
         raise RepaveError("bad-request", "api_listen is not loopback: api_certificate is needed.", field="api_listen")
+    for name in ("api_certificate", "media_certificate"):
+        _check_certificate(name, getattr(settings, name))
     configure_logging()
     ensure_boot_iso(settings)
     try:
@@ -258,8 +274,9 @@ def _serve_site(settings: Settings) -> None:
             def first() -> None:
                 begin_life(site.store, stand_path(settings.key_file))
                 sweep_files(settings, site.images, site.engine.lease)
-                for name in ("api_listen", "provisioning_listen", "media_listen"):
-                    sockets[name] = stack.enter_context(_listen(name, getattr(settings, name)))
+                for name in ("api_listen", "provisioning_listen", "media_listen", "media_https_listen"):
+                    if value := getattr(settings, name):
+                        sockets[name] = stack.enter_context(_listen(name, value))
 
             # A run that is taken up asks its BMC for media at once: who comes before the listeners are served waits in their queues, and is not refused.
             site.engine.start(site.effects, first=first)
@@ -282,13 +299,15 @@ def _listen(name: str, value: str) -> socket.socket:
 async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:
     """The API in this loop; machines (agents, boot media) in a loop and threads of their own, so that neither waits for the other's share."""
     settings = site.settings
-    hosts = [_host_of(settings.agent_url), split_listen(settings.provisioning_listen)[0], "127.0.0.1", "localhost"]
-    provisioning_certificate = make_certificate(settings.key_file.parent, hosts, settings.data_dir / "provisioning.pem")
+    provisioning_certificate = _certificate(settings, "provisioning.pem", settings.agent_url, settings.provisioning_listen)
     api = {_server(build_api(site), settings.api_certificate): sockets["api_listen"]}
     machines = {
         _server(build_provisioning(site), provisioning_certificate): sockets["provisioning_listen"],
         _server(build_media(site), None): sockets["media_listen"],
     }
+    if by_https := sockets.get("media_https_listen"):
+        certificate = settings.media_certificate or _certificate(settings, "media.pem", *settings.media_url.split(), settings.media_https_listen)
+        machines[_server(build_media(site), certificate)] = by_https
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -333,10 +352,19 @@ def _server(app: FastAPI, certificate: Path | None) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def _host_of(url: str) -> str:
-    from urllib.parse import urlsplit
+def _check_certificate(name: str, path: Path | None) -> None:
+    """Raises RepaveError bad-request, naming the setting, where the file can not be served with."""
+    try:
+        if path is not None:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
+    except OSError as error:  # SSLError is one
+        raise RepaveError("bad-request", f"{name} = {path}: {error.strerror or error}. One PEM file: key and certificate chain.", field=name) from None
 
-    return urlsplit(url).hostname or "127.0.0.1"
+
+def _certificate(settings: Settings, file: str, *seen_as: str) -> Path:
+    """By our own CA, for the hosts of these URLs and listeners and for this machine."""
+    hosts = [urlsplit(url if "//" in url else f"//{url}").hostname for url in seen_as]
+    return make_certificate(settings.key_file.parent, [*filter(None, hosts), "127.0.0.1", "localhost"], settings.data_dir / file)
 
 
 def ensure_boot_iso(settings: Settings) -> None:

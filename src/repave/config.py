@@ -1,23 +1,35 @@
-"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. The file's typos are refused."""
+"""Settings: one documented TOML file and the environment (REPAVE_<NAME>), the environment first. Typos in either are refused."""
 
 from __future__ import annotations
 
+import os
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from repave.domain.urls import find_url_fault
 from repave.errors import RepaveError
 
 SETTINGS_FILE = "repave.toml"
+ENV_PREFIX = "REPAVE_"
+OTHER_VARIABLES = frozenset((
+    "REPAVE_SITE", "REPAVE_ENDPOINT", "REPAVE_TOKEN", "REPAVE_CA", "REPAVE_NEW_PASSWORD",  # the command line
+    "REPAVE_BMC_USERNAME", "REPAVE_BMC_PASSWORD", "REPAVE_BMC_TLS_VERIFY",
+    "REPAVE_CACHE", "REPAVE_DEMO_IMAGE", "REPAVE_SSH_PASSWORD",  # the ramdisk's builder and the lab
+    "REPAVE_REDFISH_CORPUS", "REPAVE_KEEP",  # tests
+))  # fmt: skip
 _LISTEN = r"^\S+:\d{1,5}$"  # HOST:PORT
+_LISTEN_OR_NONE = rf"^$|{_LISTEN}"
 
 
 class Settings(BaseSettings):
     """Everything that can be set. `repave init` writes the file; docs/settings.md is generated from here."""
 
-    model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid")
 
     data_dir: Path = Field(default=Path("repave-data"), description="Database, images, boot media. Relative paths count from the settings file.")
     images_dir: Path | None = Field(default=None, description="The image store; empty = data_dir/images. Several workers share it.")
@@ -35,14 +47,24 @@ class Settings(BaseSettings):
     api_certificate: Path | None = Field(default=None, description="PEM file with certificate chain and key for the API.")
     provisioning_listen: str = Field(default="127.0.0.1:8471", pattern=_LISTEN, description="Agents and new operating systems, TLS with our own CA.")
     media_listen: str = Field(default="127.0.0.1:8472", pattern=_LISTEN, description="Boot media for BMCs, plain HTTP, a path that can not be guessed.")
-    media_url: str = Field(default="http://127.0.0.1:8472", description="The media listener as BMCs see it; several, separated by blanks, by preference.")
+    media_https_listen: str = Field(
+        default="",
+        pattern=_LISTEN_OR_NONE,
+        description="The same media by HTTPS, for BMCs that take nothing else; empty = not served. Name it in media_url too.",
+    )
+    media_certificate: Path | None = Field(
+        default=None, description="PEM file with certificate chain and key for it; empty = one by our own CA, for BMCs that check none or were given ca.pem."
+    )
+    media_url: str = Field(
+        default="http://127.0.0.1:8472", description="The media listeners as BMCs see them, separated by blanks; a BMC gets the first that it can fetch."
+    )
     agent_url: str = Field(default="https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
-    agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the ramdisk must have said hello.")
+    agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds at most from power on until the ramdisk must have said hello; less is learnt.")
     written_s: float = Field(default=24 * 3600, gt=0, description="Seconds from the plan until the image must be written and verified, however well it moves.")
-    proof_s: float = Field(default=30 * 60, gt=0, description="Seconds from power on until the new OS must have called home.")
+    proof_s: float = Field(default=30 * 60, gt=0, description="Seconds at most from power on until the new OS must have called home; less is learnt.")
     forward_pause_s: float = Field(default=10, gt=0, description="Seconds between two tries of inserting media or of booting from them, four in all.")
     return_pause_s: float = Field(default=60, gt=0, description="Seconds between two tries of giving a server back or of switching it off, four in all.")
     media_sweep_s: float = Field(default=300, gt=0, description="Seconds between two looks for boot media that were left in drives because a BMC was away.")
@@ -56,6 +78,21 @@ class Settings(BaseSettings):
     images_quota_bytes: int = Field(default=1 << 40, gt=0, description="The image store may hold so many bytes.")
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
+
+    @field_validator("media_url")
+    @classmethod
+    def _media_urls(cls, value: str) -> str:
+        for url in value.split() or [""]:
+            if fault := find_url_fault(url):
+                raise ValueError(f"each {fault}")
+        return value
+
+    @field_validator("agent_url")
+    @classmethod
+    def _agent_url(cls, value: str) -> str:
+        if fault := find_url_fault(value, schemes=("https",), with_path=False):
+            raise ValueError(fault)
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -74,12 +111,16 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
     """The settings of the site in `folder`, from its settings file or from `file`. Relative paths become absolute, from that folder."""
 
     class SiteSettings(Settings):
-        model_config = SettingsConfigDict(env_prefix="REPAVE_", extra="forbid", toml_file=file or folder / SETTINGS_FILE)
+        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", toml_file=file or folder / SETTINGS_FILE)
 
+    refuse_unknown_variables(os.environ)
     try:
         settings = SiteSettings()
     except ValidationError as error:  # no input in the text: a URL may hold a password
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_input=False, include_url=False))
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
         raise RepaveError("bad-request", f"Settings: {faults}.", field=str(error.errors()[0]["loc"][0])) from None
     except tomllib.TOMLDecodeError as error:
         raise RepaveError("bad-request", f"{file or folder / SETTINGS_FILE} is not TOML: {error}.") from None
@@ -92,9 +133,19 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         settings.database_url = f"sqlite:///{settings.data_dir / 'repave.db'}"
     if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
         raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
-    if settings.api_certificate is not None:
-        settings.api_certificate = (folder / settings.api_certificate).resolve()
+    for name in ("api_certificate", "media_certificate"):
+        if (certificate := getattr(settings, name)) is not None:
+            setattr(settings, name, (folder / certificate).resolve())
     return settings
+
+
+def refuse_unknown_variables(environment: Iterable[str]) -> None:
+    """Raises bad-request for a REPAVE_ name that nothing of ours reads: it was meant for something, and is not in force."""
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    for name in sorted(n for n in environment if n.upper().startswith(ENV_PREFIX) and n.upper() not in known):
+        meant = get_close_matches(name.upper(), sorted(known), 1)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise RepaveError("bad-request", f"{name} in the environment is no setting of ours.{hint}", field=name)
 
 
 def split_listen(value: str) -> tuple[str, int]:

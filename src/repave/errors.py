@@ -64,6 +64,8 @@ CATALOGUE: dict[str, Problem] = _table(
     ("1009", "past-the-line", Who.REQUEST, False, "It is past the line: stopping would leave half a system.", "The old OS is being overwritten, or is gone.", "Let it finish: repave watch. Then reinstall it with the image you want.", "data disks"),
     ("1010", "cancelled", Who.REQUEST, False, "The reinstall was cancelled.", "Someone cancelled it before the line.", "Nothing; or repave batch retry.", _DISK),
     ("1011", "batch-stopped", Who.REQUEST, False, "The batch was stopped by its own limit.", "More runs failed than its limit allows, or a canary did not go well.", "Read why the others failed; then repave batch retry.", _DISK),
+    ("1012", "too-many", Who.REQUEST, True, "This key asks too often.", "It sent more requests a second than rate_per_s and rate_burst allow.", "Wait as long as Retry-After says, then send it again.", "this request started nothing"),
+    ("1013", "no-route", Who.REQUEST, False, "There is no such path, or it takes another method.", "Wrong path, letter case, slash or method.", "Compare it with docs/api.md.", "everything"),
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
     ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _DISK),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),
@@ -73,7 +75,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("2106", "no_system", Who.BMC, False, "The BMC names no server.", "No ComputerSystem of the kind we reinstall.", "Check the address: is it a chassis manager?", _NOTHING),
     ("2107", "ambiguous_system", Who.BMC, False, "The BMC names several servers.", "More than one ComputerSystem could be the host.", "repave server set NAME --system URI.", _NOTHING),
     ("2108", "no_virtual_media", Who.BMC, False, "The BMC has no virtual CD.", "No virtual media slot that takes a CD, or no licence.", "Enable virtual media; a licence may be needed.", _NOTHING),
-    ("2109", "media_protocol", Who.BMC, False, "The BMC can not fetch our media by this protocol.", "None of the URLs has a protocol that it takes.", "Offer https or another media_url.", _DISK),
+    ("2109", "media_protocol", Who.BMC, False, "The BMC can not fetch our media by this protocol.", "None of the URLs has a protocol that it takes.", "Set media_https_listen and name it in media_url, or name another protocol there.", _DISK),
     ("2111", "media_rejected", Who.BMC, True, "The BMC refused our media.", "InsertMedia was answered with an error.", "Read the detail; can the BMC reach media_url?", _DISK),
     ("2112", "media_not_inserted", Who.BMC, True, "The media are not in the drive.", "InsertMedia was accepted, but reading back shows an empty or another drive.", "Can the BMC reach media_url? Then retry.", _DISK),
     ("2113", "boot_override_rejected", Who.BMC, True, "The BMC refused the one-time boot order.", "The boot override was answered with an error.", "Set UEFI mode in the firmware; retry.", _DISK),
@@ -85,7 +87,7 @@ CATALOGUE: dict[str, Problem] = _table(
     # 3: server and disk
     ("3101", "no-root-disk", Who.SERVER, False, "No disk can be the root disk.", "No candidate: removable, virtual and read-only disks do not count.", "Check the disks; repave server set NAME --root-disk.", "all disks"),
     ("3102", "ambiguous-root-disk", Who.SERVER, False, "Several disks could be the root disk.", "No recorded serial, hint or boot entry decides.", "repave server set NAME --root-disk serial=SERIAL.", "all disks"),
-    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "Check cabling and address; add it as a new server.", "all disks"),
+    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "It is locked now. Check cabling and address; then repave server unlock, or after a board swap repave server replace.", "all disks"),
     ("3104", "disk-too-small", Who.SERVER, False, "The root disk is smaller than the image.", "The image needs more bytes than the disk has.", "Choose a smaller image or another disk.", "all disks"),
     ("3105", "sector-size", Who.SERVER, False, "Image and disk have different sector sizes.", "The image is made for other logical sectors.", "Use an image made for the disk's sector size (repave image ls shows it).", "all disks"),
     ("3106", "arch-mismatch", Who.SERVER, False, "The image is for another architecture.", "Server and image differ in arch or boot mode.", "Use an image for this architecture and boot mode.", _NOTHING),
@@ -93,6 +95,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("3108", "agent-silent", Who.SERVER, True, "The ramdisk stopped reporting.", "No word from the agent within its lease.", "Look at the console; retry.", _ERASED),
     ("3109", "read-back", Who.SERVER, True, "The disk gave back other bytes than were written.", "Read-back after the flush differs.", "Replace the disk, then retry.", _ERASED),
     ("3110", "disk-changed", Who.SERVER, False, "The disk is not the one in the plan.", "Serial or size changed between plan and write.", "Check the disks, then retry.", "all disks"),
+    ("3112", "second-agent", Who.SERVER, True, "Its ramdisk was started twice.", "Another boot showed this run's token: the server reset itself, or something else has its boot media.", "Look at the console, and at who can read its boot media; then retry.", _DISK),
     ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
     # 4: image
     ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Not raw or qcow2, or it refers to other files, or it is too large.", "Convert it: qemu-img convert -O qcow2.", "everything"),
@@ -118,9 +121,19 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9024", "database-unavailable", Who.US, True, "The database can not be used now.", "Its disk is full, it is read-only, locked or away.", "Look at /repave/v1/health and the log, make room; then retry.", "this request started nothing"),
     ("9025", "database-corrupt", Who.US, False, "The database is damaged.", "Its own check found pages that make no sense.", "repave restore FILE, with the newest backup; keep the damaged file.", "everything"),
     ("9026", "upgrade-unfinished", Who.US, False, "Runs of another version are under way.", "A run ends in the version of the workflow it began in, and no worker of that version is left.", "Start the version from before and let its runs end (repave batch ls); then upgrade.", "everything"),
+    ("9027", "audit-broken", Who.US, False, "The audit is not as it was written.", "An event was changed, added or removed in the database by something that has not the key file.", "Find out who can write in the database; compare the events around it with a backup's.", "everything"),
+    ("9028", "loopback-address", Who.US, False, "The server can not reach Repave.", "media_url or agent_url is a loopback address: BMC and server would look for us in themselves.", "Set media_url and agent_url to an address of ours that BMCs and servers reach, then start repave serve again: README.md.", _NOTHING),
     ("9008", "not-this-site", Who.US, False, "This service does not fit the database.", "The key file, CA or a shared folder is not the one that the database was begun with.", "Give it the same secret folder and image folder as the other workers: docs/operations.md.", "everything"),
 )
 # fmt: on
+
+# What CloudDC's codes, which its routes answer with (api/wire_errors.py), are among ours.
+CLOUDDC: dict[str, tuple[str, ...]] = {
+    "iMetal.0001": ("bad-request",), "iMetal.0002": ("bad-request",), "iMetal.0003": ("not-logged-in",), "iMetal.0004": ("not-allowed",),
+    "iMetal.0005": ("too-many",), "iMetal.0099": ("internal", "database-unavailable"), "iMetal.0100": ("not-found",),
+    "iMetal.0101": ("locked", "own-host"), "iMetal.0200": ("not-found",), "iMetal.0201": ("in-progress",),
+    "APIGW.0101": ("no-route",), "APIGW.0201": ("bad-request",),
+}  # fmt: skip
 
 BMC_CLASSES = tuple(slug for slug, p in CATALOGUE.items() if p.who is Who.BMC)
 

@@ -4,6 +4,7 @@ loopback port. The far ends are fakes: a probe that answers for a BMC, and a que
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from repave.app import ImageDesk
 from repave.auth import Authenticator
 from repave.bmc import BmcAddress, BmcFacts, Power
 from repave.domain.model import Image, Project, Role
+from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
@@ -73,9 +75,9 @@ class Site:
         made: dict[str, Any] = answer.json()
         return made
 
-    def add_image(self, name: str, *, arch: str = "amd64") -> Image:
+    def add_image(self, name: str, *, arch: str = "amd64", os_type: str = "Linux") -> Image:
         """A row only: nothing here reads its chunks."""
-        image = Image(new_id(), self.project.id, name, "Linux", arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
+        image = Image(new_id(), self.project.id, name, os_type, arch, "uefi", "0" * 64, 2**30, 512, 10**6, 10**7, datetime.now(UTC))
         self.store.images.add_image(image)
         return image
 
@@ -84,7 +86,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def start_site(folder: Path) -> Iterator[Site]:
+def start_site(folder: Path, *, media_url: str = "http://media.invalid") -> Iterator[Site]:
     folder.mkdir(exist_ok=True)
 
     def now() -> datetime:
@@ -98,7 +100,10 @@ def start_site(folder: Path) -> Iterator[Site]:
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(build_operator_router(store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe))
+    find_unreachable = functools.partial(find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid")
+    app.include_router(build_operator_router(
+        store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
+    ))  # fmt: skip
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)

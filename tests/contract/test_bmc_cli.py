@@ -121,4 +121,19 @@ def test_nobody_there_is_unreachable_and_a_missing_ca_is_tls() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     assert repave_bmc("probe", url, status=10)["error"]["class"] == "unreachable"
     assert repave_bmc("probe", url, status=10, REPAVE_BMC_TLS_VERIFY="/no/such/ca.pem")["error"]["class"] == "tls"
-    assert repave_bmc("probe", "ftp://example.net", status=10)["error"]["class"] == "not_redfish"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"), [("ftp://example.net", "must be http://HOST"), ("http://127.0.0.1:99999", "port"), ("http://[::1", "HOST"), ("http://", "HOST")]
+)
+def test_an_address_that_is_none_is_said_to_be_one(url: str, said: str) -> None:
+    error = repave_bmc("probe", url, status=10)["error"]
+    assert error["class"] == "not_redfish" and said in error["message"]
+
+
+@pytest.mark.parametrize("iso_url", ["foo", "htp://10.9.8.7/boot.iso", "/srv/boot.iso", "http://10.9.8.7:84722/boot.iso"])
+def test_an_image_that_is_no_url_is_refused_before_the_machine_is_touched(iso_url: str) -> None:
+    with start_bmc(FakeBmc("small", resources=small_bmc())) as fake:
+        error = repave_bmc("boot-media", fake.url, ISO, iso_url, status=10)["error"]
+        assert (error["class"], error["step"]) == ("media_protocol", "probe") and "ISO URL 2" in error["message"]
+        assert not fake.seen

@@ -1,8 +1,10 @@
 """The command line as a process, against a real service; a pipe on each side, as in a script."""
 
+import inspect
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 from operator_site import BMC_PASSWORD, NEW_PASSWORD, Site, start_site
 
+from repave.api import wire_errors
 from repave.cli import docs
 from repave.domain.model import Step
 from repave.domain.states import Ending
-from repave.errors import CATALOGUE, RepaveError
+from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 
 REPAVE = [sys.executable, "-m", "repave.cli.main"]
 
@@ -118,6 +121,16 @@ def test_all_mistakes_of_a_csv_file_are_told_at_once(cli: Cli) -> None:
     assert "servers.csv:1: unknown column 'bcm'" in cli.run("server", "add", "--csv", str(file), "--yes", BMC_PW=BMC_PASSWORD).stderr
 
 
+def test_a_server_may_be_added_with_the_image_its_os_was_made_from(cli: Cli) -> None:
+    known_bmcs(cli, 2)
+    cli.site.add_image("tiny")
+    argv = ("--bmc", "https://10.9.0.11", "--user", "root", "--password-stdin", "--image", "tiny", "--json")
+    refused = cli.run("server", "add", "web01", *argv, "--windows", stdin=BMC_PASSWORD)
+    assert refused.returncode == 3 and "os_type" in refused.stderr + refused.stdout
+    assert cli.run("server", "add", "web01", *argv, stdin=BMC_PASSWORD).returncode == 0
+    assert cli.items("server", "ls")[0]["instance"]["image"] == "tiny"
+
+
 def test_a_csv_file_whose_bmcs_do_not_all_answer_says_which_and_the_same_file_again_adds_the_rest(cli: Cli) -> None:
     known_bmcs(cli, 1)
     file = cli.folder / "servers.csv"
@@ -208,6 +221,17 @@ def test_a_script_reinstalls_and_learns_from_lines_and_exit_code_how_it_ended(fl
     assert events[-1]["type"] == "batch.ended"
 
 
+@pytest.mark.parametrize(("image", "bad", "good"), [("tiny", "Groot-Flora-7", "Administrator-7"), ("win", "Administrator-7", "Groot-Flora-7")])
+def test_a_password_is_judged_by_the_user_of_the_image_before_anything_is_sent(fleet: Cli, image: str, bad: str, good: str) -> None:
+    fleet.site.add_image("win", os_type="Windows")
+    argv = ("reinstall", "web01", "--image", image, "--yes", "--expect", "1", "--password-stdin", "--detach")
+    before = fleet.asked()
+    refused = fleet.run(*argv, stdin=bad + "\n")
+    assert (refused.returncode, fleet.asked()) == (3, before)
+    assert "user name reversed; nothing was sent" in refused.stderr
+    assert fleet.run(*argv, stdin=good + "\n").returncode == 0
+
+
 def test_only_the_typed_words_start_it(fleet: Cli) -> None:
     """On a terminal: 'y' does not, 'erase 2' does."""
     for words, begun in (("y", 0), ("erase 2", 1)):
@@ -264,11 +288,22 @@ def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
 
 
 def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:
+    for code in ("0 all went as asked", "3 refused", "10 ended", "124 --timeout passed", "130 Ctrl-C"):
+        assert code in " ".join(cli.run("--help").stdout.split())
     assert cli.run("server", "ls", "--colour").returncode == 2
+    for count in ("0", "-1", "1000000"):
+        refused = cli.run("rack", "up", count)
+        assert refused.returncode == 2 and "COUNT" in refused.stderr
     assert cli.run("server", "show", "nobody").returncode == 3
     assert cli.run("server", "ls", REPAVE_TOKEN="wrong").returncode == 4
     assert cli.run("key", "ls", REPAVE_TOKEN=cli.site.tokens["viewer"]).returncode == 4
     assert cli.run("server", "ls", REPAVE_ENDPOINT="http://127.0.0.1:9").returncode == 5
+
+
+def test_an_init_with_a_mistake_leaves_nothing_in_the_way_of_the_next(cli: Cli) -> None:
+    refused = cli.run("init", "new", "--media-url", "10.9.0.5:8472")
+    assert refused.returncode == 3 and "media_url" in refused.stderr
+    assert cli.run("init", "new", "--media-url", "http://10.9.0.5:8472").returncode == 0
 
 
 def test_bare_repave_prints_state_and_a_next_command_that_exists(fleet: Cli) -> None:
@@ -294,7 +329,10 @@ def test_explain_knows_every_code(tmp_path: Path) -> None:
 
     for problem in CATALOGUE.values():
         assert run(["explain", problem.code]) == run(["explain", problem.slug]) == 0
-    assert run(["explain", "iMetal.0201"]) == 0
+    wire = set(re.findall(r'"((?:iMetal|APIGW)\.\d{4})"', inspect.getsource(wire_errors)))
+    assert wire == set(CLOUDDC)
+    for code in wire:
+        assert run(["explain", code]) == run(["explain", code, "--json"]) == 0
     assert run(["explain", "0000"]) == 2
 
 

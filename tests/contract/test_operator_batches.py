@@ -102,6 +102,8 @@ def test_a_run_shows_its_step_its_side_of_the_line_its_progress_and_its_end(site
     run = ended["runs"][0]
     assert (ended["state"], run["state"], run["os_now"], run["proof"]["root_disk_serial"]) == ("succeeded", "running", "tiny", "D1")
     assert {"preflight", "boot-ramdisk", "write-image"} <= run["durations_s"].keys()
+    assert site.ask("GET", f"/runs/{run['id']}", as_="viewer").json() == run
+    assert site.ask("GET", f"/runs/{run['id']}", as_="other").status_code == site.ask("GET", "/runs/nothing").status_code == 404
     shown = site.ask("GET", "/servers/web01").json()["instance"]
     assert (shown["image"], shown["image_id"], shown["operation_state"]) == ("tiny", image.id, "reinstall-succeed")
 
@@ -120,6 +122,8 @@ def test_events_are_listed_and_followed_from_any_point_to_the_end_of_the_batch(s
             site.store.runs.record_ending(run["id"], Ending.RETURNED, None)
 
     threading.Timer(0.5, end_all).start()
+    assert site.ask("GET", f"/events?after={10**20}").status_code == 400
+    assert site.ask("GET", "/events", headers={"Last-Event-ID": str(10**20)}).status_code == 400
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(listed["next"])}
     with site.ask("GET", f"/events?batch={batch['id']}", headers=headers, stream=True) as stream:
         lines = stream.content.decode().splitlines()  # returns, so the stream has ended by itself
@@ -252,6 +256,14 @@ def test_a_retry_of_a_rehearsal_is_a_rehearsal_of_what_failed_and_never_a_reinst
     assert refused.status_code == 400 and "rehearse:" in refused.json()["detail"]
     again = site.ask("POST", "/reinstall", json=asked | {"rehearse": True}).json()
     assert again["rehearse"] and [r["server"] for r in again["runs"]] == ["web02"]
+
+
+def test_a_server_that_can_not_reach_us_is_a_problem_of_the_plan(tmp_path: Path) -> None:
+    with start_site(tmp_path, media_url="http://127.0.0.1:8472") as site:
+        site.add_server("web01")
+        site.add_image("tiny")
+        problems = site.ask("POST", "/plans", json={"servers": ["web01"], "image": "tiny"}).json()["problems"]
+        assert [p["class"] for p in problems] == ["loopback-address"] and problems[0]["cause"].startswith("media_url")
 
 
 def test_a_locked_server_and_our_own_host_are_problems_of_the_plan_and_refused(site: Site, three: list[str]) -> None:

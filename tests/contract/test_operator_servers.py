@@ -34,9 +34,13 @@ def test_a_blank_server_waits_in_error_for_its_first_os(site: Site) -> None:
         ({"bmc_url": "https://dead.invalid"}, 502, "unreachable"),
         ({"bmc_password": "wrong"}, 502, "auth"),
         ({"bmc_url": "ftp://x"}, 400, "bad-request"),
+        ({"bmc_url": "https://web02.bmc.invalid:99999"}, 400, "bad-request"),
+        ({"bmc_url": "https://[::1"}, 400, "bad-request"),
+        ({"bmc_url": "https://"}, 400, "bad-request"),
         ({"root_disk": "colour=red"}, 400, "bad-request"),
         ({"network": {"mac": "aa:bb:cc:00:00:01", "address": "10.0.0.5", "prefix": 99}}, 400, "bad-request"),
         ({"blnak": True}, 400, "bad-request"),
+        ({"image": "nothing"}, 404, "not-found"),
         ({"name": "web01"}, 409, "conflict"),
     ],
 )
@@ -66,6 +70,8 @@ def test_a_changed_bmc_must_be_the_same_server_and_the_stored_password_is_sent_n
     site.bmcs.known |= {"https://moved.invalid": "SN1", "https://another.invalid": "SN9"}
     count = len(site.bmcs.asked)
     assert site.ask("PATCH", "/servers/web01", json={"bmc_url": "https://moved.invalid"}).json()["class"] == "bad-request"
+    nowhere = site.ask("PATCH", "/servers/web01", json={"bmc_url": "https://moved.invalid:99999", "bmc_password": BMC_PASSWORD})
+    assert (nowhere.status_code, nowhere.json()["context"]) == (400, {"field": "bmc_url"})
     assert len(site.bmcs.asked) == count
     another = {"bmc_url": "https://another.invalid", "bmc_password": BMC_PASSWORD}
     assert site.ask("PATCH", "/servers/web01", json=another).json()["class"] == "wrong-server"

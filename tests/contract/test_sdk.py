@@ -84,7 +84,10 @@ def test_every_page_follows_the_one_before_and_none_is_missing(site: Site):
             seen, marker = seen + [row.id for row in rows], page.page_info.next_marker
             sizes.append(len(rows))
         assert len(set(seen)) == len(seen) == page.count and set(sizes[:-1]) == {10}
-        assert len(getattr(call(request(limit=5000)), field)) == page.count
+        for too_large in (5000, 10**18, 10**40):
+            assert len(getattr(call(request(limit=too_large)), field)) == page.count
+        for too_small in (1, 0, -(10**40)):
+            assert len(getattr(call(request(limit=too_small)), field)) == 10
 
 
 def test_filters(site: Site):

@@ -81,7 +81,9 @@ def test_another_projects_id_is_403_and_its_instance_looks_unknown(site: Site):
     assert site.ask("GET", theirs).status == 403
     assert site.ask("GET", theirs, headers=[token(site.other_key.token)]).status == 200
     assert site.ask("GET", f"{site.path}/instances/{site.other_instance}/status").status == 404
-    assert site.ask("GET", "/v1/%7Bproject_id%7D/instances").status == 403
+    nobodys = site.ask("GET", "/v1/%7Bproject_id%7D/instances")
+    assert (nobodys.status, nobodys.json) == (403, site.ask("GET", theirs).json)  # so that no key learns which projects there are
+    assert "another project" in nobodys.json["error_msg"]
     answer = site.reinstall({"password": PASSWORD, "instance_id_set": [site.other_instance]})
     assert (answer.status, answer.json["error_code"]) == (404, "iMetal.0200")
 
@@ -95,6 +97,7 @@ def test_a_viewer_may_not_reinstall(site: Site, how):
     headers = [] if how == "token" else site.sign("PUT", path, body, key=key)
     answer = site.reinstall(body, [*headers, *([] if how == "signature" else [token(site.viewer.token)])])
     assert (answer.status, answer.json["error_code"]) == (403, "iMetal.0004")
+    assert answer.json["error_msg"] == "Insufficient permissions: this needs the role operator, and this key is viewer"
     assert site.store.servers.find_instance(site.project.id, instance_id).state.value == "running"
 
 

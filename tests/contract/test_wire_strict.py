@@ -197,6 +197,7 @@ ROUTES = [
     ("GET", "/physicalservers/not-an-id", 404, "iMetal.0100", None),
     ("GET", "/instances?limit=ten", 400, "iMetal.0001", None),
     ("GET", "/instances?limit=10.0", 400, "iMetal.0001", None),
+    ("GET", "/instances?limit=-", 400, "iMetal.0001", None),
     ("GET", "/instances?limit=10&limit=20", 400, "iMetal.0001", None),
     ("GET", "/instances?marker=not-an-id", 400, "iMetal.0001", None),
     ("GET", "/instances?instance_state=Running", 400, "iMetal.0001", None),

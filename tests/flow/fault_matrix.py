@@ -119,8 +119,9 @@ BMCS: tuple[Row, ...] = (
         "contract/test_bmc_faults.py::test_a_bad_login_is_sent_once_and_three_times_at_most",
     )),
     Row(22, True, "Another machine behind a BMC's address, with the same password",
-        "Refused by its UUID before anything is touched, on either machine.", (
+        "Refused by its UUID before anything is touched, on either machine; the server is locked until an operator has looked.", (
         "flow/fault_cells.py::elsewhere always at any-request",
+        "flow/test_reinstall_workflow.py::test_another_server_behind_the_address_is_locked_until_an_operator_has_looked",
     )),
     Row(24, False, "Boot media come slowly, broken or not at all",
         "Slow is waited for. Without whole media no agent speaks, and the old OS runs again.", (
@@ -160,16 +161,18 @@ MACHINES: tuple[Row, ...] = (
         "flow/test_batches.py::test_a_new_os_that_never_calls_home_is_an_error_and_its_late_proof_ends_it",
     )),
     Row(33, True, "The agent dies while it writes",
-        "The disk can not boot; the run ends in error, and the next one repairs it.", (
+        "It is started again in the same boot and writes from the beginning; meanwhile the disk can not boot. One that stays away ends the run in error.", (
+        "flow/test_agent_killed.py::test_an_agent_killed_before_the_line_and_again_while_it_writes_is_started_again_and_the_run_ends_running",
         "unit/test_agent_writer.py::test_killed_at_any_stage_the_disk_can_not_boot_and_the_next_write_repairs_it",
         "flow/test_reinstall_workflow.py::test_an_agent_that_falls_silent_after_the_line_ends_in_error_powered_off",
     )),
     Row(35, True, "Two agents show the token of one run",
-        "The second boot is refused and told nothing; the first goes on.", (
-        "flow/test_faults.py::test_a_second_boot_with_a_runs_token_is_refused",
+        "The second boot is refused and told nothing; before the line the run goes back, and an event says who it was.", (
+        "flow/test_faults.py::test_a_second_boot_with_a_runs_token_is_refused_and_before_the_line_the_run_goes_back",
     )),
     Row(37, True, "A chunk is missing, rotten or cut off",
-        "It is found before it is written, and fetched again; if it stays wrong, the run ends and the disk can not boot.", (
+        "It is found before it is written, and fetched again; if it stays wrong, the run ends, its disk can not boot, no other run crosses.", (
+        "flow/test_reinstall_workflow.py::test_an_image_that_another_run_met_damaged_is_looked_at_again_before_the_line_until_it_is_whole",
         "unit/test_agent_writer.py::test_a_chunk_that_stays_wrong_ends_the_run_before_anything_of_it_is_written",
         "flow/fault_cells.py::stale always at later-chunk",
         "flow/test_batches.py::test_a_chunk_damaged_after_preflight_is_never_written_and_the_half_written_disk_can_not_boot",

@@ -129,6 +129,8 @@ class FaultRig(Lab):
     def settle(self, name: str) -> None:
         """It is `running`, no fault is set."""
         self.set_cell(None, name)
+        if self.client.get(f"/servers/{name}")["lock"]:  # another machine had answered for it
+            self.client.post(f"/servers/{name}/unlock", {})
         if self.status(name)["state"] != "running":
             self.wait_for_run(self.start_run(name, "tiny-1"), name)
             assert self.status(name)["state"] == "running"

@@ -307,6 +307,13 @@ def test_a_refused_hello_boots_the_local_disk(rack: Rack, status: int) -> None:
     assert rack.untouched() and rack.state["ended"] == "boot-local" and rack.end.paths == ["POST /agent/v1/hello"]
 
 
+def test_an_agent_started_again_after_one_that_wrote_powers_off_where_it_is_refused(rack: Rack) -> None:
+    (rack.folder / "slot.json.wrote").touch()
+    rack.end.hello_status = 410
+    rack.run()
+    assert rack.state["ended"] == "power-off"
+
+
 def test_a_run_that_ended_before_the_plan_boots_the_local_disk(rack: Rack) -> None:
     rack.end.plan_status = 410
     assert rack.run() == 1

@@ -213,6 +213,9 @@ def test_a_chunk_damaged_after_preflight_is_never_written_and_the_half_written_d
     assert lab.first_sector("lab04") == bytes(512)
     assert lab.bmc("lab04") == {"power": "Off", "boot": "Hdd", "media": ""}
     assert lab.keys() == []
+    assert lab.image("heavy")["doubted_at"]
+    lab.client.post("/images/heavy/verify", {})
+    assert lab.image("heavy")["doubted_at"] is None
 
     lab.reinstall(["lab04"], "heavy")
     lab.wait_for_end(lab.newest_batch())

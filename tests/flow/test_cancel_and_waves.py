@@ -80,6 +80,32 @@ def test_cancelled_after_any_step_before_the_line_the_run_stops_at_its_next_step
         assert cancel(made) is Cancelled.ENDED
 
 
+@pytest.mark.parametrize("call", ["power_off", "insert_media", "boot_from_media_once", "power_on"])
+def test_cancelled_while_a_bmc_call_is_under_way_the_run_sends_nothing_more_of_it(world, call):
+    """The bug: a step that had begun went on to its end; a BMC that took minutes powered a server off that nobody wanted off any more."""
+    forward = []
+
+    def when(action: str) -> None:
+        if action == call and not forward:
+            assert cancel(world) is Cancelled.RETURNING
+            forward.extend(world.machine.actions)
+
+    world.machine.when = when
+    journal = world.journal()
+    assert world.play(journal) == "returned"
+    assert is_as_before(world)
+    assert (world.state().error["class"], call in forward) == ("cancelled", False)
+    assert world.machine.actions[len(forward)] != call, "what is sent next is of the way back"
+    assert not [s for s in journal.steps if s.endswith("-2")], "no other try of a step that was cancelled"
+
+
+def test_a_run_whose_time_is_over_while_a_bmc_call_is_under_way_turns_back(world):
+    world.machine.when = lambda action: later(world.store, 55 * 60) if action == "insert_media" else None
+    assert world.play(world.journal()) == "returned"
+    assert is_as_before(world)
+    assert ("insert_media" in world.machine.actions, world.state().error["class"]) == (False, "deadline")
+
+
 def test_a_run_cancelled_before_its_workflow_began_touches_nothing(world):
     assert cancel(world) is Cancelled.RETURNING
     assert world.play(world.journal()) == "returned"
@@ -195,7 +221,8 @@ class Racks:
             self.instances.append(self.store.servers.add_server(server, bmc_password="x", blank=False))
 
         @contextlib.contextmanager
-        def open_bmc(server):
+        def open_bmc(server, before_write=lambda: None):
+            self.machines[server.id].before_write = before_write
             yield self.machines[server.id]
 
         self.store.tell = lambda conn, run_id, event, message: self.inboxes.setdefault(run_id, {}).setdefault(event, message)
@@ -219,12 +246,17 @@ class Racks:
 
     def play(self, name: str | None = None) -> str:
         """The first queued run, or that of this server, to its end."""
+        one = self.take(name)
+        return one.play(one.journal())
+
+    def take(self, name: str | None = None) -> World:
+        """It as a world of its own."""
         run_id = next(r for r in self.queue if name in (None, self.name(r)))
         self.queue.remove(run_id)
         one = object.__new__(World)
         one.store, one.effects, one.run_id = self.store, self.effects, run_id
         one.machine, one.inbox = self.machines[self.store.runs.get_run(run_id).server_id], self.inboxes.setdefault(run_id, {})
-        return one.play(one.journal())
+        return one
 
     def play_all(self) -> list[str]:
         ended = []
@@ -403,25 +435,44 @@ def later(store, seconds: float) -> None:
     store.now = lambda: datetime.now(UTC) + timedelta(seconds=seconds)
 
 
+def reap(store) -> list[str]:
+    """The ids of those it ended."""
+    return [run_id for run_id in store.runs.list_overdue() if store.runs.reap(run_id)]
+
+
 def test_a_run_past_its_deadline_is_ended_without_its_workflow_and_its_later_steps_touch_nothing(world):
     world.effects.preflight(world.run_id)
     world.effects.power_off(world.run_id)
     later(world.store, 3600 + REAP_GRACE_S - 30)
-    assert world.store.runs.reap() == []
+    assert reap(world.store) == []
     later(world.store, 3600 + REAP_GRACE_S + 30)
-    assert world.store.runs.reap() == [world.run_id]
+    assert reap(world.store) == [world.run_id]
     assert (world.state().state, world.state().error["class"]) == (InstanceState.ERROR, "deadline")
     done = len(world.machine.actions)
     world.play(world.journal())
     assert len(world.machine.actions) == done
-    assert world.store.runs.reap() == []
+    assert reap(world.store) == []
 
 
 def test_a_run_that_never_began_ends_untouched(racks):
     batch = racks.admit(waves=Waves(at_once=1))
     later(racks.store, 25 * 3600)
-    assert len(racks.store.runs.reap()) == 5
+    assert len(reap(racks.store)) == 5
     assert [r.outcome for r in racks.runs(batch)] == ["return-failed"] + ["returned"] * 4
+
+
+def test_a_run_that_the_reaper_ended_sends_nothing_more_from_a_call_under_way(world):
+    """The server may be another run's by then."""
+
+    def when(action: str) -> None:
+        if action == "eject_media":
+            later(world.store, 3600 + REAP_GRACE_S + 1)
+            reap(world.store)
+
+    world.machine.refuses, world.machine.when = {"insert_media"}, when
+    world.play(world.journal())
+    assert "eject_media" not in world.machine.actions
+    assert world.machine.actions[-1] == "boot_from_disk"
 
 
 def test_a_step_that_takes_longer_than_usual_is_said_to_be_late_once(racks):
@@ -431,10 +482,10 @@ def test_a_step_that_takes_longer_than_usual_is_said_to_be_late_once(racks):
     batch = racks.admit([racks.instances[1]])
     run_id = racks.runs(batch)[0].id
     racks.store.runs.record_step(run_id, Step.PREFLIGHT)
-    racks.store.runs.tell_late()
+    racks.store.runs.tell_late({})
     assert racks.runs(batch)[0].late_step is None
     later(racks.store, 120)
-    racks.store.runs.tell_late()
-    racks.store.runs.tell_late()
+    racks.store.runs.tell_late({})
+    racks.store.runs.tell_late({})
     late = [e for e in racks.store.events.list_events(racks.base.credential.project_id, batch_id=batch) if e.type == "run.late"]
     assert [(e.data["step"], racks.runs(batch)[0].late_step) for e in late] == [("preflight", "preflight")]

@@ -72,6 +72,12 @@ def test_a_site_goes_on_on_postgresql_with_everything_it_knew(site, postgres, tm
         assert store.events.list_events(lived.credential.project_id, after=last)[0].seq == last + 1
     finally:
         store.close()
+    assert run(["db", "check", str(tmp_path)]) == 0
+    assert f"{len(before['events'])} events of the audit" in capsys.readouterr().out
+    with lived.store.engine.execution_options(repave_write=True).begin() as conn:
+        conn.execute(sa.text("UPDATE events SET actor = 'nobody' WHERE seq = 2"))
+    assert run(["db", "check", str(tmp_path)]) != 0
+    assert "Event 2 " in capsys.readouterr().err
     assert run(["db", "copy", str(tmp_path), "--to", url]) != 0  # it holds a site now
     assert "holds a site already" in capsys.readouterr().err
 

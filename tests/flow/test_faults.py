@@ -53,7 +53,7 @@ def test_a_reinstall_with_a_fault_at_the_wire_ends_as_the_matrix_says(rig: Fault
     assert rig.keys() == []
 
 
-def test_a_second_boot_with_a_runs_token_is_refused(rig: FaultRig) -> None:
+def test_a_second_boot_with_a_runs_token_is_refused_and_before_the_line_the_run_goes_back(rig: FaultRig) -> None:
     name = rig.names[0]
     rig.settle(name)
     rig.agents.set_rules([Rule("latency", path="/plan$", times=None, seconds=2.0, caller=name)], caller=name)
@@ -67,7 +67,9 @@ def test_a_second_boot_with_a_runs_token_is_refused(rig: FaultRig) -> None:
     )
     assert (answer.status_code, "session" in answer.text) == (410, False)
     rig.set_cell(None, name)
-    assert rig.wait_for_run(batch, name)["outcome"] == "proved"
+    run = rig.wait_for_run(batch, name)
+    assert (run["outcome"], run["error"]["class"]) == ("returned", "second-agent")
+    assert [e["serial"] for e in rig.events(batch) if e["type"] == "run.second-agent"] == [""]
 
 
 def test_a_second_service_on_a_site_is_refused(rig: FaultRig, second_service: subprocess.Popen[bytes]) -> None:

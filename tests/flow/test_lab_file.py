@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from repave.lab.rack import rack_down, rack_up
+
 
 def ask(lab, method: str, path: str, token: str, **how) -> requests.Response:
     return requests.request(method, lab.values["endpoint"] + path, headers={"X-Auth-Token": token}, timeout=30, **how)
@@ -46,9 +48,24 @@ def test_its_servers_images_and_ids_are_the_services(lab):
     assert lab.values["reinstall_timeout_s"] >= 60
 
 
-def test_the_scripted_rack_has_a_windows_image_and_one_instance_of_it(lab):
-    assert [i["name"] for i in lab.values["images"] if i["os_type"] == "Windows"] == ["windows-2022"]
-    assert [s["name"] for s in lab.client.items("/servers") if s["instance"]["os_type"] == "Windows"] == [f"lab{len(lab.names) + 1:02}"]
+def test_the_scripted_rack_has_a_windows_image_and_one_instance_of_it_beside_those_asked_for(lab):
+    images = [i for i in lab.values["images"] if i["os_type"] == "Windows"]
+    assert [i["name"] for i in images] == ["windows-2022"]
+    assert [i["name"] for i in lab.values["instances"] if i["os_type"] == "Linux"] == lab.names
+    windows = [i for i in ask(lab, "GET", instances(lab), lab.values["token"]).json()["instances"] if i["image"]["os_type"] == "Windows"]
+    assert [(i["name"], i["image"]["id"]) for i in windows] == [(f"lab{len(lab.names) + 1:02}", images[0]["id"])]
+
+
+def test_a_rack_counts_its_linux_machines_and_tells_the_limit_of_its_own_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPAVE_RATE_BURST", "40")
+    try:
+        one = rack_up(1, scripted=True, folder=tmp_path)
+        assert one["rate_limit"]["requests"] == 20  # a list's half
+        assert rack_up(1, scripted=True, folder=tmp_path) == one
+        two = rack_up(2, scripted=True, folder=tmp_path)
+        assert [(i["name"], i["os_type"]) for i in two["instances"]] == [("lab01", "Linux"), ("lab02", "Linux"), ("lab03", "Windows")]
+    finally:
+        rack_down(tmp_path)
 
 
 def test_an_expired_token_is_401(lab):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ import zstandard
 from repave.bmc import BmcFacts, Power
 from repave.domain.model import Image, InstanceState, Role, Server
 from repave.domain.states import Ending
-from repave.errors import BmcError, DeadlinePassed, RunFailed
+from repave.errors import BmcError, RequestError, RunFailed
 from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
@@ -27,6 +28,7 @@ from repave.store import Store, new_id
 from repave.workflow.effects import Places, ServerEffects
 from repave.workflow.fleet import Fleet
 from repave.workflow.reinstall import reinstall
+from repave.workflow.run import open_message
 
 PASSWORD = "Canary-7!canary"
 
@@ -54,7 +56,14 @@ class Machine:
     uuid: str = "uuid-1"
     mac: str = "52:54:00:00:00:01"
 
+    # Not fields: they are no state of the machine's.
+    before_write = staticmethod(lambda: None)  # the driver's, of the call under way
+    when = staticmethod(lambda action: None)  # told of each call when it has begun and nothing is sent yet
+
     def do(self, action: str) -> None:
+        self.when(action)
+        if action not in ("probe", "check_media"):
+            self.before_write()
         self.actions.append(action)
         if action in self.refuses | self.refuses_once:
             self.refuses_once.discard(action)
@@ -111,6 +120,8 @@ class Journal:
         self.crash_after, self.twice = crash_after, twice
         self.records: list[tuple[str, object]] = []
         self.steps: list[str] = []
+        self.takes_s: dict[str, float] = {}  # how long the machine needs until it says this; no turn of it where that is longer than the wait
+        self.waited: dict[str, float] = {}
         self._at = 0
 
     def again(self) -> Journal:
@@ -152,17 +163,18 @@ class Journal:
             raise Crash
         return self._record(name, value)
 
-    async def wait_for(self, event, deadline_s):
+    async def wait_for(self, event, deadline_s, why=""):
         found, value = self._replay(event)
         if found:
             return value
-        self.machine_turn(event)
-        message = self.inbox.get(event)
-        if message is None:
-            return self._record(event, DeadlinePassed("deadline", f"No {event}."))
-        if error := message.get("error"):
-            return self._record(event, RunFailed(error["class"], error.get("cause", "")))
-        return self._record(event, message)
+        self.waited[event] = deadline_s
+        if self.takes_s.get(event, 0) <= deadline_s:
+            self.machine_turn(event)
+        try:
+            value = open_message(event, self.inbox.get(event), deadline_s, why)
+        except RunFailed as error:
+            value = error
+        return self._record(event, value)
 
     async def sleep(self, seconds):
         found, _ = self._replay("sleep")
@@ -201,16 +213,21 @@ class World:
         self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
-        def open_bmc(_):
+        def open_bmc(_, before_write=lambda: None):
+            self.machine.before_write = before_write
             yield self.machine
 
-        places = Places(("http://127.0.0.1:1",), "https://127.0.0.1:2", "CA", 0)
+        places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
-        fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
-        admitted = fleet.admit(
+        self.fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
+        self.admit(rehearse=rehearse)
+
+    def admit(self, *, rehearse: bool = False) -> None:
+        admitted = self.fleet.admit(
             credential=self.credential, instance_ids=[self.instance.id], image_id=self.image.id, password="" if rehearse else PASSWORD, rehearse=rehearse,
         )  # fmt: skip
         self.run_id = self.store.runs.list_runs(batch_id=admitted.batch_id)[0].id
+        self.inbox.clear()
 
     def machine_turn(self, event: str) -> None:
         """What the machine does of itself before `event` would come."""
@@ -245,6 +262,11 @@ class World:
 
     def play(self, journal: Journal) -> str:
         return asyncio.run(reinstall(journal, self.effects))
+
+    def play_another(self) -> str:
+        """The next reinstall of the same server."""
+        self.admit()
+        return self.play(self.journal())
 
     def state(self):
         return self.store.servers.find_instance(self.credential.project_id, self.instance.id)
@@ -401,6 +423,51 @@ def test_a_damaged_image_is_found_before_any_power_action(world):
     chunk.write_bytes(chunk.read_bytes()[:-1])
     assert world.play(world.journal()) == "returned"
     assert world.state().error["code"] == "Repave.4102"
+    assert world.machine.actions == []
+
+
+def test_an_image_that_another_run_met_damaged_is_looked_at_again_before_the_line_until_it_is_whole(world):
+    chunk = next((world.folder / "images").rglob("chunks/*/*"))
+    good, journal = chunk.read_bytes(), world.journal(crash_after="boot-ramdisk-1")
+    with pytest.raises(Crash):
+        world.play(journal)
+    chunk.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    world.store.images.record_damage(world.image, "another run's word")
+    assert world.play(journal.again()) == "returned"
+    assert (world.state().error["code"], world.machine.os) == ("Repave.4102", "old-os")
+    chunk.write_bytes(good)
+    assert world.play_another() == "proved"
+    kinds = [e.type for e in world.store.events.list_events(world.credential.project_id) if e.type.startswith("image.")]
+    assert kinds == ["image.added", "image.doubted", "image.whole"]
+
+
+def test_another_server_behind_the_address_is_locked_until_an_operator_has_looked(world):
+    world.machine.uuid = "uuid-of-another"
+    assert world.play(world.journal()) == "returned"
+    assert world.machine.actions == ["probe", "check_media"]
+    server = world.store.servers.get_server(world.instance.server_id)
+    assert server.locked_by == "repave" and "another UUID" in server.lock_reason
+    with pytest.raises(RequestError, match="another UUID") as refused:
+        world.play_another()
+    assert refused.value.slug == "locked"
+    seen = {"serial": "SER-1", "uuid": "uuid-of-another", "model": "M1", "macs": ("52:54:00:00:00:01",)}
+    world.store.servers.replace_server(server, seen, bmc_password=None, actor="op")
+    assert world.play_another() == "proved"
+
+
+@pytest.mark.parametrize(
+    ("named", "places"),
+    [
+        ("media_url", {"media_urls": ("http://127.0.0.1:8472", "http://[::1]:8472")}),
+        ("media_url", {"media_urls": ("http://0.0.0.0:8472",)}),
+        ("agent_url", {"agent_url": "https://localhost:8471"}),
+    ],
+)
+def test_a_server_elsewhere_is_not_powered_where_we_are_known_by_a_loopback_address(world, named, places):
+    world.effects.places = dataclasses.replace(world.effects.places, **places)
+    assert world.play(world.journal()) == "returned"
+    error = world.state().error
+    assert error["class"] == "loopback-address" and error["cause"].startswith(named)
     assert world.machine.actions == []
 
 

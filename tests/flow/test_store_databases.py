@@ -18,6 +18,7 @@ from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer
 from repave.store import Cancelled, Store, new_id
+from repave.store.chain import Checked, check_chain
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date, open_scripts
 from repave.store.tables import META
@@ -221,6 +222,29 @@ def test_who_follows_the_events_misses_none(many):
     over.set()
     follower.join()
     assert seen == [e.seq for e in many.store.events.list_events(many.credential.project_id)]
+
+
+@pytest.mark.parametrize(
+    ("by", "broken"),
+    [
+        ("UPDATE events SET actor = 'somebody' WHERE seq = 3", 3),
+        ("UPDATE events SET at = '2020-01-01T00:00:00.000000Z' WHERE seq = 3", 3),
+        ("UPDATE events SET mac = NULL WHERE seq = 3", 3),
+        ("DELETE FROM events WHERE seq = 3", 4),
+        ("DELETE FROM events WHERE seq = 1", 2),
+        ("INSERT INTO events (at, project_id, type, actor, data) SELECT at, project_id, type, actor, data FROM events WHERE seq = 1", 17),
+    ],
+    ids=["changed", "dated back", "taken out of the chain", "removed", "the first removed", "added"],
+)
+def test_an_event_that_was_changed_added_or_removed_in_the_database_is_found(many, by, broken):
+    many.admit(0)
+    with many.store.engine.connect() as conn:
+        assert check_chain(conn, many.store.sealer) == Checked(16, 0)
+    with many.store.engine.execution_options(repave_write=True).begin() as conn:
+        conn.execute(sa.text(by))
+    with many.store.engine.connect() as conn, pytest.raises(RepaveError, match=f"Event {broken} ") as found:
+        check_chain(conn, many.store.sealer)
+    assert found.value.slug == "audit-broken"
 
 
 def test_another_key_file_is_refused(database_url, tmp_path):

@@ -211,6 +211,20 @@ def test_an_upgrade_to_another_version_of_the_workflow_ends_each_run_in_the_vers
                 site.start(worker)
 
 
+def test_a_worker_of_another_version_that_died_within_its_lease_does_not_count_for_its_runs(site, tmp_path):
+    """The bug: its row still stood for its version, so the start went well and nothing would have gone on with its runs until their deadline."""
+    batch, consoles = begin(site)
+    dead = busiest(site)
+    upgraded = other(site, dead)
+    end_in_order(site, upgraded)
+    dead.kill()
+    with pytest.raises(RuntimeError):
+        site.start(upgraded, PYTHONPATH=str(copy_with_version(tmp_path, "next")))
+    assert "Repave.9026" in (said := upgraded.log.read_text()), said[-1000:]
+    site.start(dead)
+    assert_ended_once(site, dead, batch, consoles)
+
+
 def copy_with_version(folder: Path, version: str) -> Path:
     """A folder for PYTHONPATH with this product, its workflow said to be of another version."""
     shutil.copytree(Path(repave.__file__).parent, folder / "repave", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The boot media in QEMU with UEFI firmware: a live disc brings the agent's hello, an inert one gives the local disk back."""
+"""The boot media in QEMU with UEFI firmware: a live disc brings the agent's hello, or gives the local disk back; an inert one does so at once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ import pytest
 
 from repave.agent.protocol import Slot
 from repave.ca import make_ca, make_certificate
+from repave.ramdisk import cpio
 from repave.ramdisk.build import BootFiles, build_ramdisk
-from repave.ramdisk.media import BootMedia, build_iso, render_slot
+from repave.ramdisk.media import SLOT_BYTES, BootMedia, build_iso, render_slot
 
 CPU = "qemu64,+aes,+pclmulqdq,+sse4.1,+sse4.2,+ssse3,+popcnt"
 MAC, DISK_SERIAL, TOKEN = "52:54:00:12:34:56", "RAMDISK-0001", "one-boot-only"
 STATIC = {"mac": MAC, "address": "10.0.2.77", "prefix": 24, "gateway": "10.0.2.2", "dns": ["10.0.2.3"]}
 MIB = 1024 * 1024
+KILLED_ONCE = {  # laid over the ramdisk: the agent's package, which kills the first Python that imports it
+    "usr/lib/repave/repave/agent/__init__.py": cpio.file(
+        b"import os\nif not os.path.exists('/run/killed'):\n    open('/run/killed', 'w').close()\n    os.kill(os.getpid(), 9)\n"
+    )
+}
 BOOT_DEADLINE_S = 240  # 25 s on a quiet machine without KVM; others may be using it
 
 
@@ -47,9 +53,12 @@ def media(files: BootFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.parametrize(("network", "secure_boot"), [(None, False), (STATIC, True)], ids=["dhcp", "static-address-and-secure-boot"])
 @pytest.mark.timeout(600)
 def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, network: dict[str, Any] | None, secure_boot: bool) -> None:
+    """Without network settings also where its first agent is killed before it has said a word."""
     disk = make_local_disk(tmp_path / "disk.img")
     with provisioning_listener(tmp_path) as (url, ca_pem, hellos):
         slot = render_slot(Slot("run-1", url, TOKEN, ca_pem, network))
+        if network is None:
+            slot = (slot.rstrip(b"\0") + bytes(4) + cpio.render_archive(KILLED_ONCE)).ljust(SLOT_BYTES, b"\0")
         started = time.monotonic()
         with machine(tmp_path, media.read(0, media.size, slot), disk, secure_boot=secure_boot) as console:
             path, authorization, hello = wait_for(hellos, console)
@@ -60,8 +69,8 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
     assert [(d["path"], d["serial"], d["size_bytes"]) for d in hello["disks"]] == [("/dev/vda", DISK_SERIAL, disk.stat().st_size)]
     shown = console.read_text(errors="replace")
     assert TOKEN not in shown
-    if network:
-        assert "10.0.2.77/24" in shown
+    assert ("10.0.2.77/24" in shown) is (network is not None)
+    assert shown.count("the agent was killed by signal 9") == (network is None)
 
 
 @pytest.mark.timeout(600)
@@ -80,6 +89,24 @@ def test_an_address_on_a_tagged_vlan_speaks_with_its_tag(media: BootMedia, tmp_p
 
 
 @pytest.mark.timeout(600)
+def test_a_live_disc_whose_token_is_spent_or_whose_server_is_silent_gives_the_local_disk_back(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
+    """The disc stays in the drive, first in the boot order: what the agent tells the firmware must be stronger."""
+    with provisioning_listener(tmp_path) as (url, ca_pem, hellos), contextlib.ExitStack() as both:
+        consoles = []
+        for name, server in (("spent", url), ("silent", "https://10.0.2.2:1")):
+            folder = tmp_path / name
+            folder.mkdir()
+            slot = render_slot(Slot("run-1", server, TOKEN, ca_pem, None, give_up_s=10))
+            disk = make_local_disk(folder / "disk.img", files, says="THE LOCAL DISK BOOTED")
+            consoles.append(both.enter_context(machine(folder, media.read(0, media.size, slot), disk, may_reboot=True)))
+        wait_for(hellos, consoles[0])
+        for console in consoles:
+            wait_for_line("THE LOCAL DISK BOOTED", console)
+            assert "booting the local disk: " in console.read_text(errors="replace")
+        assert hellos.empty(), "a refused hello was sent again"
+
+
+@pytest.mark.timeout(600)
 def test_an_inert_disc_boots_the_local_disk(media: BootMedia, files: BootFiles, tmp_path: Path) -> None:
     disk = make_local_disk(tmp_path / "disk.img", files, says="THE LOCAL DISK BOOTED")
     with machine(tmp_path, media.read(0, media.size, None), disk) as console:
@@ -94,8 +121,11 @@ def test_an_inert_disc_without_a_bootable_disk_says_so_and_powers_off(media: Boo
 
 
 @contextlib.contextmanager
-def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, dump: Path | None = None) -> Iterator[Path]:
-    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends. `dump`: its frames, as pcap."""
+def machine(
+    folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, may_reboot: bool = False, dump: Path | None = None
+) -> Iterator[Path]:
+    """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends; `may_reboot`: else a reboot ends it.
+    `dump`: its frames, as pcap."""
     console = folder / "console"
     console.touch()
     (folder / "boot.iso").write_bytes(iso)
@@ -104,7 +134,7 @@ def machine(folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, 
     smm = ["-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     command = [
         "qemu-system-x86_64", *(smm if secure_boot else ["-machine", "q35"]), "-accel", "tcg", "-cpu", CPU, "-m", "512",
-        "-display", "none", "-no-reboot", "-serial", f"file:{console}",
+        "-display", "none", *([] if may_reboot else ["-no-reboot"]), "-serial", f"file:{console}",
         "-drive", f"if=pflash,format=raw,readonly=on,file={code}", "-drive", f"if=pflash,format=raw,file={folder / 'vars.fd'}",
         "-drive", f"if=none,id=cd,media=cdrom,readonly=on,file={folder / 'boot.iso'}", "-device", "ide-cd,drive=cd,bootindex=0",
         "-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL},bootindex=10",

@@ -17,11 +17,13 @@ import observers
 from virtual_time import Stuck
 from world import World
 
+from repave.domain.timing import ALIKE_ENOUGH
+
 CALM_SHARE = 0.45  # of the worlds: nothing goes wrong in them
 SHARED_SHARE = 0.2  # two workers with leases
 BLOCK = 20
 LAST_LINE = {"cancel": "cancels", "rehearsal": "rehearsals", "retries": "retries", "pause": "pauses", "stopped batch": "stopped batches",
-             "takeover": "takeovers", "stale": "stale workers that ended themselves"}  # fmt: skip
+             "takeover": "takeovers", "stale": "stale workers that ended themselves", "learnt": "learnt limits"}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +52,8 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
     """One world; what is broken in it and its fingerprint."""
     draws = random.Random(f"site {seed}")
     calm, workers, limits = draws.random() < CALM_SHARE, 2 if draws.random() < SHARED_SHARE else 1, acts.draw_limits(draws)
-    world, found = World(seed, workers=workers, limits=limits), Count(seeds=1)
+    past = random.Random(f"past {seed}").choice((0, 0, 7, 12))
+    world, found = World(seed, workers=workers, limits=limits, past=past), Count(seeds=1)
     if tell:
         world.time.lines = []
     try:
@@ -68,7 +71,7 @@ def play_seed(seed: int, *, tell: bool = False) -> tuple[Count, str]:
                 found.faulty += bool(fired)
                 found.kinds.update(fired)
             found.most_kinds = max(found.most_kinds, len(set().union(around, *(t.fired for t in this.troubles.values()))))
-        found.outcomes.update(str(row[0]) for row in world.disk.rows("SELECT outcome FROM runs"))
+        found.outcomes.update(str(row[0]) for row in world.disk.rows("SELECT outcome FROM runs WHERE epoch > 0"))
         found.events = world.time.events
         found.acts.update(_acts(world))
         if tell:
@@ -85,6 +88,8 @@ def _acts(world: World) -> Counter[str]:
     """What was asked and happened besides reinstalls."""
     counted: Counter[str] = Counter(takeovers=world.service.takeovers, **{"stale workers that ended themselves": world.service.ended_themselves})
     counted["worlds with two workers"] = len(world.service.workers) - 1
+    counted["worlds with a past to learn from"] = world.past >= ALIKE_ENOUGH
+    counted["learnt limits that ended a run"] = world.disk.rows("SELECT count(*) FROM runs WHERE error LIKE '% like it took %'")[0][0]
     counted["worlds with limits"] = bool(world.service.limits.runs_at_once or world.service.limits.rack_at_once)
     counted["stopped batches"] = world.disk.rows("SELECT count(*) FROM batches WHERE stop_reason IS NOT NULL")[0][0]
     counted["runs not started"] = world.disk.rows("SELECT count(*) FROM runs WHERE released_at IS NULL")[0][0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,7 @@ class Machine:
     boots: list[Boot] = field(default_factory=list)
     homes: list[HomeCall] = field(default_factory=list)
     plans: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # served: time, boot id, plan
+    refused_logins: Counter[str] = field(default_factory=Counter)  # by run
     horrors: list[str] = field(default_factory=list)  # what must never be seen, seen the moment it happens
     live_runs: Callable[[], frozenset[str]] = lambda: frozenset()
     is_stale: Callable[[str], bool] = lambda executor_id: False
@@ -161,6 +163,8 @@ class Machine:
         boot = Boot(self.time.now, f"boot-{self.name}-{len(self.boots)}")
         self.boots.append(boot)
         self.time.sleep(self.time.rng.uniform(20, 90))
+        if self.trouble.has("slow-boot") and self.trouble.fire("slow-boot"):  # a firmware update is applied
+            self.time.sleep(self.trouble.get("slow-boot")["slow_s"])
         from_cd = self.override and bool(self.media)
         if self.override and self.trouble.has("override-ignored") and self.trouble.fire("override-ignored"):
             from_cd = False
@@ -472,6 +476,10 @@ class SimBmc:
         if away and away["from"] <= time.now < away["until"] and t.fire("bmc-away"):
             time.sleep(10)
             raise BmcError("unreachable", action)
+        if t.has("login-refused") and ("login-refused" in t.fired or t.get("login-refused")["action"] == action):
+            t.fire("login-refused")  # from here on: the password was changed
+            m.refused_logins[m.time.about] += 1
+            raise BmcError("auth", action)
         if action in CHANGES:
             self.before_write()
         if t.has("bmc-refuses") and t.get("bmc-refuses")["action"] == action and t.fire("bmc-refuses"):

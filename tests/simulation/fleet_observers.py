@@ -15,6 +15,7 @@ from world import Round, World
 
 from repave.domain.states import Ending
 
+FORWARD = ("insert_media", "boot_from_media_once")  # what no run does on its way back
 ASIDE = ("cancelled", "batch-stopped")
 TICK_S = 0.001  # the database keeps microseconds
 GOOD = (Ending.PROVED, Ending.LATE_PROOF, Ending.REHEARSED)
@@ -128,6 +129,9 @@ def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str
             "returning": crossed is None and run["outcome"] in (Ending.RETURNED, Ending.RETURN_FAILED, Ending.REHEARSED),
             "past-the-line": crossed is not None and crossed <= answered_at,
         }[what]
+        if what == "returning":
+            calls = [c for m in world.machines.values() for c in m.calls if c.run_id == run["id"] and c.at > answered_at + TICK_S]
+            broken += [f"I18 {c.action} at {c.at:.0f} s, after a cancel was answered" for c in calls if c.action in FORWARD]
         if not kept:
             broken.append(f"I18 a cancel said {what}, and the run ended {run['outcome']}, crossed {run['crossed_at']}")
         if (

@@ -1,4 +1,4 @@
-"""The invariants I1-I15 (trust.md D), from outside: disks, power, BMC logs, systems that ran, a client's polls; of the database only its rows.
+"""The invariants I1-I15, I20 and I21 (trust.md D), from outside: disks, power, BMC logs, systems that ran, a client's polls; of the database only its rows.
 
 Each returns what is broken, in sentences that begin with the invariant's name. What a fault makes impossible (nobody ejects media through a BMC
 that is gone for good) is excused by name, for that machine and that round; nothing else is.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from datetime import datetime
 from typing import Any
 
+import past
 from durable import START
 from far_end import CHANGES
 from fleet_observers import observe_fleet
@@ -18,11 +20,12 @@ from service import HASH
 from world import Round, World
 
 from repave.domain.states import TABLE
+from repave.workflow.reinstall import DEFAULT_WAITS, TRIES
 
 GRACE_S = 2400.0  # past a run's deadline: the tries of its ending, and the reaper's own grace
 BOOT_S = 200.0
 # The server could not be reached or was moved by somebody else: what it is at the end is not ours to promise.
-NO_HAND = {"bmc-away", "bmc-refuses", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late", "power-cut", "reset", "off-is-late"}
+NO_HAND = {"bmc-away", "bmc-refuses", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late", "power-cut", "reset", "off-is-late", "login-refused"}
 AWAY = {"bmc-away", "bmc-late"}  # it may be away still, or put media in when all was done
 
 
@@ -39,15 +42,15 @@ def observe(world: World) -> list[str]:
     for name, machine in world.machines.items():
         broken += machine.horrors
         mine = [r for r in runs if r["instance_id"] == world.instances[name].id]
-        for check in (writes, ends, truth, before_line, calls, history, audit):
+        for check in (writes, ends, truth, before_line, calls, history, audit, logins, waits):
             broken += check(world, name, mine)
-    return broken + observe_fleet(world, runs, seconds) + count(world, runs) + leftovers(world, runs) + secrets(world) + bystanders(world)
+    return broken + observe_fleet(world, runs, seconds) + count(world, runs) + leftovers(world, runs) + secrets(world) + chain(world) + bystanders(world)
 
 
 def _runs(world: World) -> list[dict[str, Any]]:
     names = ("id", "batch_id", "instance_id", "server_id", "epoch", "found_state", "created_at", "deadline_at", "crossed_at", "ended_at", "outcome", "error",
-             "plan", "released_at", "number")  # fmt: skip
-    return [dict(zip(names, row, strict=True)) for row in world.disk.rows(f"SELECT {', '.join(names)} FROM runs ORDER BY server_id, epoch")]
+             "plan", "released_at", "number", "closed_at")  # fmt: skip
+    return [dict(zip(names, row, strict=True)) for row in world.disk.rows(f"SELECT {', '.join(names)} FROM runs WHERE epoch > 0 ORDER BY server_id, epoch")]
 
 
 def _round_of(world: World, run: dict[str, Any]) -> Round:
@@ -183,6 +186,47 @@ def audit(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
     return broken
 
 
+def logins(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """I20: what can not pass is not tried again: a login that is refused counts against the account. One step meets it, then the tries of the way back."""
+    if world.service.meddling.twice:
+        return []
+    calm = {r["id"] for r in runs if not (_round_of(world, r).crashes or _round_of(world, r).busy or _round_of(world, r).stops)}
+    return [f"I20 {name}: {n} logins of one run were refused" for run_id, n in world.machines[name].refused_logins.items() if run_id in calm and n > 1 + TRIES]
+
+
+_SILENCE = re.compile(r"No (agent-ready|proof) within \d+ minutes(; that is the setting|; the slowest of \d+ like it took|; the run's deadline left no more)?")
+_WAITS = {"agent-ready": ("boot-ramdisk", DEFAULT_WAITS.agent_ready_s), "proof": ("first-boot", DEFAULT_WAITS.proof_s)}
+ENOUGH, FACTOR, MORE_S = 8, 3, 600  # docs/adr/0003
+SLOWLY_S = 300.0  # until power is on, and until somebody looks
+WELL = ("proved", "late-proof", "rehearsed")
+DARK = {"no-hello", "override-ignored", "no-proof", "late-proof"}
+
+
+def waits(world: World, name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """I21: a run that ended for silence says by which limit; never before what was learnt, nor long after, nor by it where the server's last run went wrong."""
+    broken, last = [], "proved"
+    proved = world.disk.rows("SELECT ended_at, durations_s FROM runs WHERE outcome IN ('proved', 'late-proof')")
+    for run in runs:
+        said, before, last, this = _SILENCE.search(json.loads(run["error"] or "{}").get("cause", "")), last, run["outcome"], _round_of(world, run)
+        if said is None:
+            continue
+        step, ceiling_s = _WAITS[said[1]]
+        begun = seconds(world.disk.rows("SELECT min(at) FROM events WHERE run_id = ? AND type = 'run.step' AND data LIKE ?", run["id"], f'%"{step}"%')[0][0])
+        waited_s, learnt = seconds(run["closed_at"]) - begun, "like it took" in said[0]
+        took = [json.loads(d)[step] for at, d in proved if step in d and seconds(at) < begun + SLOWLY_S]
+        where = f"I21 {name}: run {run['epoch']} waited {waited_s:.0f} s for {said[1]}"
+        if said[2] is None:
+            broken.append(f"{where} and does not say why so long")
+        if learnt and (len(took) < ENOUGH or waited_s < past.SLOWEST_S[step] * (world.past > 0) + MORE_S - 1):
+            broken.append(f"{where}, by what was not learnt")
+        if learnt and before not in WELL:
+            broken.append(f"{where}, by what was learnt, though its last run {before}")
+        quiet = not (this.crashes or this.busy or this.stops) and this.troubles[name].fired <= DARK
+        if quiet and world.past >= ENOUGH and before in WELL and waited_s > min(ceiling_s, max(max(took) * FACTOR, max(took) + MORE_S)) + SLOWLY_S:
+            broken.append(f"{where}, longer than what was learnt")
+    return broken
+
+
 def count(world: World, runs: list[dict[str, Any]]) -> list[str]:
     """I9: a request makes one run for each id, or none."""
     broken = []
@@ -208,6 +252,17 @@ def secrets(world: World) -> list[str]:
     """I8: neither password nor hash is in the database in clear."""
     dump = world.disk.dump()
     return [f"I8 {what} is in the database" for what, value in (("a password", b"Canary-"), ("the hash", HASH.encode())) if value in dump]
+
+
+def chain(world: World) -> list[str]:
+    """I15: each event has the MAC of itself behind the one before it."""
+    before = ""
+    names = "seq, mac, at, project_id, type, batch_id, run_id, server_id, actor, data"
+    for seq, mac, at, *said, data in world.disk.rows(f"SELECT {names} FROM events ORDER BY seq"):
+        text = json.dumps([before, at.replace("Z", "+00:00"), *said, json.loads(data)], sort_keys=True)
+        if mac != (before := world.disk.sealer.authenticate(text, about="event")):
+            return [f"I15 event {seq} does not follow the one before it"]
+    return []
 
 
 def bystanders(world: World) -> list[str]:

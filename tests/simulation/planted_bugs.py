@@ -29,8 +29,11 @@ class Bug:
 
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
 _WAVES, _ENDINGS, _LEASE = "src/repave/domain/waves.py", "src/repave/store/endings.py", "src/repave/workflow/lease.py"
+_REINSTALL, _TIMING = "src/repave/workflow/reinstall.py", "src/repave/domain/timing.py"
 _SWEEP = "src/repave/workflow/media_sweep.py"
 _OLD_PROOF = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "returned: an old proof comes")
+_LOGIN = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "return-failed: login refused")
+_SLOW = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved: slow, learnt")
 _CRASH = ("crash_points.py", "--pairs", "0", "--jobs", "1", "--only", "proved", "--down", "120")
 BUGS = (
     Bug("the plan names another disk", _EFFECTS, 'choose_root_disk(found["disks"], server.root_disk)', 'found["disks"][-1]', "I1 "),
@@ -57,6 +60,7 @@ BUGS = (
         "            forced = bmc.power_off(", "I14 "),
     Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
         "            if False:\n                self._run_event", "I15 "),
+    Bug("an event does not say which came before it", "src/repave/store/database.py", "link(self.sealer, mac, event)", 'link(self.sealer, "", event)', "I15 "),
     Bug("a repeated step cuts the first boot", _EFFECTS, "if run.step is not Step.FIRST_BOOT:", "if True:", "ended unproved, not proved", _CRASH),
     Bug("an old run's proof counts", _RUNS, 'return row is not None and row["epoch"] == run.epoch', "return True", "I5 ", _OLD_PROOF),
     Bug("what a stopped batch left does not say so", _ENDINGS, 'f"not started: {reason}"', "reason", "I17 a run that was not started"),
@@ -66,9 +70,18 @@ BUGS = (
     Bug("what begins is not counted for its rack", _WAVES, "                racks[place.rack] += 1\n", "", "I17 "),
     Bug("one failure too many is allowed", _WAVES, "failed > waves.max_failed", "failed > waves.max_failed + 1", "and the batch was not stopped"),
     Bug("a cancel stops what has crossed", _ENDINGS, "RUNS.c.crossed_at.is_(None), RUNS.c.closed_at.is_(None)", "RUNS.c.closed_at.is_(None)", "I18 "),
+    Bug("a cancelled run still sends what was under way", _EFFECTS, "            self._refuse_over(self._get_live(run_id))",
+        "            self._get_live(run_id)", "after a cancel was answered"),
     Bug("a rehearsal is admitted as a reinstall", _FLEET, "rehearse=rehearse,", "rehearse=False,", "I19 "),
     Bug("the plan does not say that it is a rehearsal", _EFFECTS, "rehearse=run.rehearse", "rehearse=False", "nothing went wrong, and a run ended"),
     Bug("a retry takes what went well too", "src/repave/store/batches.py", "RUNS.c.outcome.not_in(good)", "RUNS.c.outcome.is_not(None)", "I9 "),
+    Bug("what can not pass is tried again", _REINSTALL, "do.insert_media, waits.forward_pause_s, on=is_passing)", "do.insert_media, waits.forward_pause_s)",
+        "I20 ", _LOGIN),
+    Bug("what was learnt is not used", _TIMING, 'if "learnt_s" in known:', "if False:", "longer than what was learnt"),
+    Bug("what was learnt is from too few", _TIMING, "ALIKE_ENOUGH, ALIKE_NEWEST = 8,", "ALIKE_ENOUGH, ALIKE_NEWEST = 1,", "by what was not learnt"),
+    Bug("what was learnt leaves no time for a firmware update", _TIMING, "PATIENCE, PATIENCE_S = 3.0, 10 * 60.0", "PATIENCE, PATIENCE_S = 3.0, 0.0",
+        "ended returned", _SLOW),
+    Bug("a server that failed is not waited for longer", _RUNS, 'last["outcome"] not in GOOD_ENDINGS', "False", "though its last run"),
     Bug("a worker acts without its lease", _LEASE, "_boot_s() - self._renewed_at < self._times.fence_s)", "True)", "I16 "),
     Bug("a worker whose runs were taken goes on", _LEASE, 'self._end("another worker owns our runs now", REAPED)', "pass", "I16 "),
     Bug("the runs of a living worker are taken", _LEASE, "int(self._times.lease_s * 1000)", "int(self._times.lease_s * 100)", "I16 "),

@@ -21,6 +21,7 @@ BMC_ERROR = BmcError("power_failed", "It is still on.", tries=3)
 TOLD = {
     "told before the wait": [("written", {"bytes": 7})],
     "the first of two messages stands": [("proof", {"n": 1}), ("proof", {"n": 2})],
+    "a wait without time hears what was told": [("written", {"bytes": 7})],
     "messages keep apart": [("proof", {"n": "p"}), ("written", {"n": "w"}), ("agent-ready", {"n": "a"})],
     "an error that is told keeps its class": [("written", {"error": BMC_ERROR.as_json()})],
 }
@@ -147,6 +148,7 @@ CASES: dict[str, Callable[[Run, Here], Any]] = {
     "a wait has a deadline": waiting("written", deadline_s=0.5),
     "a message is taken once": waiting("proof", "proof", deadline_s=0.5),
     "an ignored boot override has its own class": waiting("agent-ready", deadline_s=0.5),
+    "a wait without time hears what was told": waiting("written", "proof", deadline_s=0.0),
     "a deadline outlives the process": cut_in_a_wait("written", WAIT_S),
     "told to a later life": cut_in_a_wait("written", 60.0),
     "a sleep is not begun anew": a_sleep_is_not_begun_anew,

@@ -56,7 +56,7 @@ class Reconciler(Engine):
     """The engine's reconciler without the engine."""
 
     def __init__(self, store: Store, disk: Disk) -> None:
-        self.store, self._disk, self.when_idle = store, disk, lambda: None
+        self.store, self._disk, self._waits, self.when_idle = store, disk, DEFAULT_WAITS, lambda: None
 
     def _workflow_statuses(self, run_ids: Collection[str]) -> dict[str, str]:
         return {run_id: self._disk.queued[run_id] for run_id in run_ids if run_id in self._disk.queued}
@@ -275,8 +275,8 @@ class Service:
     @contextlib.contextmanager
     def _open_bmc(self, worker: Worker, server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[SimBmc]:
         def may_write() -> None:
-            worker.require()
             before_write()
+            worker.require()
 
         yield SimBmc(self.machines[server.name], self.at, before_write=may_write, executor_id=worker.executor_id)
 

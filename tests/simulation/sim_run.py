@@ -98,7 +98,7 @@ class SimRun:
             except LeaseLapsed:
                 continue
 
-    async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
+    async def wait_for(self, event: str, deadline_s: float, why: str = "") -> dict[str, Json]:
         if self._meddling.silent == event:
             deadline_s = min(deadline_s, TIMES_OUT_S)
         until = self._deadline(f"{event} until", deadline_s)
@@ -111,7 +111,7 @@ class SimRun:
             if message is not None:
                 self._disk.inbox[self.run_id, event] = None  # taken; the same event is not told twice
             self._at(f"wait {event} recorded")
-        return open_message(event, message, deadline_s)
+        return open_message(event, message, deadline_s, why)
 
     def _take(self, event: str) -> dict[str, Any] | None:
         if self._meddling.silent == event:

@@ -57,6 +57,9 @@ class Result(list[Row]):
         (row,) = self
         return row
 
+    def scalar(self) -> Any:
+        return self[0]._first() if self else None
+
     def scalars(self) -> list[Any]:
         return [row._first() for row in self]
 

@@ -133,6 +133,7 @@ def test_an_unforeseen_error_is_never_taken_for_a_failed_step(logs):
     ("messages keep apart", ['{"n": "a"}', '{"n": "w"}', '{"n": "p"}']),
     ("an error that is told keeps its class", [json.dumps([False, BMC_ERROR.slug, str(BMC_ERROR)])]),
     ("a wait has a deadline", [json.dumps([True, "deadline", "It took too long. No written within 0 minutes."])]),
+    ("a wait without time hears what was told", ['{"bytes": 7}', json.dumps([True, "deadline", "It took too long. No proof within 0 minutes."])]),
     ("an ignored boot override has its own class",
      [json.dumps([True, "boot_override_ignored", "The server did not boot our media. No agent-ready within 0 minutes."])]),
     ("a message is taken once", ['{"n": 1}', json.dumps([True, "deadline", "It took too long. No proof within 0 minutes."])]),

@@ -21,6 +21,7 @@ import zstandard
 from acts import Asked
 from durable import START, Disk, scratch_folder
 from far_end import GIB, Machine, SimDisk
+from past import give_past
 from service import HASH, Service
 from trouble import Trouble
 from virtual_time import Stuck, VirtualTime
@@ -110,8 +111,9 @@ def shared_image() -> tuple[ImageStore, Manifest, str]:
 class World:
     """`play` it once, then let observers look."""
 
-    def __init__(self, seed: int, *, servers: int = ACTIVE + 1, blank_share: float = 0.15, workers: int = 1, limits: Limits = NO_LIMITS) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, *, servers: int = ACTIVE + 1, blank_share: float = 0.15, workers: int = 1, limits: Limits = NO_LIMITS, past: int = 0) -> None:
+        """`past`: how many runs of the same model the site has seen."""
+        self.seed, self.past = seed, past
         self.time = VirtualTime(seed)
         database.secrets, database.time = _Entropy(random.Random(seed)), _Clock(self.time)  # type: ignore[assignment, attr-defined]
         lease.time = LeaseClock(self.time)  # type: ignore[attr-defined, assignment]
@@ -144,6 +146,8 @@ class World:
             machine.live_runs, machine.is_stale = functools.partial(self._live_runs, server.id), self._is_stale
             self.machines[name] = machine
             self.seen[name] = Seen()
+        if past:
+            give_past(store, server, self.image, past)
         self.service = self.wire.service = Service(self.time, self.disk, self.machines, images, workers=workers, limits=limits)
         for worker in self.service.workers:
             self.service.start(worker)

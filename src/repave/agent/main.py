@@ -2,6 +2,7 @@
 
     hello -> plan -> verify the disk -> protect the others -> cross ════ manifest and all checks were before ════ write -> report -> off
 
+An agent that was killed is started again by the ramdisk, in the same boot: its token is still good there, and past the line it writes from the beginning.
 How it ends: after the line, always powered off. Before the line nothing was written, so whatever happens the server gets back what it
 had: a report, and the order that answers it; where nobody answers or the run is over, the local disk is booted.
 What it prints goes to the serial console: one line a step, seconds since start, no secrets.
@@ -82,30 +83,33 @@ def main() -> None:
 
 def run_agent(slot_path: Path, machine: Machine) -> int:
     """Afterwards the server is on its way off, or back to its local disk. Returns the exit code: 0 = the image was written and reported."""
-    console = Console()
+    console, wrote = Console(), slot_path.with_name(f"{slot_path.name}.wrote")
     try:
         slot = Slot(**json.loads(slot_path.read_text()))
         console.hide(slot.token)
-        return Agent(slot, machine, console).run()
+        return Agent(slot, machine, console, wrote).run()
     except LocalBoot as reason:
         console.say(f"booting the local disk: {reason}")
     except Exception as error:
-        # Only before the line: Agent.run answers for everything behind it.
-        console.say(f"booting the local disk after an error: {type(error).__name__}: {error}")
-    machine.boot_local_disk()
+        console.say(f"an error: {type(error).__name__}: {error}")
+    if wrote.exists():  # an earlier agent of this boot
+        machine.power_off()
+    else:
+        machine.boot_local_disk()
     return 1
 
 
 class Agent:
-    """One boot of one run."""
+    """One boot of one run. `wrote`: a file that is there from the moment something may have been written; it lives as long as the boot."""
 
-    def __init__(self, slot: Slot, machine: Machine, console: Console) -> None:
+    def __init__(self, slot: Slot, machine: Machine, console: Console, wrote: Path) -> None:
         self._slot = slot
         self._machine = machine
         self._console = console
         self._client = Client(slot.agent_url, ca_pem=slot.ca_pem, token=slot.token)
         self._epoch = 0
-        self._writing = False  # from the moment something may have been written
+        self._wrote = wrote
+        self._writing = wrote.exists()
 
     def run(self) -> int:
         plan = None
@@ -206,7 +210,7 @@ class Agent:
                 tries += 1
         self._epoch = int(answer["epoch"])
         lease = Lease(asked_at, float(answer["lease_s"]))
-        self._console.say(f"crossed the line, epoch {self._epoch}")
+        self._console.say(f"{'past the line still' if self._writing else 'crossed the line'}, epoch {self._epoch}")
         return lease
 
     def _write(self, plan: Plan, disk: Disk, path: Path, manifest: Manifest, lease: Lease) -> WriteResult:
@@ -216,6 +220,7 @@ class Agent:
                 config_drive = self._client.get_bytes(drive_path, sha256=plan.config_drive_sha256, cap_bytes=plan.config_drive_bytes, while_true=lease.is_valid)
             except ValueError as error:
                 raise RunFailed("agent-failed", f"{error}.") from None
+            self._wrote.touch()
             self._writing = True
             return write_image(
                 path,

@@ -50,6 +50,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
             raise HTTPException(400) from None
         still_open(run)
         if not store.runs.record_hello(run.id, inventory["boot_id"], inventory):
+            store.runs.record_second_boot(run.id, inventory)
             raise HTTPException(410)
         return {"session": store.sealer.derive_for_run(run.id, "session"), "poll_s": 0.5}
 

@@ -282,10 +282,11 @@ def _query(request: Request) -> dict[str, str]:
 
 
 def _limit(query: dict[str, str]) -> int:
-    text = query.get("limit", str(MIN_PAGE))
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+    found = re.fullmatch(r"(-?)0*([0-9]*)", text := query.get("limit", str(MIN_PAGE)))
+    if not found or text == "-":
         raise bad_value("limit", "not a number")
-    return min(max(int(text), MIN_PAGE), MAX_PAGE)
+    sign, digits = found.groups()
+    return MIN_PAGE if sign else min(max(int(digits[:18] or 0), MIN_PAGE), MAX_PAGE)  # 18 digits say enough; Python parses 4300 at most
 
 
 def _marker(query: dict[str, str]) -> str | None:

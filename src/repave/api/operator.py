@@ -52,6 +52,9 @@ class Images(Protocol):
     def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
+    def verify(self, manifest_sha256: str) -> None:
+        """Every chunk has its digest. Blocks 0.8 s per GB. Raises ImageError."""
+
     def sweep(self, manifests_in_use: list[str]) -> int:
         """Manifests not in use are gone, and the chunks that no other needs. How many."""
 
@@ -65,6 +68,7 @@ class Desk:
     images: Images
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
+    find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     images_lock: threading.Lock = field(default_factory=threading.Lock)  # an image whose row is not there yet must not be swept
 
 
@@ -154,7 +158,7 @@ class ProblemRoute(APIRoute):
             except RequestValidationError as error:
                 first = error.errors()[0]
                 field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-                return render_problem(RequestError("bad-request", f"{field}: {first['msg']}.", field=field))
+                return render_problem(RequestError("bad-request", f"{field}: {first['msg'].removeprefix('Value error, ')}.", field=field))
             except RepaveError as error:
                 return render_problem(error)
 
@@ -234,12 +238,13 @@ def build_operator_router(
     images: Images,
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
+    find_unreachable: Callable[[str], str | None],
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
     from repave.api import operator_batches, operator_events, operator_images, operator_servers
 
-    desk = Desk(store, fleet, images, authenticate, probe)
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
 
     async def attach(request: Request) -> None:
         request.state.desk = desk

@@ -105,7 +105,8 @@ def _plan(scope: Scope, target: Target) -> Json:
         rule = ",".join(f"{k}={v}" for k, v in server.root_disk.items())
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
-            "image": image.name if image else None, "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
+            "image": image.name if image else None, "os_type": image.os_type if image else None,
+            "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
             "usual_s": round(sum(usual[server.model].values())) or None,
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
@@ -127,6 +128,8 @@ def _problems(scope: Scope, server: Server, instance: Instance, image: Image | N
         scope.desk.fleet.refuse_protected([server])
     except RequestError as protected:
         found.append(protected)
+    if place := scope.desk.find_unreachable(server.bmc_url):
+        found.append(RepaveError("loopback-address", f"{place} is a loopback address; the server is elsewhere."))
     if image is None:
         found.append(RequestError("bad-request", "image: is needed; the image it has now is not known.", field="image"))
     elif (server.arch, server.boot) != (image.arch, image.boot):
@@ -191,9 +194,7 @@ def cancel_batch(scope: Operator, batch_id: str, chosen: Chosen) -> Json:
 
 @router.post("/runs/{run_id}/cancel")
 def cancel_run(scope: Operator, run_id: str) -> Json:
-    run = scope.store.runs.find_run(run_id)
-    if run is None or run.project_id != scope.project_id:
-        raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
+    run = _get_run(scope, run_id)
     return _cancel(scope, _get_batch(scope, run.batch_id), [run], _server_names(scope, [run]))
 
 
@@ -228,6 +229,13 @@ def _get_batch(scope: Scope, batch_id: str) -> Batch:
     return batch
 
 
+def _get_run(scope: Scope, run_id: str) -> RunRow:
+    run = scope.store.runs.find_run(run_id)
+    if run is None or run.project_id != scope.project_id:
+        raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
+    return run
+
+
 def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:
     return {s.id: s.name for s in scope.store.servers.get_servers([r.server_id for r in runs]).values()}
 
@@ -248,6 +256,19 @@ def list_batches(scope: Viewer, limit: int = 100) -> Json:
 def show_batch(scope: Viewer, batch_id: str) -> Json:
     batch = _get_batch(scope, batch_id)
     runs = scope.store.runs.list_runs(batch_id=batch.id)
+    image = scope.store.images.find_image(scope.project_id, batch.image_id or "")
+    return batch_json(batch, runs, image.name if image else None) | {"runs": sorted(_show(scope, batch, runs), key=lambda r: str(r["server"]))}
+
+
+@router.get("/runs/{run_id}")
+def show_run(scope: Viewer, run_id: str) -> Json:
+    """As its batch shows it."""
+    run = _get_run(scope, run_id)
+    return _show(scope, _get_batch(scope, run.batch_id), [run])[0]
+
+
+def _show(scope: Scope, batch: Batch, runs: Sequence[RunRow]) -> list[Json]:
+    """These runs of this batch."""
     events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
     servers = scope.store.servers.get_servers([r.server_id for r in runs])
     usual = _usual_by_model(scope, list(servers.values()))
@@ -255,7 +276,7 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
     instances = {i.id: i for i in scope.store.servers.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
     waiting = scope.store.batches.why_waiting(batch) if any(run_state(r) == "waiting" for r in runs) else {}
     now = scope.store.now()
-    shown = [
+    return [
         run_json(run, Beside(
             server=servers[run.server_id].name, durations_s=run_durations(run, events, now), usual=usual[servers[run.server_id].model],
             os_now=images.get(instances[run.instance_id].image_id or "") if run.instance_id in instances else None,
@@ -263,4 +284,3 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
         ))
         for run in runs
     ]  # fmt: skip
-    return batch_json(batch, runs, images.get(batch.image_id or "")) | {"runs": sorted(shown, key=lambda r: str(r["server"]))}

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +20,7 @@ router = APIRouter(route_class=ProblemRoute)
 _POLL_S = 0.3
 _COMMENT_S = 15.0  # ux.md 2; proxies drop what is silent for a minute
 _PAGE = 1000
+_LAST_SEQ = 2**63 - 1  # SQLite's and PostgreSQL's largest
 
 
 def _event_json(event: Event, servers: dict[str, str]) -> Json:
@@ -39,7 +41,7 @@ def _read(scope: Scope, after: int, batch: str | None, limit: int) -> list[Json]
 def list_events(
     scope: Viewer,
     request: Request,
-    after: int = 0,
+    after: Annotated[int, Query(ge=0, le=_LAST_SEQ)] = 0,
     batch: str | None = None,
     limit: int = _PAGE,
     last_event_id: Annotated[str | None, Header()] = None,
@@ -48,7 +50,7 @@ def list_events(
     if batch is not None and scope.store.runs.find_batch(scope.project_id, batch) is None:
         raise RequestError("not-found", f"There is no batch {batch!r} in this project.", kind="batch")
     if last_event_id is not None:
-        if not last_event_id.isascii() or not last_event_id.isdigit():
+        if not re.fullmatch(f"[0-9]{{1,{len(str(_LAST_SEQ))}}}", last_event_id) or int(last_event_id) > _LAST_SEQ:
             raise RequestError("bad-request", "Last-Event-ID: must be a seq.", field="Last-Event-ID")
         after = int(last_event_id)
     if "text/event-stream" in request.headers.get("accept", ""):

@@ -126,6 +126,19 @@ def _store_image(scope: Scope, file: Path, *, name: str, os_type: str, arch: str
     return asdict(image)
 
 
+@router.post("/{reference}/verify")
+def verify_image(scope: Operator, reference: str) -> Json:
+    """Every chunk is read and has its digest, and nobody doubts the image any more; 422 image-damaged otherwise. Takes 0.8 s per GB stored."""
+    image = get_image(scope, reference)
+    try:
+        scope.desk.images.verify(image.manifest_sha256)
+    except ImageError as error:
+        scope.store.images.record_damage(image, str(error))
+        raise
+    scope.store.images.record_whole(image)
+    return asdict(get_image(scope, reference))
+
+
 @router.delete("/{reference}", status_code=204)
 def remove_image(scope: Operator, reference: str) -> None:
     """Chunks that no other image has are removed too. Refused while a live run needs the image. Blocks while an import runs."""

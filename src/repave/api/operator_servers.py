@@ -4,15 +4,16 @@ import re
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator_images import get_image
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Instance, Role, Server
 from repave.domain.root_disk import parse_hints
+from repave.domain.urls import find_url_fault
 from repave.errors import RequestError
 from repave.store import new_id
 
@@ -20,9 +21,8 @@ router = APIRouter(route_class=ProblemRoute, prefix="/servers")
 
 
 def _bmc_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("must be http(s)://HOST[:PORT], without user, password or query")
+    if fault := find_url_fault(url):
+        raise ValueError(fault)
     return url.rstrip("/")
 
 
@@ -101,6 +101,7 @@ class NewServer(ServerSettings):
     bmc_password: str = Field(max_length=200)
     blank: bool = False
     os_type: Literal["Linux", "Windows"] = "Linux"
+    image: str | None = None  # name or id of what its OS was made from, where that is known
 
 
 class ChangedServer(ServerSettings):
@@ -179,6 +180,9 @@ def add_server(scope: Admin, new: NewServer) -> Json:
     """The BMC was asked, its certificate is pinned, server and instance exist; or nothing was stored. Nothing was powered or written."""
     if scope.store.servers.find_server(scope.project_id, new.name):
         raise RequestError("conflict", f"A server {new.name!r} exists already.", field="name")
+    image = get_image(scope, new.image) if new.image is not None else None
+    if image is not None and (new.blank or image.os_type != new.os_type):
+        raise RequestError("bad-request", "image: does not go with blank, nor with another os_type than its own.", field="image")
     asked = Server(
         id=new_id(), name=new.name, project_id=scope.project_id, bmc_url=new.bmc_url, bmc_username=new.bmc_username,
         bmc_tls_verify=new.tls_verify or "true", bmc_certificate_sha256=new.certificate_sha256, bmc_system_uri=new.system_uri,
@@ -188,9 +192,11 @@ def add_server(scope: Admin, new: NewServer) -> Json:
     )  # fmt: skip
     facts = scope.desk.probe(BmcAddress.of(asked, new.bmc_password))
     server = replace(asked, **_seen(asked, facts), arch=new.arch or facts.arch or "amd64")
-    instance = scope.store.servers.add_server(server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, actor=scope.actor)
+    instance = scope.store.servers.add_server(
+        server, bmc_password=new.bmc_password, blank=new.blank, os_type=new.os_type, image_id=image.id if image else None, actor=scope.actor
+    )
     scope.store.servers.record_power(server.id, facts.power.value)
-    return _server_json(scope, server, instance, {})
+    return _server_json(scope, server, instance, _image_names(scope))
 
 
 def _seen(server: Server, facts: BmcFacts) -> Json:

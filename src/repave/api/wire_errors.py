@@ -47,8 +47,8 @@ def unauthorized(why: str) -> WireError:
     return WireError(401, "iMetal.0003", f"Unauthorized: {why}" if why else "Unauthorized", {"WWW-Authenticate": "SDK-HMAC-SHA256"})
 
 
-def forbidden() -> WireError:
-    return WireError(403, "iMetal.0004", "Insufficient permissions")
+def forbidden(why: str) -> WireError:
+    return WireError(403, "iMetal.0004", f"Insufficient permissions: {why}")
 
 
 def too_many(retry_after_s: int) -> WireError:
@@ -99,7 +99,7 @@ def to_wire(error: RepaveError) -> WireError:
         case "not-logged-in", _:
             return unauthorized(error.detail)
         case "not-allowed", _:
-            return forbidden()
+            return forbidden(error.detail)
         case "not-found", "instance":
             return no_instance(ids)
         case "not-found", "image":

@@ -98,8 +98,10 @@ class Authenticator:
 
 def check_may(credential: Credential, needed: Role, *, project_id: str) -> None:
     """Returns when this credential may act as `needed` in this project. Raises RequestError `not-allowed`."""
-    if credential.project_id != project_id or not credential.role.includes(needed):
-        raise RequestError("not-allowed", f"this needs the role {needed.value} in this project")
+    if credential.project_id != project_id:
+        raise RequestError("not-allowed", "this key is for another project than the one in the path")  # whether there is that one or not
+    if not credential.role.includes(needed):
+        raise RequestError("not-allowed", f"this needs the role {needed.value}, and this key is {credential.role.value}")
 
 
 __all__ = ["Authenticator", "Caller", "CredentialBook", "Presented", "check_may"]

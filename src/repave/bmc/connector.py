@@ -38,6 +38,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from repave.bmc import BmcAddress
+from repave.domain.urls import find_url_fault
 from repave.errors import BmcError
 
 MAX_BODY_BYTES = 4 << 20  # the largest real answer in the corpus has 60 KiB; a BIOS attribute registry may have 2 MiB
@@ -144,10 +145,11 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
 
         Asked any earlier, a worker that is stopped for minutes while it connects would still send what it may no longer (engines.md 5).
         """
+        if fault := find_url_fault(address.url):
+            raise BmcError("not_redfish", f"The address {fault}.")
         parts = urlsplit(address.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BmcError("not_redfish", "The address is not an http or https URL.")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        name = parts.hostname or ""
+        host = f"[{name}]" if ":" in name else name
         self.origin = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "")
         pin = (address.certificate_sha256 or "").replace(":", "").lower() or None
         super().__init__(self.origin, verify=False if pin else address.tls_verify)

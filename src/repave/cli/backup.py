@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from repave.cli.output import Usage, count, say, show, show_json
+from repave.cli.output import Exit, Usage, count, say, show, show_json
 from repave.cli.site import _site_folder
 
 
@@ -93,4 +93,4 @@ def health(*, json: bool = False) -> int:
         show(said["status"])
         for name, part in said["parts"].items():
             show(f"{'ok  ' if part['ok'] else 'FAIL'}  {name}: {part['text']}, since {part['since']}")
-    return 0 if answer.ok else 1
+    return Exit.OK if answer.ok else Exit.OURS

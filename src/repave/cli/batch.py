@@ -12,6 +12,7 @@ from cyclopts import App
 
 from repave.cli.client import Client
 from repave.cli.output import (
+    Exit,
     Json,
     check_known,
     confirm,
@@ -115,7 +116,7 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
     for meaning in () if json else dict.fromkeys(i["meaning"] for i in items):
         show(f"{fold(i['server'] for i in items if i['meaning'] == meaning)}  {meaning}")
     say(f"Next: repave watch {batch['id']}")
-    return 10 if any(i["result"] == "past-the-line" for i in items) else 0
+    return Exit.FAILED if any(i["result"] == "past-the-line" for i in items) else Exit.OK
 
 
 def _cancel_kind(run: Json) -> str:
@@ -187,18 +188,18 @@ def follow(client: Client, batch_id: str, *, timeout_s: float | None = None, as_
             batch = _follow_lines(client, batch_id, give_up_at)
     except KeyboardInterrupt:
         say(f"\nThe batch goes on.  Next: repave watch {batch_id}")
-        return 130
+        return Exit.CTRL_C
     if batch is None:
         say(f"--timeout has passed; the batch goes on.  Next: repave watch {batch_id}")
-        return 124
+        return Exit.TIMEOUT
     if not as_json:
         show_summary(batch)
     failed, total = batch["counts"]["failed"], len(batch["runs"])
     if batch["stopped"]:
-        return 12
+        return Exit.STOPPED
     if batch["counts"]["cancelled"] and not failed:
-        return 13
-    return 0 if not failed else 11 if failed == total else 10
+        return Exit.CANCELLED
+    return Exit.OK if not failed else Exit.ALL_FAILED if failed == total else Exit.FAILED
 
 
 def _states(client: Client, batch_id: str, give_up_at: float | None) -> Iterator[Json]:

@@ -15,12 +15,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from repave.cli.output import Exit
+from repave.domain.urls import find_address_fault
 from repave.errors import BmcError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 COMMAND_S = 80.0
 GRACE_S = 6.0  # for one answer that is under way when the deadline passes
 GRACEFUL_S = 45.0  # leaves 35 s of COMMAND_S for ForceOff
-FAILED = 10  # exit status
+MEDIA_SCHEMES = ("http", "https", "nfs", "cifs", "smb", "ftp", "sftp", "scp", "tftp")  # TransferProtocolType of VirtualMedia; SMB is CIFS
 
 app = App(name="bmc", help="Talk to one BMC: REPAVE_BMC_USERNAME, REPAVE_BMC_PASSWORD, REPAVE_BMC_TLS_VERIFY.")
 
@@ -91,9 +93,9 @@ def _run(url: str, as_json: bool, do: Callable[[_Command, RedfishBmc], dict[str,
     shown = _failure("timeout", "The command took too long.", command.step) if late else outcome
     print(json.dumps(shown) if as_json else _plain(shown), flush=True)
     if late:
-        os._exit(FAILED)  # the thread cannot be stopped
+        os._exit(Exit.FAILED)  # the thread cannot be stopped
     if shown["result"] != "ok":
-        sys.exit(FAILED)
+        sys.exit(Exit.FAILED)
 
 
 def _failure(slug: str, message: str, step: str) -> dict[str, Any]:
@@ -136,6 +138,13 @@ def probe(url: Url, *, as_json: Json = False) -> None:
     _run(url, as_json, do)
 
 
+def _refuse_no_urls(urls: Sequence[str]) -> None:
+    """A BMC that names no protocols would be asked for anything, and its server is off by then. Raises media_protocol."""
+    for number, url in enumerate(urls, 1):
+        if fault := find_address_fault(url, schemes=MEDIA_SCHEMES):
+            raise BmcError("media_protocol", f"ISO URL {number} {fault}.")
+
+
 @app.command(name="boot-media")
 def boot_media(url: Url, iso_url: str, *more_iso_urls: str, as_json: Json = False) -> None:
     """Power off, insert the image (one of several URLs of the same), boot it once.
@@ -147,6 +156,7 @@ def boot_media(url: Url, iso_url: str, *more_iso_urls: str, as_json: Json = Fals
     def do(command: _Command, bmc: RedfishBmc) -> dict[str, Any]:
         urls = [iso_url, *more_iso_urls]
         command.begin("probe", bmc)
+        _refuse_no_urls(urls)
         bmc.check_media(urls)
         command.begin("power-off", bmc)
         bmc.power_off()

@@ -12,7 +12,7 @@ from typing import IO, Literal
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Usage, confirm, count, may_redraw, say, show_fields, show_json, show_list, size
+from repave.cli.output import Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
 from repave.errors import RequestError
 
 app = App(name="image")
@@ -139,6 +139,17 @@ def show_image(image: str, /, *, project: str | None = None, json: bool = False)
         show_json(found)
     else:
         show_fields(found | {f"{name}_bytes": f"{found[f'{name}_bytes']} ({size(found[f'{name}_bytes'])})" for name in ("size", "data", "stored")})
+
+
+@app.command(name="verify")
+def verify_image(image: str, /, *, project: str | None = None, json: bool = False) -> None:
+    """Read every piece of an image (name or id) and compare it with its digest. What a run found damaged is trusted again where all are right."""
+    client = Client(project)
+    found = client.post(f"/images/{image}/verify", {})
+    if json:
+        show_json(found)
+    else:
+        show(f"{found['name']} is whole: {size(found['stored_bytes'])} read, every piece has its digest.")
 
 
 @app.command(name="rm")

@@ -1,4 +1,4 @@
-"""`repave`: one file per noun, loaded when it is used. Errors become exit codes here and nowhere else (output.py lists them)."""
+"""`repave`: one file per noun, loaded when it is used. Errors become exit codes here and nowhere else (output.py names them)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from cyclopts import App, CycloptsError, Parameter
 
 from repave import __version__
-from repave.cli.output import Refused, Usage, exit_code, say, show, show_error
+from repave.cli.output import Exit, Refused, Usage, exit_code, say, show, show_error
 from repave.errors import RepaveError
 
 app = App(
     name="repave",
     help="Reinstalls the operating system of a fleet of bare-metal servers with one call.",
+    help_epilogue="Exit codes: " + " · ".join(f"{code.value} {code.meaning}" for code in Exit) + ".",
     version=__version__,
     default_parameter=Parameter(negative=()),  # no --no-json: each flag says what it does, its absence is the default
 )
@@ -74,26 +75,26 @@ def run(argv: list[str]) -> int:
     """The command's exit code."""
     try:
         code = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
-        return code if isinstance(code, int) else 0
+        return code if isinstance(code, int) else Exit.OK
     except CycloptsError as error:
         say(f"{error}\nNothing was sent. Help: repave {' '.join(_command_of(argv))} --help")
-        return 2
+        return Exit.USAGE
     except Usage as error:
         say(f"{error}\nNothing was sent.")
-        return 2
+        return Exit.USAGE
     except Refused as error:
         say(str(error))
-        return 3
+        return Exit.REFUSED
     except RepaveError as error:
         show_error(error)
         return exit_code(error)
     except KeyboardInterrupt:
         say("\nStopped.")
-        return 130
+        return Exit.CTRL_C
     except BrokenPipeError:
         # The reader has seen enough (`| head`). Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return Exit.OK
 
 
 def main() -> int:

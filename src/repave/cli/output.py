@@ -1,12 +1,8 @@
-"""What the command line prints and how it ends: data on stdout, everything else on stderr, no escape codes in a pipe.
-
-Exit codes (ux.md 2): 0 all as asked · 1 our fault · 2 wrong use, nothing sent · 3 refused or not confirmed, nothing touched · 4 not
-logged in or not allowed · 5 service unreachable · 10 ended, some failed · 11 all failed · 12 stopped by its limit · 13 cancelled ·
-124 --timeout passed · 130 Ctrl-C.
-"""
+"""What the command line prints and how it ends: data on stdout, everything else on stderr, no escape codes in a pipe."""
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import sys
@@ -19,20 +15,44 @@ from repave.errors import RepaveError, RequestError, Who
 Json = dict[str, Any]
 
 
+class Exit(enum.IntEnum):
+    """How a command ends: what a script reads. docs/cli.md and `repave --help` are made from here. Source: ux.md 2."""
+
+    meaning: str
+
+    OK = 0, "all went as asked"
+    OURS = 1, "Repave's fault, or `health` found a part that is not well"
+    USAGE = 2, "wrong use; nothing was sent"
+    REFUSED = 3, "refused or not confirmed, or a plan has problems; nothing was touched"
+    NOT_ALLOWED = 4, "not logged in, or this key may not do that"
+    UNREACHABLE = 5, "the service does not answer"
+    FAILED = 10, "ended, and some of several failed; `repave bmc`: the BMC did not do it"
+    ALL_FAILED = 11, "ended, and all of several failed"
+    STOPPED = 12, "the batch was stopped by its own limit"
+    CANCELLED = 13, "the batch was cancelled"
+    TIMEOUT = 124, "--timeout passed; the batch goes on"
+    CTRL_C = 130, "Ctrl-C; a batch goes on"
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        made = int.__new__(cls, code)
+        made._value_, made.meaning = code, meaning
+        return made
+
+
 class Usage(Exception):
-    """Wrong use; nothing was sent. Exit code 2."""
+    """Wrong use; nothing was sent."""
 
 
 class Refused(Exception):
-    """Refused or not confirmed; nothing was touched. Exit code 3."""
+    """Refused or not confirmed; nothing was touched."""
 
 
-def exit_code(error: RepaveError) -> int:
+def exit_code(error: RepaveError) -> Exit:
     if error.slug in ("not-logged-in", "not-allowed"):
-        return 4
+        return Exit.NOT_ALLOWED
     if error.slug == "service-unreachable":
-        return 5
-    return 1 if error.problem.who is Who.US else 3
+        return Exit.UNREACHABLE
+    return Exit.OURS if error.problem.who is Who.US else Exit.REFUSED
 
 
 def say(text: str = "") -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from repave.cli.output import fold, say, show_json, show_list
+from repave.cli.output import Usage, fold, say, show_json, show_list
 
 app = App(name="rack")
 FOLDER = Path(".repave")
@@ -19,12 +19,15 @@ def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None
     Parameters
     ----------
     count
-        How many machines.
+        How many machines with Linux. A scripted rack has one with Windows beside them.
     scripted
         No QEMU: the real agent against a file as its disk; seconds instead of minutes.
     """
-    from repave.lab.rack import rack_up
+    from repave.lab.rack import MOST_QEMU, MOST_SCRIPTED, rack_up
 
+    most = MOST_SCRIPTED if scripted else MOST_QEMU
+    if not 1 <= count <= most:
+        raise Usage(f"COUNT is {count}; it must be from 1 to {most}{'' if scripted else f' (--scripted: {MOST_SCRIPTED})'}.")
     state = rack_up(count, scripted=scripted, folder=FOLDER)
     if json:
         show_json(state)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from repave.cli.batch import follow
 from repave.cli.client import Client
-from repave.cli.output import Json, Refused, Usage, check_known, confirm, count, duration, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, duration, fold, is_terminal, read_secret, say, show, show_json, unfold
 from repave.domain.password import find_password_fault, user_for
 
 
@@ -93,7 +93,7 @@ def reinstall(
     plan = client.post("/plans", target)
     if plan_only:
         show_json(plan) if json else show(render_plan(plan, Waves(canary, at_once, max_failed), rehearse=rehearse))
-        return 3 if plan["problems"] else 0
+        return Exit.REFUSED if plan["problems"] else Exit.OK
     return begin(
         client, target, {"ssh_keys": keys, "user_data": data}, plan=plan, waves=Waves(canary, at_once, max_failed), rehearse=rehearse, yes=yes, expect=expect,
         password_stdin=password_stdin, detach=detach, timeout=timeout, json=json,
@@ -113,15 +113,16 @@ def begin(
     if plan["problems"]:
         raise Refused("The plan has problems; nothing was sent.")
     password = "" if rehearse else read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
-    if not rehearse and (fault := find_password_fault(password, user=user_for("Linux"))):
-        raise Refused(f"The password {fault}; nothing was sent.")
+    for os_type in sorted({e["os_type"] for e in plan["erased"]}) if not rehearse else ():
+        if fault := find_password_fault(password, user=user_for(os_type)):
+            raise Refused(f"The password {fault}; nothing was sent.")
     words = f"{'rehearse' if rehearse else 'erase'} {number}"
     confirm(f"Type  {words}  to start: ", words, yes=yes)
     batch = client.post("/reinstall", target | extras | asdict(waves) | {"password": password, "plan": plan["id"], "rehearse": rehearse})
     if detach:
         show_json(batch) if json else show(batch["id"])
         say("Next: repave watch")
-        return 0
+        return Exit.OK
     say(f"Batch {batch['id']} has begun. Ctrl-C leaves it running.")
     return follow(client, batch["id"], timeout_s=timeout, as_json=json)
 

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from repave.cli.client import Client
 from repave.cli.output import (
+    Exit,
     Json,
     Refused,
     Usage,
@@ -98,6 +99,7 @@ def add(
     csv: Path | None = None,
     blank: bool = False,
     windows: bool = False,
+    image: str | None = None,
     password_stdin: bool = False,
     project: str | None = None,
     yes: bool = False,
@@ -111,24 +113,26 @@ def add(
         Name, or names: web01, 'web[01-50]'.
     csv
         A file with the columns name, bmc, user, secret_env and, where wanted, rack, unit, mac, address, prefix, gateway, dns, vlan,
-        root_disk, blank, tls_verify, fingerprint, system, arch, os_type. secret_env names the environment variable that holds the BMC's
+        root_disk, blank, tls_verify, fingerprint, system, arch, os_type, image. secret_env names the environment variable that holds the BMC's
         password. A file with a mistake is refused whole; servers that are there already are left out.
     blank
         There is no OS yet: the first install is a reinstall.
     windows
         A Windows server.
+    image
+        The image that the OS it has was made from, name or id, where that is known: then a reinstall may leave the image out.
     """
     if (csv is None) == (nodeset is None):
         raise Usage("Name the servers, or give --csv FILE.")
     if csv is not None and (settings != _NOTHING_SAID or password_stdin):
-        raise Usage("With --csv the file says what each server is; other options than --blank and --windows do not go with it.")
-    common = {"blank": blank, "os_type": "Windows" if windows else "Linux"}
+        raise Usage("With --csv the file says what each server is; other options than --blank, --windows and --image do not go with it.")
+    common = {"blank": blank, "os_type": "Windows" if windows else "Linux", "image": image}
     bodies = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
     client = Client(project)
     if csv:
         bodies = _leave_out_known(bodies, client, csv)
         if not bodies:
-            return 0
+            return Exit.OK
     if len(bodies) > 1:
         order = "as the file says" if csv else "paired in order"
         say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, {order}.")
@@ -175,8 +179,9 @@ def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_jso
     say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
     codes = {exit_code(error) for _, error in bad}
     if bad and not good:
-        return codes.pop() if len(codes) == 1 and codes & {1, 4, 5} else 3 if len(bad) == 1 else 11
-    return 10 if bad else 0
+        code = codes.pop() if len(codes) == 1 else Exit.REFUSED
+        return code if code is not Exit.REFUSED or len(bad) == 1 else Exit.ALL_FAILED
+    return Exit.FAILED if bad else Exit.OK
 
 
 def _paired(nodeset: str, settings: Settings, password_stdin: bool) -> list[Json]:

@@ -18,7 +18,7 @@ FIELDS = {
     "name": "name", "bmc": "bmc_url", "user": "bmc_username", "secret_env": "bmc_password", "rack": "rack", "unit": "unit",
     "mac": "network.mac", "address": "network.address", "prefix": "network.prefix", "gateway": "network.gateway", "dns": "network.dns",
     "vlan": "network.vlan", "root_disk": "root_disk", "blank": "blank", "tls_verify": "tls_verify", "fingerprint": "certificate_sha256",
-    "system": "system_uri", "arch": "arch", "os_type": "os_type",
+    "system": "system_uri", "arch": "arch", "os_type": "os_type", "image": "image",
 }  # fmt: skip
 _NEEDED = ("name", "bmc", "user", "secret_env")
 _ONCE = ("name", "bmc", "mac", "address")  # two servers never share these; one BMC with several systems says which

@@ -11,16 +11,10 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from repave.cli.output import Usage, count, fold, say, show, show_json, show_list
-from repave.errors import CATALOGUE, RepaveError
+from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 
 project = App(name="project")
 key = App(name="key")
-
-# What CloudDC's codes mean here (api/wire_errors.py).
-_CLOUDDC = {
-    "imetal.0001": "bad-request", "imetal.0002": "bad-request", "imetal.0003": "not-logged-in", "imetal.0004": "not-allowed", "imetal.0099": "internal",
-    "imetal.0100": "not-found", "imetal.0200": "not-found", "imetal.0201": "in-progress",
-}  # fmt: skip
 
 
 def _site_folder(folder: Path | None) -> Path:
@@ -121,25 +115,27 @@ def explain(code: str | None = None, /, *, json: bool = False) -> None:
     Parameters
     ----------
     code
-        Repave.2110, 2110, boot_override_ignored, or one of CloudDC's as its SDK shows it: iMetal.0201.
+        Repave.2110, 2110, boot_override_ignored, or one of CloudDC's as its SDK shows it: iMetal.0201 (with --json: a list).
     """
     if code is None:
         rows = [{"code": p.code, "class": p.slug, "title": p.title} for p in CATALOGUE.values()]
         show_list(rows, {"CODE": "code", "CLASS": "class", "TITLE": "title"}, as_json=json)
         return
     wanted = code.lower().removeprefix("repave.")
-    wanted = _CLOUDDC.get(wanted, wanted)
-    found = next((p for p in CATALOGUE.values() if wanted in (p.slug, p.code.removeprefix("Repave."))), None)
-    if found is None:
+    clouddc = next((name for name in CLOUDDC if name.lower() == wanted), None)
+    found = [p for p in CATALOGUE.values() if wanted in (p.slug, p.code.removeprefix("Repave.")) or p.slug in CLOUDDC.get(clouddc or "", ())]
+    if not found:
         raise Usage(f"{code!r} is no code of ours; repave explain lists them.")
     if json:
-        show_json(RepaveError(found.slug).as_json())
+        shown = [RepaveError(p.slug).as_json() for p in found]
+        show_json({"items": shown, "next": None} if clouddc else shown[0])
         return
-    if wanted != code.lower().removeprefix("repave.") and code.lower() in _CLOUDDC:
-        show(f"{code} is CloudDC's code; the same in ours:")
-    again = "yes" if found.retryable else "not before something has changed"
-    show(f"{found.code}  {found.slug}  {found.title}\nWho        {found.who.value} · worth trying again: {again}")
-    show(f"Why        {found.cause}\nDo         {found.do}\nUntouched  {found.untouched}")
+    if clouddc:
+        show(f"{clouddc} is CloudDC's code; in ours it is{' one of' if len(found) > 1 else ''}:")
+    for p in found:
+        again = "yes" if p.retryable else "not before something has changed"
+        show(f"{p.code}  {p.slug}  {p.title}\nWho        {p.who.value} · worth trying again: {again}")
+        show(f"Why        {p.cause}\nDo         {p.do}\nUntouched  {p.untouched}")
 
 
 # ---- projects and keys ----

@@ -119,6 +119,7 @@ class Image:
     stored_bytes: int
     data_bytes: int
     created_at: datetime
+    doubted_at: datetime | None = None  # when a run said that it is damaged; None: nobody has, or all chunks were right since
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
     check -> ramdisk -> images -> rack -> one PUT -> watch -> SSH with the new password, not with the old -> where the time went
 
 With a terminal the rack stays up until Ctrl-C; without one everything is taken down and the exit status says how it went.
+Ctrl-C before that takes everything down too, and the exit status is 130.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -39,8 +41,12 @@ class Failed(Exception):
     """The demonstration did not end as it should; the text says what was seen."""
 
 
+class RunsFailed(Failed):
+    """A batch has ended, and not all of its machines run."""
+
+
 def main() -> int:
-    """Exit status 0 when both machines run the new OS and took the new password."""
+    """Exit status 0 when both machines run the new OS and took the new password, 130 when Ctrl-C came before that."""
     stay = sys.stdout.isatty() and sys.stdin.isatty()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started = time.monotonic()
@@ -53,9 +59,12 @@ def main() -> int:
         print(f"\n✓ {COUNT} machines run {IMAGE} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.")
         if stay:
             print(f"Repave is running at {lab['endpoint']} (Ctrl-C stops it; make clean removes all).\nTry  .venv/bin/repave batch ls", flush=True)
-            threading.Event().wait()
+            with contextlib.suppress(KeyboardInterrupt):  # all is done: this is how one leaves
+                threading.Event().wait()
+            print("\nstopping", flush=True)
     except KeyboardInterrupt:
-        print("\nstopping")
+        print("\nstopping", flush=True)
+        return 130
     except Failed as failure:
         print(f"\n✗ {failure}", flush=True)
         return 1
@@ -65,11 +74,14 @@ def main() -> int:
 
 
 def follow_unfinished(client: Client) -> None:
-    """A batch that an earlier life left runs to its end before a new one is sent."""
+    """A batch that an earlier life left runs to its end, good or bad, before a new one is sent."""
     for batch in client.items("/batches", limit=5):
         if batch["state"] == "working":
             print(f"6/6 first batch: {batch['id']} of an earlier run goes on")
-            watch(client, batch["id"])
+            try:
+                watch(client, batch["id"])
+            except RunsFailed as failure:
+                print(f"6/6 first batch: that one ended badly ({failure}); here is another", flush=True)
 
 
 def reinstall_all(client: Client, lab: Json) -> float:
@@ -109,7 +121,7 @@ def send_reinstall(lab: Json, image_id: str, password: str, ids: list[str]) -> l
 
 
 def watch(client: Client, batch_id: str) -> None:
-    """One line a change until every run ended. Raises Failed with the causes."""
+    """One line a change until every run ended. Raises RunsFailed with the causes, Failed when they do not end."""
     seen: dict[str, tuple[Any, ...]] = {}
     deadline, beat = time.monotonic() + WAIT_S, time.monotonic()
     while time.monotonic() < deadline:
@@ -122,7 +134,7 @@ def watch(client: Client, batch_id: str) -> None:
         if batch["state"] != "working":
             failed = [r for r in batch["runs"] if r["error"]]
             if failed:
-                raise Failed("; ".join(f"{r['server']}: {r['error']['code']} {r['error']['title']} {r['error']['cause']}" for r in failed))
+                raise RunsFailed("; ".join(f"{r['server']}: {r['error']['code']} {r['error']['title']} {r['error']['cause']}" for r in failed))
             return
         if time.monotonic() - beat > 60:
             beat = time.monotonic()

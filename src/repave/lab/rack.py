@@ -34,6 +34,7 @@ from repave.secrets import write_private
 
 OLD_PASSWORD = "Old-Lab-2026"  # noqa: S105  known on purpose: the old OS of a lab machine
 ROOT_DISK_BYTES = 4 << 30
+MOST_QEMU, MOST_SCRIPTED = 50, 1000  # more is a slip of the finger: a QEMU machine has a GiB of memory
 OLD_OS_S = 180.0  # an emulated machine needs 12 s for the tiny OS; two at once on two busy cores several times that
 SERVICE_FILE = "service.json"
 Json = dict[str, Any]
@@ -46,9 +47,12 @@ def say(text: str) -> None:
 
 
 def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, data_disk: bool = False) -> Json:
-    """All instances are running; returns what lab.json holds. A live rack of this folder is taken as it is."""
+    """`count` instances with Linux are running, in a scripted rack one with Windows beside them, and one of another project.
+
+    Returns what lab.json holds. A live rack of this folder that has as many is taken as it is.
+    """
     live = find_live_rack(folder)
-    if live is not None and live["scripted"] is scripted and len(live["instances"]) >= count:
+    if live is not None and live["scripted"] is scripted and sum(i.get("os_type") != "Windows" for i in live["instances"]) >= count:
         say("5/6 rack     the one that runs already")
         return live
     rack_down(folder)
@@ -121,7 +125,7 @@ def _scripted_up(count: int, folder: Path) -> Json:
     import_image(service.client(), windows_image, name="windows-2022", os_type="Windows")
     mine, windows, other = machines[:count], machines[count], machines[count + 1]
     registered = [(register_machine(service.client(), m, unit=n), 0) for n, m in enumerate(mine, 1)]
-    registered.append((register_machine(service.client(), windows, unit=count + 1, os_type="Windows"), 0))
+    registered.append((register_machine(service.client(), windows, unit=count + 1, os_type="Windows", image="windows-2022"), 0))
     lab = write_lab_file(folder, service, scripted=True, instances=registered, other=dataclasses.replace(other, name="other01"))
     say(f"5/6 rack     {count} scripted machines and one with Windows; Repave at {service.endpoint}")
     return lab

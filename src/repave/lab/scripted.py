@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ FAULTS = ("no-hello", "never-home", "ignore-graceful", "ignore-override", "4k-se
 # A Python start costs 0.3 s of a core: fifty at once would starve the service under test, which has the same cores.
 _starting = threading.BoundedSemaphore(2 * (os.cpu_count() or 1))
 _START_S = 0.7
+_AGENT_STARTS = 5
 _HOLD_S = 60.0
 
 
@@ -215,18 +217,24 @@ class Player:
             self._say("ramdisk: hangs")
             return None
         slot_file, machine_file, ended = (self._folder / f"scripted/{self.machine.name}.{name}" for name in ("slot", "machine", "ended"))
-        ended.unlink(missing_ok=True)
+        for left in (ended, slot_file.with_name(f"{slot_file.name}.wrote")):
+            left.unlink(missing_ok=True)
         write_private(slot_file, slot)
         machine_file.write_text(json.dumps(self._describe(ended)))
         # setpriv: the agent dies with this thread, so that a killed rack leaves none behind.
         agent = [sys.executable, "-m", "repave.agent.main", "run", "--slot", str(slot_file), "--machine-file", str(machine_file)]
-        with _starting, self.machine.console.open("ab") as console:
-            with self._lock:
-                if on.off.is_set():
-                    return None
-                on.agent = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *agent], stdin=subprocess.DEVNULL, stdout=console, stderr=console)
-            on.off.wait(_START_S)
-        status = on.agent.wait()
+        status = -signal.SIGKILL
+        for _ in range(_AGENT_STARTS):  # as the ramdisk's init does
+            with _starting, self.machine.console.open("ab") as console:
+                with self._lock:
+                    if on.off.is_set():
+                        return None
+                    on.agent = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *agent], stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+                on.off.wait(_START_S)
+            status = on.agent.wait()
+            if status >= 0 or on.off.is_set():
+                break
+            self._say(f"ramdisk: the agent was killed by signal {-status}")
         slot_file.unlink(missing_ok=True)
         if not ended.exists():
             self._say(f"ramdisk: the agent ended with status {status} and left the machine on")
@@ -267,7 +275,7 @@ class Player:
             for n, (path, serial) in enumerate(((m.root_disk, m.root_serial), (m.data_disk, m.data_serial)))
             if path is not None
         ]
-        return {"serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": disks, "state_path": str(ended)}
+        return {"boot_id": str(uuid.uuid4()), "serial": m.serial, "uuid": m.uuid, "macs": [m.mac], "disks": disks, "state_path": str(ended)}
 
     def _firmware_s(self) -> float:
         path = self._folder / FIRMWARE_FILE

@@ -6,6 +6,7 @@ What an outside client needs to judge the service is in lab.json: endpoint, proj
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ import requests
 
 from repave.api.limits import list_rate
 from repave.cli.client import Client, Endpoint
-from repave.config import Settings
+from repave.config import load_settings
 from repave.lab.processes import ProcessRef, find_free_ports, start_detached, wait_for_port
 from repave.lab.state import Machine
 from repave.secrets import write_private
@@ -85,12 +86,12 @@ def wait_for_answer(url: str, log: Path, *, deadline_s: float = 60) -> None:
 
 
 def register_machine(
-    client: Client, machine: Machine, *, unit: int, os_type: str = "Linux", blank: bool = False, system_uri: str | None = None
+    client: Client, machine: Machine, *, unit: int, os_type: str = "Linux", image: str | None = None, blank: bool = False, system_uri: str | None = None
 ) -> dict[str, Any]:
     """The server as `repave server add` makes it; returns it with its instance."""
     body = {
         "name": machine.name, "bmc_url": machine.bmc_url, "bmc_username": machine.bmc_username, "bmc_password": machine.bmc_password,
-        "rack": "lab", "unit": str(unit), "os_type": os_type, "blank": blank, "root_disk": f"serial={machine.root_serial}",
+        "rack": "lab", "unit": str(unit), "os_type": os_type, "image": image, "blank": blank, "root_disk": f"serial={machine.root_serial}",
     }  # fmt: skip
     if client.project:
         raise ValueError("a server is added by a key of its own project")
@@ -125,16 +126,20 @@ def write_lab_file(
     client = service.client()
     expired = add_key(client, "expired", "operator", expires_at="2020-01-01T00:00:00Z")
     reader = add_key(client, "reader", "viewer")
-    per_s, burst = list_rate(Settings.model_fields["rate_per_s"].default, Settings.model_fields["rate_burst"].default)
+    settings = load_settings(folder / "site")
+    per_s, burst = list_rate(settings.rate_per_s, settings.rate_burst)
     lab: dict[str, Any] = {
         "endpoint": service.endpoint, "project_id": service.project_id, "token": service.token, "ak": service.ak, "sk": service.sk,
         "instances": [
-            {"id": server["instance"]["id"], "name": server["name"], "server_id": server["id"], "ssh": {"host": "127.0.0.1", "port": port}}
+            {
+                "id": server["instance"]["id"], "name": server["name"], "server_id": server["id"], "os_type": server["instance"]["os_type"],
+                "ssh": {"host": "127.0.0.1", "port": port},
+            }
             for server, port in instances
         ],
         "images": [{"id": i["id"], "name": i["name"], "os_type": i["os_type"]} for i in client.items("/images")],
         "expired_token": expired["token"], "readonly_token": reader["token"], "readonly_aksk": {"ak": reader["ak"], "sk": reader["sk"]},
-        "rate_limit": {"requests": burst, "per_s": int(per_s), "method": "GET", "path": f"/v1/{service.project_id}/instances"},
+        "rate_limit": {"requests": burst, "per_s": math.ceil(per_s), "method": "GET", "path": f"/v1/{service.project_id}/instances"},
         "reinstall_timeout_s": REINSTALL_TIMEOUT_S, "scripted": scripted,
     }  # fmt: skip
     if other is not None:

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from repave.domain.waves import Limits
 from repave.secrets import Sealer
+from repave.store.chain import LAST, link
 from repave.store.tables import EVENTS
 
 Tell = Callable[[sa.Connection, str, str, dict[str, Any]], None]  # (connection, run id, event, message): wakes the run's workflow
@@ -93,15 +94,14 @@ class Database:
         """One audit row for each of `each`: actor and the ids it is about have columns of their own, the rest is its data."""
         names = ("batch_id", "run_id", "server_id")
         fixed = {"at": self.now(), "project_id": project_id, "type": type_}
-        conn.execute(
-            _NEW_EVENT,
-            [
-                fixed
-                | {"actor": about.get("actor", "repave"), "data": {k: v for k, v in about.items() if k not in (*names, "actor")}}
-                | {name: about.get(name) for name in names}
-                for about in each
-            ],
-        )
+        mac, events = conn.execute(LAST).scalar() or "", []
+        for about in each:
+            data = {k: v for k, v in about.items() if k not in (*names, "actor")}
+            event = fixed | {"actor": about.get("actor", "repave"), "data": data} | {name: about.get(name) for name in names}
+            mac = link(self.sealer, mac, event)
+            events.append(event | {"mac": mac})
+        if events:
+            conn.execute(_NEW_EVENT, events)
 
     def page(self, table: sa.Table, where: list[sa.ColumnElement[bool]], after: str | None, limit: int) -> tuple[list[sa.RowMapping], int]:
         counted = self.row(sa.select(sa.func.count().label("n")).select_from(table).where(*where))
@@ -119,14 +119,17 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def open_engine(url: str) -> sa.Engine:
-    """The SQLAlchemy engine; a statement's values never appear in an error."""
+    """The SQLAlchemy engine; a statement's values never appear in an error.
+
+    The connection used last is used next: each of SQLite's has a page cache of its own, and taking turns filled them all (an hour's memory grew by 9 %).
+    """
     if sa.make_url(url).get_backend_name() == "sqlite":
-        engine = sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True)
+        engine = sa.create_engine(url, pool_size=8, max_overflow=56, pool_use_lifo=True, hide_parameters=True)
         _prepare_sqlite(engine)
         return engine
     # A worker that is stopped inside a transaction must not keep its locks: the server ends it, and the worker's lease has run out by then.
     options = {"options": f"-c idle_in_transaction_session_timeout={_IDLE_MS}", "connect_timeout": 10}
-    return sa.create_engine(url, pool_size=32, max_overflow=32, hide_parameters=True, pool_pre_ping=True, connect_args=options)
+    return sa.create_engine(url, pool_size=32, max_overflow=32, pool_use_lifo=True, hide_parameters=True, pool_pre_ping=True, connect_args=options)
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -83,16 +83,27 @@ def end_run(db: Database, conn: sa.Connection, run_id: str, ending: Ending, erro
         return False
     ended_at = row.ended_at or now
     values = {
-        "ended_at": ended_at, "closed_at": row.closed_at or now, "outcome": ending.value, "error": error, "durations_s": _durations(conn, row, ended_at),
+        "ended_at": ended_at, "closed_at": row.closed_at or now, "outcome": ending.value, "error": error,
+        "durations_s": _durations(conn, row, now),  # a late proof's: how long it really took
     }  # fmt: skip
     if good:
         values["step"] = Step.PROOF.value
     conn.execute(_CHANGE, {"run_id": run_id, **values})
     about = {"batch_id": row.batch_id, "run_id": row.id, "server_id": row.server_id}
     db.event(conn, "run.ended", row.project_id, **about, outcome=ending.value, error=error)
+    if error is not None and error["class"] == "wrong-server":
+        _lock_server(db, conn, row.server_id, f"{error['cause']} Batch {row.batch_id}.")
     if conn.execute(_LIVE, {"batch": row.batch_id}).first() is None and conn.execute(_END_BATCH, {"batch": row.batch_id, "ended_at": now}).rowcount:
         db.event(conn, "batch.ended", row.project_id, batch_id=row.batch_id)
     return True
+
+
+def _lock_server(db: Database, conn: sa.Connection, server_id: str, reason: str) -> None:
+    """What answers there is not the server that we know: nothing is sent to it until an operator has looked. An operator's own lock stays."""
+    free = sa.and_(SERVERS.c.id == server_id, SERVERS.c.locked_at.is_(None))
+    locked = sa.update(SERVERS).where(free).values(locked_at=db.now(), locked_by="repave", lock_reason=reason).returning(SERVERS.c.project_id)
+    if (row := conn.execute(locked).first()) is not None:
+        db.event(conn, "server.locked", row.project_id, server_id=server_id, reason=reason)
 
 
 def _durations(conn: sa.Connection, row: Any, ended_at: Any) -> dict[str, float]:

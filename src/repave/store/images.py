@@ -15,6 +15,13 @@ from repave.store.tables import IMAGES, RUNS, SERVERS
 _BY_ID = sa.select(IMAGES).where(IMAGES.c.project_id == sa.bindparam("project"), IMAGES.c.id == sa.bindparam("image"))  # made once: see database.py
 
 
+def doubt_image(db: Database, conn: sa.Connection, image_id: str, cause: str) -> None:
+    """From now on every run looks at all of the image's chunks before it crosses the line, until one finds them right."""
+    doubted = sa.update(IMAGES).where(IMAGES.c.id == image_id).values(doubted_at=db.now()).returning(IMAGES.c.project_id, IMAGES.c.name)
+    if (row := conn.execute(doubted).first()) is not None:
+        db.event(conn, "image.doubted", row.project_id, image=image_id, name=row.name, cause=cause)
+
+
 class Images:
     """What can be written."""
 
@@ -35,6 +42,18 @@ class Images:
     def find_image(self, project_id: str, image_id: str) -> Image | None:
         row = self._db.row(_BY_ID, project=project_id, image=image_id)
         return rows.image(row) if row else None
+
+    def record_damage(self, image: Image, cause: str) -> None:
+        """Some of its chunks are not right in the store."""
+        with self._db.write() as conn:
+            doubt_image(self._db, conn, image.id, cause)
+
+    def record_whole(self, image: Image) -> None:
+        """All its chunks were right, looked at after it was doubted; a doubt that came since stays."""
+        same = sa.and_(IMAGES.c.id == image.id, IMAGES.c.doubted_at == image.doubted_at)
+        with self._db.write() as conn:
+            if conn.execute(sa.update(IMAGES).where(same).values(doubted_at=None)).rowcount:
+                self._db.event(conn, "image.whole", image.project_id, image=image.id, name=image.name)
 
     def remove_image(self, image: Image, *, actor: str = "repave") -> list[str]:
         """The image is forgotten; returns the manifests still in use. Refused, naming the servers, while live runs need it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from repave.domain.model import Batch, Instance, RunRow, Server, Step
-from repave.domain.states import Ending, next_situation
-from repave.domain.timing import MOVED_S, REAP_GRACE_S, is_late, usual_durations
+from repave.domain.states import GOOD_ENDINGS, Ending, next_situation
+from repave.domain.timing import ALIKE_NEWEST, MOVED_S, REAP_GRACE_S, is_late, usual_durations
 from repave.errors import RepaveError, RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
-from repave.store.endings import end_run, go_on
+from repave.store.endings import close_for, end_run, go_on
+from repave.store.images import doubt_image
 from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
@@ -32,9 +33,9 @@ _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam(
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
-_HELLO = _CHANGE.where(
-    RUNS.c.closed_at.is_(None), RUNS.c.crossed_at.is_(None), sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == sa.bindparam("boot"))
-).values(ready_at=sa.func.coalesce(RUNS.c.ready_at, sa.bindparam("now", type_=RUNS.c.ready_at.type)))
+_HELLO = _CHANGE.where(RUNS.c.closed_at.is_(None), sa.or_(RUNS.c.boot_id.is_(None), RUNS.c.boot_id == sa.bindparam("boot"))).values(
+    ready_at=sa.func.coalesce(RUNS.c.ready_at, sa.bindparam("now", type_=RUNS.c.ready_at.type))
+)
 _PLAN = _CHANGE.where(RUNS.c.crossed_at.is_(None))
 _CLOSE = _CHANGE.where(RUNS.c.closed_at.is_(None))
 _CROSSED_AT = sa.select(RUNS.c.crossed_at).where(RUNS.c.id == sa.bindparam("run_id"))
@@ -68,6 +69,7 @@ _OVERDUE = sa.select(RUNS).where(
         sa.and_(RUNS.c.released_at.is_(None), RUNS.c.deadline_at < sa.bindparam("now")),
     ),
 )
+_OVERDUE_ONE = _OVERDUE.where(RUNS.c.id == sa.bindparam("run_id"))
 _DURATIONS = (
     sa.select(RUNS.c.durations_s)
     .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
@@ -75,6 +77,18 @@ _DURATIONS = (
     .order_by(RUNS.c.id.desc())
     .limit(sa.bindparam("count"))
 )
+_ALIKE = (
+    sa.select(RUNS.c.durations_s)
+    .join(SERVERS, SERVERS.c.id == RUNS.c.server_id)
+    .where(
+        RUNS.c.outcome.in_((Ending.PROVED.value, Ending.LATE_PROOF.value)), RUNS.c.durations_s.is_not(None),
+        SERVERS.c.model == sa.bindparam("model"), SERVERS.c.boot == sa.bindparam("boot"),
+    )
+    .order_by(RUNS.c.id.desc())
+    .limit(ALIKE_NEWEST)
+)  # fmt: skip
+_ALIKE_IN_IMAGE = _ALIKE.where(RUNS.c.image_id == sa.bindparam("image"))
+_LAST_OUTCOME = sa.select(RUNS.c.outcome).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.ended_at.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class Runs:
         self._db.event(conn, type_, row.project_id, batch_id=row.batch_id, run_id=row.id, server_id=row.server_id, **data)
 
     def record_hello(self, run_id: str, boot_id: str, inventory: dict[str, Any]) -> bool:
-        """The agent of this boot is known. False for any other boot (the token is spent), or once the run is closing."""
+        """The agent of this boot is known, also started again. False for any other boot (the token is spent), or once the run is closing."""
         with self._db.write() as conn:
             now = self._db.now()
             values = {"boot_id": boot_id, "inventory": inventory, "seen_at": now}
@@ -204,6 +218,14 @@ class Runs:
                 return False
             self._db.tell(conn, run_id, "agent-ready", {})
             return True
+
+    def record_second_boot(self, run_id: str, inventory: dict[str, Any]) -> None:
+        """Another boot than the one we know showed the run's token: an event says which, and before the line the run goes back."""
+        with self._db.write() as conn:
+            row = conn.execute(_BY_ID, {"run_id": run_id}).one()
+            if row.closed_at is None and row.boot_id not in (None, inventory["boot_id"]):
+                self._run_event(conn, "run.second-agent", row, serial=inventory["serial"], uuid=inventory["uuid"], macs=inventory["macs"])
+                close_for(self._db, conn, run_id, RepaveError("second-agent").as_json())
 
     def record_seen(self, run: RunRow) -> None:
         """The agent asked again; written down every ten seconds, not at each of its polls."""
@@ -274,6 +296,8 @@ class Runs:
                 error=report.get("error"),
             )
             failure = report.get("error") or RepaveError("agent-failed").as_json()
+            if failure["class"] == "image-damaged":
+                doubt_image(self._db, conn, row.image_id, failure["cause"])
             self._db.tell(conn, run_id, "written", {"rehearsed": True} if rehearsed else {} if verified else {"error": failure})
             return True
 
@@ -285,15 +309,22 @@ class Runs:
             if row.ended_at is None:
                 self._db.tell(conn, run_id, "proof", {})
 
-    def tell_silence(self, run_id: str) -> None:
-        """The agent's lease ran out long ago: the workflow is told once."""
-        with self._db.write() as conn:
-            self._db.tell(conn, run_id, "written", {"error": RepaveError("agent-silent").as_json()})
+    def tell_silence(self, run: RunRow) -> None:
+        """The agent's lease ran out long ago: the workflow is told once, and stops or returns the server."""
+        self._stop(run, RepaveError("agent-silent"))
 
-    def tell_overdue(self, run_id: str) -> None:
-        """The agent speaks, and the run's deadline has passed: the workflow is told once, and stops or returns the server."""
+    def tell_overdue(self, run: RunRow) -> None:
+        """Its time is over, whatever it does, or before the line that for going on: the workflow is told once, and stops or returns the server."""
+        missed = "The image was not written by the run's deadline." if run.past_the_line else "The line was not reached while there was time for the way back."
+        self._stop(run, RepaveError("deadline", missed))
+
+    def _stop(self, run: RunRow, error: RepaveError) -> None:
+        """Against a crossing whoever commits first wins: one that came after we looked goes on."""
         with self._db.write() as conn:
-            self._db.tell(conn, run_id, "written", {"error": RepaveError("deadline", "The image was not written by the run's deadline.").as_json()})
+            if run.past_the_line:
+                self._db.tell(conn, run.id, "written", {"error": error.as_json()})
+            else:
+                close_for(self._db, conn, run.id, error.as_json())
 
     def record_ending(self, run_id: str, ending: Ending, error: dict[str, Any] | None) -> bool:
         """The run and its instance are at their end, the batch too when it was the last; what waited for it begins. The first ending stands. Repeatable."""
@@ -305,29 +336,58 @@ class Runs:
             self._db.sealer.destroy_run(other)
         return True
 
-    def reap(self) -> list[str]:
-        """Runs whose deadline passed and whose workflow did not end them are at their end; waiting runs too, then others begin. Returns their ids.
+    def list_overdue(self) -> list[str]:
+        """Runs whose deadline passed and whose workflow did not end them, and waiting runs that did not begin in time."""
+        return [r["id"] for r in self._db.rows(_OVERDUE, **self._overdue_now())]
+
+    def reap(self, run_id: str) -> bool:
+        """An overdue run is at its end, in a transaction of its own: `let_begin` when all are. False where it is not overdue any more.
 
         It asks nobody: a workflow that hangs, or none at all, makes no difference. What it left is told by the ending; its later steps are refused.
         """
-        now = self._db.now()
-        reaped: list[str] = []
         with self._db.write() as conn:
-            for row in conn.execute(_OVERDUE, {"lost": now - timedelta(seconds=REAP_GRACE_S), "now": now}).all():
-                ending, cause = _overdue(row)
-                if end_run(self._db, conn, row.id, ending, RepaveError("deadline", cause).as_json()):
-                    reaped.append(row.id)
-            reaped += go_on(self._db, conn)
-        for run_id in reaped:
+            row = conn.execute(_OVERDUE_ONE, {"run_id": run_id} | self._overdue_now()).first()
+            if row is None:
+                return False
+            ending, cause = _overdue(row)
+            if not end_run(self._db, conn, run_id, ending, RepaveError("deadline", cause).as_json()):
+                return False
+        self._db.sealer.destroy_run(run_id)
+        return True
+
+    def let_begin(self) -> None:
+        """Batches past their limit are stopped, and what waits begins as its rules allow. Repeatable."""
+        with self._db.write() as conn:
+            ended = go_on(self._db, conn)
+        for run_id in ended:
             self._db.sealer.destroy_run(run_id)
-        return reaped
+
+    def _overdue_now(self) -> dict[str, datetime]:
+        now = self._db.now()
+        return {"lost": now - timedelta(seconds=REAP_GRACE_S), "now": now}
 
     def list_durations(self, model: str, *, limit: int = 50) -> list[dict[str, float]]:
         """Seconds by step of the newest proved runs on servers of this model."""
         return [dict(r["durations_s"]) for r in self._db.rows(_DURATIONS, model=model, count=limit)]
 
-    def tell_late(self) -> None:
-        """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else."""
+    def list_seconds_alike(self, server: Server, step: Step, *, image_id: str | None = None) -> list[float]:
+        """Seconds in this step of the newest runs with a proved end on servers of this model and firmware, and of this image where one is given.
+
+        Empty for a model that is not known, and for a server whose last run did not end well: its next one waits as long as the setting allows, so
+        that a model which has become slower for good teaches us that.
+        """
+        last = self._db.row(_LAST_OUTCOME, server_id=server.id)
+        if not server.model or (last is not None and last["outcome"] not in GOOD_ENDINGS):
+            return []
+        given = {"model": server.model, "boot": server.boot}
+        found = self._db.rows(_ALIKE, **given) if image_id is None else self._db.rows(_ALIKE_IN_IMAGE, **given, image=image_id)
+        return [row["durations_s"][step.value] for row in found if step.value in row["durations_s"]]
+
+    def tell_late(self, waits_s: Mapping[Step, float]) -> None:
+        """An event `run.late`, once a step, for each run whose step takes much longer than its model's usual. It changes nothing else.
+
+        Where nothing is usual yet, half of what a step may take is late: of its wait in `waits_s`, else of the run's time. Not of a write, which has its pace.
+        """
         now = self._db.now()
         models = {r["id"]: r["model"] for r in self._db.rows(_MODELS)}
         usual: dict[str, dict[str, float]] = {}
@@ -337,11 +397,13 @@ class Runs:
             model = models.get(run.server_id, "")
             if model not in usual:
                 usual[model] = usual_durations(self.list_durations(model))
-            if run.step.value not in usual[model]:
+            usual_s = usual[model].get(run.step.value)
+            late_s = waits_s.get(run.step, (run.deadline_at - run.started_at).total_seconds()) / 2
+            if usual_s is None and (run.step is Step.WRITE_IMAGE or (now - run.started_at).total_seconds() < late_s):
                 continue
             seconds = (now - self._step_began(run)).total_seconds()
-            if is_late(seconds, usual[model][run.step.value]):
-                self._record_late(run, seconds, usual[model][run.step.value])
+            if is_late(seconds, usual_s) if usual_s is not None else seconds > late_s:
+                self._record_late(run, seconds, usual_s)
 
     def _step_began(self, run: RunRow) -> datetime:
         if run.step is Step.WRITE_IMAGE and run.crossed_at:
@@ -349,7 +411,7 @@ class Runs:
         at = [r["at"] for r in self._db.rows(_STEPS, batch=run.batch_id, run=run.id) if r["data"]["step"] == run.step.value]
         return at[0] if at else run.created_at
 
-    def _record_late(self, run: RunRow, seconds: float, usual_s: float) -> None:
+    def _record_late(self, run: RunRow, seconds: float, usual_s: float | None) -> None:
         still = sa.and_(RUNS.c.id == run.id, RUNS.c.step == run.step.value, RUNS.c.ended_at.is_(None), RUNS.c.late_step.is_distinct_from(run.step.value))
         with self._db.write() as conn:
             row = conn.execute(sa.update(RUNS).where(still).values(late_step=run.step.value).returning(*RUNS.c)).first()

@@ -45,8 +45,10 @@ class Servers:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def add_server(self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", actor: str = "repave") -> Instance:
-        """The server and its one instance: adopted = running with an unknown image, blank = error, no OS yet."""
+    def add_server(
+        self, server: Server, *, bmc_password: str, blank: bool, os_type: str = "Linux", image_id: str | None = None, actor: str = "repave"
+    ) -> Instance:
+        """The server and its one instance: adopted = running, with an unknown image unless one is named; blank = error, no OS yet."""
         now = self._db.now()
         error = RepaveError("blank").as_json() if blank else None
         state = InstanceState.ERROR if blank else InstanceState.RUNNING
@@ -55,7 +57,7 @@ class Servers:
             server.name,
             server.project_id,
             server.id,
-            None,
+            image_id,
             state,
             None,
             error,
@@ -121,6 +123,8 @@ class Servers:
             values = seen | {"macs": list(seen["macs"])}
             if bmc_password is not None:
                 values["bmc_password_sealed"] = self._db.sealer.seal(bmc_password, about=f"bmc:{old.id}")
+            if old.locked_by == "repave":  # because it was another server than the one known
+                values |= {"locked_at": None, "locked_by": None, "lock_reason": None}
             about = {f"old_{n}": getattr(old, n) for n in ("serial", "uuid")} | {f"new_{n}": seen[n] for n in ("serial", "uuid")}
             self._change(conn, old.id, "server.replaced", values, actor=actor, **about, old_macs=list(old.macs), new_macs=list(seen["macs"]))
 

@@ -74,7 +74,7 @@ IMAGES = sa.Table(
     "images", META, _id(), _ref("project_id", "projects"), _text("name"), _text("os_type"), _text("arch"), _text("boot"),
     _text("manifest_sha256"), Column("size_bytes", sa.BigInteger, nullable=False), Column("sector_bytes", Integer, nullable=False),
     Column("stored_bytes", sa.BigInteger, nullable=False), Column("data_bytes", sa.BigInteger, nullable=False),
-    _at("created_at", null=False), sa.UniqueConstraint("project_id", "name"),
+    _at("created_at", null=False), _at("doubted_at"), sa.UniqueConstraint("project_id", "name"),
 )  # fmt: skip
 
 INSTANCES = sa.Table(
@@ -109,6 +109,7 @@ sa.Index("runs_live", RUNS.c.ended_at)
 EVENTS = sa.Table(
     "events", META, Column("seq", Integer, primary_key=True, autoincrement=True), _at("at", null=False), _text("project_id"), _text("type"),
     _text("batch_id", null=True), _text("run_id", null=True), _text("server_id", null=True), _text("actor"), _json("data"),
+    _text("mac", null=True),
 )  # fmt: skip
 sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
 

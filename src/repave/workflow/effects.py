@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any, Protocol
 
 from repave.agent import protocol
@@ -17,6 +18,8 @@ from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
+from repave.domain.timing import learn_wait, way_back_at
+from repave.domain.urls import find_unreachable_place
 from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
@@ -45,7 +48,8 @@ class ServerEffects:
 
     def __init__(self, store: Store, images: ImageStore, open_bmc: OpenBmc, places: Places) -> None:
         self.store, self.images, self.open_bmc, self.places = store, images, open_bmc, places
-        self._verify_lock, self._verified = threading.Lock(), ("", "")
+        self._verify_lock = threading.Lock()
+        self._verified: tuple[str, str, datetime | None] = ("", "", None)
 
     # ---- before the line ----
 
@@ -60,13 +64,15 @@ class ServerEffects:
         self.store.runs.get_run_secret(run_id)
         if own := find_own_host(server, self.store.servers.list_hosts()):
             raise RunFailed("own-host", f"It has {own}.")
+        if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url):
+            raise RunFailed("loopback-address", f"{place} is a loopback address; the server is elsewhere.")
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")
         seen = (self.store.runs.find_inventory(server.id) or {}).get("disks", ())
         misfit = find_known_misfit(seen, server.root_disk, sector_bytes=image.sector_bytes, needed_bytes=image.size_bytes)
         if misfit is not None:
             raise misfit
-        self._verify_image(run.batch_id, image.manifest_sha256)
+        self._verify_image(run.batch_id, image)
         with self.open_bmc(server) as bmc:
             facts = bmc.probe()
             bmc.check_media(media_urls(self.places, self.store, run_id))
@@ -81,7 +87,7 @@ class ServerEffects:
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.POWER_OFF)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             forced = bmc.power_off(graceful_s=self.places.graceful_s if run.found_state is InstanceState.RUNNING else 0)
         self.store.servers.record_power(server.id, Power.OFF.value)
         self.store.runs.record_note(run_id, "run.power-off", forced=forced)
@@ -93,20 +99,20 @@ class ServerEffects:
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.INSERT_MEDIA)
         self.store.servers.record_media(server.id, run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             bmc.insert_media(media_urls(self.places, self.store, run_id))
             bmc.boot_from_media_once()
         return None
 
     def boot_ramdisk(self, run_id: str) -> Json:
-        """Power is on; from here the agent speaks."""
+        """Power is on; from here the agent speaks. Returns what is known of how long to wait for it (`choose_wait`)."""
         run, server, _ = self._about(run_id)
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.BOOT_RAMDISK)
-        with self.open_bmc(server) as bmc:
+        with self._open_forward(server, run_id) as bmc:
             bmc.power_on()
         self.store.servers.record_power(server.id, Power.ON.value)
-        return None
+        return self._know_wait(server, Step.BOOT_RAMDISK, until=way_back_at(run))
 
     def plan(self, run_id: str) -> Json:
         """One disk is chosen by the pure rule and named in the plan; the config drive is rendered and sealed."""
@@ -118,6 +124,8 @@ class ServerEffects:
         if found.get("arch") != image.arch or found.get("firmware") != image.boot:
             raise RunFailed("arch-mismatch", f"The ramdisk sees {found.get('arch')}/{found.get('firmware')}, the image is {image.arch}/{image.boot}.")
         disk = choose_root_disk(found["disks"], server.root_disk)
+        if image.doubted_at is not None:  # another run of this batch was the first to meet a damaged chunk
+            self._verify_image(run.batch_id, image)
         self._refuse_over(run)
         drive = self._render_drive(run, server, image)
         misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
@@ -149,7 +157,7 @@ class ServerEffects:
         asked by a process that died meanwhile is let shut down, or it would do so after it was powered on.
         """
         run, server, _ = self._about(run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             if run.step is Step.BOOT_RAMDISK or run.found_state is not InstanceState.RUNNING:
                 bmc.power_off(graceful_s=self.places.graceful_s)
             elif run.step is Step.POWER_OFF:
@@ -167,18 +175,21 @@ class ServerEffects:
     def power_off_and_eject(self, run_id: str) -> Json:
         """Off, no media: a half-written disk stays where it is, and no other disk boots in its place."""
         _, server, _ = self._about(run_id)
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             bmc.power_off()
             self._take_media_out(bmc, server, run_id)
         self.store.servers.record_power(server.id, Power.OFF.value)
         return None
 
     def boot_new_os(self, run_id: str) -> Json:
-        """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone."""
+        """Media out, override off, power cycled; the new OS comes up. A repeated step leaves a started OS alone.
+
+        Returns what is known of how long to wait for its proof (`choose_wait`).
+        """
         run, server, _ = self._about(run_id)
         if run.proof is not None:
             return None
-        with self.open_bmc(server) as bmc:
+        with self._open_live(server, run_id) as bmc:
             if run.step is not Step.FIRST_BOOT:
                 self.store.runs.record_step(run_id, Step.BOOT_NEW_OS)
                 bmc.power_off()
@@ -187,7 +198,7 @@ class ServerEffects:
                 self.store.runs.record_step(run_id, Step.FIRST_BOOT)
             bmc.power_on()
         self.store.servers.record_power(server.id, Power.ON.value)
-        return None
+        return self._know_wait(server, Step.FIRST_BOOT, until=run.deadline_at, image_id=run.image_id)
 
     def verify_proof(self, run_id: str) -> Json:
         """The proof names the disk of the plan and another boot than the ramdisk's."""
@@ -203,30 +214,57 @@ class ServerEffects:
         self.store.sealer.destroy_run(run_id)
         return None
 
+    def _open_forward(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
+        """The BMC on the way to the line. Each write asks anew whether the run may still go on: a call waits for its BMC for a minute and more."""
+
+        def require() -> None:
+            self._refuse_over(self._get_live(run_id))
+
+        return self.open_bmc(server, require)
+
+    def _open_live(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
+        """The BMC for as long as the run has not ended."""
+
+        def require() -> None:
+            self._get_live(run_id)
+
+        return self.open_bmc(server, require)
+
     def _take_media_out(self, bmc: Bmc, server: Server, run_id: str) -> None:
         """The override first: where only that could be done, the media that are still in say whose it was (media_sweep.py)."""
         bmc.boot_from_disk()
         bmc.eject_media()
         self.store.servers.record_media_out(server.id, run_id)
 
-    def _verify_image(self, batch_id: str, manifest_sha256: str) -> None:
-        """Every chunk has its digest: read once a batch, not once a run."""
+    def _verify_image(self, batch_id: str, image: Image) -> None:
+        """Every chunk has its digest: read once a batch, not once a run; and again when a run has said that it is damaged."""
+        this = (batch_id, image.manifest_sha256, image.doubted_at)
         with self._verify_lock:
-            if self._verified != (batch_id, manifest_sha256):
-                self.images.verify(self.images.read_manifest(manifest_sha256), deep=True)
-                self._verified = (batch_id, manifest_sha256)
+            if self._verified != this:
+                self.images.verify(self.images.read_manifest(image.manifest_sha256), deep=True)
+                self._verified = this
+        if image.doubted_at is not None:
+            self.store.images.record_whole(image)
+
+    def _know_wait(self, server: Server, step: Step, *, until: datetime, image_id: str | None = None) -> dict[str, Json]:
+        left_s = max(0.0, (until - self.store.now()).total_seconds())
+        return {"left_s": left_s} | learn_wait(self.store.runs.list_seconds_alike(server, step, image_id=image_id))
 
     def _refuse_over(self, run: RunRow) -> None:
-        """No forward motion once the run was told to stop, or past its deadline: a row that slept in a backup or a stopped service powers nothing off."""
+        """No forward motion once the run was told to stop, or too late to turn back in time: one that slept in a stopped service powers nothing off."""
         if run.cancel is not None:
             raise RunFailed(run.cancel["class"], run.cancel["cause"])
-        if self.store.now() > run.deadline_at:
-            raise RunFailed("deadline", "The run's deadline passed before this step.")
+        if self.store.now() > way_back_at(run):
+            raise RunFailed("deadline", "The run's deadline was too near for this step and the way back.")
 
-    def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
+    def _get_live(self, run_id: str) -> RunRow:
         run = self.store.runs.get_run(run_id)
         if run.ended_at is not None:  # by the reaper: the server may be another run's now
             raise RunFailed("stale-run")
+        return run
+
+    def _about(self, run_id: str) -> tuple[RunRow, Server, Image]:
+        run = self._get_live(run_id)
         server = self.store.servers.get_server(run.server_id)
         image = self.store.images.find_image(run.project_id, run.image_id)
         if image is None:

@@ -11,10 +11,11 @@ the old one is left (docs/operations.md); runs begun without a version go to the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,8 +27,9 @@ import structlog
 from dbos import DBOS, DBOSClient, Serializer, _sys_db
 from dbos._dbos import _get_dbos_instance
 
-from repave.domain.model import RunRow
+from repave.domain.model import RunRow, Step
 from repave.domain.states import Ending
+from repave.domain.timing import way_back_at
 from repave.errors import DeadlinePassed, RepaveError, RunFailed
 from repave.store import NewRun, Store
 from repave.store.database import is_unavailable
@@ -91,6 +93,15 @@ def _keep_time(now: Callable[[], datetime]) -> None:
     _sys_db.time = SimpleNamespace(**vars(time) | {"time": lambda: now().timestamp()})  # type: ignore[assignment, attr-defined]
 
 
+@contextlib.contextmanager
+def _apart(part: str, **about: str) -> Iterator[None]:
+    """What goes wrong in here is not the others' trouble, and the next round may do better; a reconciler that died would be silence."""
+    try:
+        yield
+    except Exception as error:
+        log.error("reconcile failed", part=part, error=type(error).__name__, **about)
+
+
 class DbosRun:
     """One run's port to time and effects."""
 
@@ -127,8 +138,8 @@ class DbosRun:
 
         return await DBOS.run_step_async({"name": name}, call)
 
-    async def wait_for(self, event: str, deadline_s: float) -> dict[str, Json]:
-        return open_message(event, await DBOS.recv_async(event, timeout_seconds=deadline_s), deadline_s)
+    async def wait_for(self, event: str, deadline_s: float, why: str = "") -> dict[str, Json]:
+        return open_message(event, await DBOS.recv_async(event, timeout_seconds=deadline_s), deadline_s, why)
 
     async def sleep(self, seconds: float) -> None:
         await DBOS.sleep_async(seconds)
@@ -200,11 +211,12 @@ class Engine:
         begun = sa.select(table.c.workflow_uuid, table.c.application_version).where(table.c.status.in_(("PENDING", "ENQUEUED")))
         with engine.connect() as conn:
             versions: dict[str, str | None] = {run_id: version for run_id, version in conn.execute(begun)}
-        known = {None, APPLICATION_VERSION, *self.lease.list_versions()}
-        orphans = [run.id for run in self.store.runs.list_runs(live=True) if versions.get(run.id) not in known]
-        if orphans:
-            others = ", ".join(sorted({str(versions[run_id]) for run_id in orphans}))
-            raise RepaveError("upgrade-unfinished", f"{len(orphans)} runs were begun by version {others} of the workflow; this one has {APPLICATION_VERSION}.")
+        begun_by = [versions.get(run.id) for run in self.store.runs.list_runs(live=True)]
+        others = {version for version in begun_by if version is not None} - {APPLICATION_VERSION}
+        known = self.lease.find_versions(others)
+        if orphans := [version for version in begun_by if version in others - known]:
+            said = ", ".join(sorted(set(orphans)))
+            raise RepaveError("upgrade-unfinished", f"{len(orphans)} runs were begun by version {said} of the workflow; this one has {APPLICATION_VERSION}.")
 
     def _launch(self, effects: Effects) -> None:
         _keep_time(self.store.now)
@@ -219,6 +231,7 @@ class Engine:
                 "sys_db_idle_transaction_timeout_sec": self._idle_s,
                 "log_level": "WARNING",
                 "notification_listener_polling_interval_sec": 0.25,
+                "db_engine_kwargs": {"pool_use_lifo": True},  # as store/database.py
             }
         )
         pool, waits, lease, workflow = self._pool, self._waits, self.lease, self._workflow
@@ -291,11 +304,9 @@ class Engine:
 
     def _reconcile_forever(self) -> None:
         while not self._stop.wait(RECONCILE_S):
-            for part in (self._revive, self.reconcile):  # each for itself
-                try:
+            for part in (self._revive, self.reconcile):
+                with _apart(part.__name__):
                     part()
-                except Exception as error:  # the next round may do better; a reconciler that died would be silence
-                    log.error("reconcile failed", part=part.__name__, error=type(error).__name__)
 
     def _revive(self) -> None:
         """Workflows of ours that nothing runs any more go on: DBOS waits for a locked database, a full one ends them (NotRecorded), or they never began.
@@ -319,19 +330,22 @@ class Engine:
 
     def reconcile(self) -> None:
         """Runs whose workflow died or never was get an end and a cause; silent agents are found; keys without a live run are destroyed."""
-        for run_id in self.store.runs.reap():  # first: the reaper does not depend on DBOS's tables
-            log.error("run ended past its deadline", run_id=run_id)
-        self.store.runs.tell_late()
+        for run_id in self.store.runs.list_overdue():  # first: the reaper does not depend on DBOS's tables
+            with _apart("reap", run_id=run_id):
+                if self.store.runs.reap(run_id):
+                    log.error("run ended past its deadline", run_id=run_id)
+        with _apart("let begin"):
+            self.store.runs.let_begin()
+        with _apart("tell late"):
+            self.store.runs.tell_late({Step.BOOT_RAMDISK: self._waits.agent_ready_s, Step.FIRST_BOOT: self._waits.proof_s})
         now = self.store.now()
         live = {run.id: run for run in self.store.runs.list_runs(live=True)}
         if not live:
             self.when_idle()
         statuses = self._workflow_statuses(live)
         for run in live.values():
-            try:
+            with _apart("run", run_id=run.id):
                 self._reconcile_run(run, statuses.get(run.id), now)
-            except Exception as error:  # one run's trouble is not the others'
-                log.error("reconcile failed", run_id=run.id, error=type(error).__name__)
         hour_ago = (now - timedelta(hours=1)).timestamp()  # an admission makes keys before its transaction commits
         old = self.store.sealer.list_keyed_runs(before=hour_ago)
         for orphan in self.store.sealer.list_keyed_runs() - live.keys():
@@ -351,9 +365,9 @@ class Engine:
             if self.store.runs.record_ending(run.id, ending, cause.as_json()):
                 log.error("run ended by the reconciler", run_id=run.id, status=status)
         elif run.ready_at and run.report is None and run.seen_at and run.seen_at < now - timedelta(seconds=SILENCE_S):
-            self.store.runs.tell_silence(run.id)
-        elif run.ready_at and run.report is None and now > run.deadline_at:
-            self.store.runs.tell_overdue(run.id)
+            self.store.runs.tell_silence(run)
+        elif run.report is None and now > (run.deadline_at if run.past_the_line else way_back_at(run)):
+            self.store.runs.tell_overdue(run)
 
     def _workflow_statuses(self, run_ids: Collection[str]) -> dict[str, str]:
         c = self._workflow_status.c

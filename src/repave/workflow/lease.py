@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,13 +159,25 @@ class Lease:
         with self._engine.connect() as conn:
             return list(conn.execute(_LIVE).scalars())
 
-    def list_versions(self) -> list[str]:
-        """Of the workflow, that the other workers have. On SQLite there are no others."""
-        if self.alone:
-            return []
-        others = sa.select(WORKERS.c.application_version).where(~WORKERS.c.reaped, WORKERS.c.executor_id != self.executor_id)
-        with self._engine.connect() as conn:
-            return list(conn.execute(others).scalars())
+    def find_versions(self, wanted: Collection[str]) -> set[str]:
+        """Those versions of the workflow that another worker has which is surely alive. On SQLite there are no others.
+
+        Blocks: a worker that is not known to be dead is waited for, until it renews (a beat) or its lease runs out. Ours is renewed meanwhile.
+        """
+        alive: set[str] = set()
+        seen: dict[str, int] = {}
+        others = sa.select(WORKERS).where(~WORKERS.c.reaped, ~self._lapsed(), WORKERS.c.executor_id != self.executor_id)
+        while not self.alone:
+            with self._engine.connect() as conn:
+                found = [row for row in conn.execute(others) if row.application_version in wanted]
+            alive |= {row.application_version for row in found if row.beat_at_ms > seen.setdefault(row.executor_id, row.beat_at_ms)}
+            if {row.application_version for row in found} <= alive:
+                break
+            time.sleep(self._times.beat_s / 4)
+            asked_at = _boot_s()
+            if self._write(self._renew):
+                self._renewed_at = asked_at
+        return alive
 
     def _beat(self) -> None:
         while not self._stop.wait(self._times.beat_s):
@@ -205,9 +217,12 @@ class Lease:
     @functools.cached_property
     def _reap_others(self) -> dict[bool, sa.Update]:
         """Other workers that are dead are reaped: their lease ran out (by whether we may judge that), or we hold the lock that was theirs."""
-        late, ours = WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000), WORKERS.c.slot == self._slot
+        late, ours = self._lapsed(), WORKERS.c.slot == self._slot
         others = sa.update(WORKERS).where(WORKERS.c.executor_id != self.executor_id, ~WORKERS.c.reaped).values(reaped=True)
         return {True: others if self.alone else others.where(sa.or_(late, ours)), False: others if self.alone else others.where(ours)}
+
+    def _lapsed(self) -> sa.ColumnElement[bool]:
+        return WORKERS.c.beat_at_ms < self._now_ms() - int(self._times.lease_s * 1000)
 
     @functools.cached_property
     def _forget(self) -> sa.Delete:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from repave.domain.states import Ending
+from repave.domain.timing import choose_wait
 from repave.errors import RunFailed, Who
 from repave.workflow.run import Json, Run
 
 
 @dataclass(frozen=True)
 class Waits:
-    """How long a run waits, in seconds; settings of the site (config.py) may say otherwise."""
+    """How long a run waits, in seconds; settings of the site (config.py) may say otherwise. `agent_ready_s` and `proof_s` are ceilings (docs/adr/0003)."""
 
     # Large servers spend 5 to 12 minutes in firmware before they look at boot media (peers.md 4); BMC virtual media reads 30 MB at 0.5 MB/s.
     agent_ready_s: float = 30 * 60
@@ -60,8 +61,8 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
         touched = True
         await run.step("power-off", do.power_off)
         await insist(run, "insert-media", do.insert_media, waits.forward_pause_s, on=is_passing)
-        await insist(run, "boot-ramdisk", do.boot_ramdisk, waits.forward_pause_s, on=is_passing)
-        await run.wait_for("agent-ready", waits.agent_ready_s)
+        known = await insist(run, "boot-ramdisk", do.boot_ramdisk, waits.forward_pause_s, on=is_passing)
+        await run.wait_for("agent-ready", *choose_wait("agent_ready_s", waits.agent_ready_s, known))
         await run.step("plan", do.plan)
         # ════ the line: in here the agent asks to cross, and the store commits it ════
         told = await run.wait_for("written", waits.written_s)
@@ -75,8 +76,8 @@ async def reinstall(run: Run, do: Effects, waits: Waits = DEFAULT_WAITS) -> str:
 
     # The image is verified on the disk: from here on the server stays on, whatever happens, unless another disk booted.
     try:
-        await insist(run, "boot-new-os", do.boot_new_os, waits.return_pause_s)
-        await run.wait_for("proof", waits.proof_s)
+        known = await insist(run, "boot-new-os", do.boot_new_os, waits.return_pause_s)
+        await run.wait_for("proof", *choose_wait("proof_s", waits.proof_s, known))
         await run.step("verify-proof", do.verify_proof)
     except RunFailed as error:
         if error.slug == "wrong-disk-booted":
@@ -111,17 +112,16 @@ async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Wait
     return await end(run, do, Ending.WRITE_FAILED, cause)
 
 
-async def insist(run: Run, name: str, effect: Callable[[str], Json], pause_s: float, *, on: Callable[[RunFailed], bool] = lambda _: True) -> None:
-    """The step is done; where it failed with what `on` holds for, it is tried again, `TRIES` in all. Raises the last RunFailed."""
+async def insist(run: Run, name: str, effect: Callable[[str], Json], pause_s: float, *, on: Callable[[RunFailed], bool] = lambda _: True) -> Json:
+    """The step is done, its result returned; where it failed with what `on` holds for, it is tried again, `TRIES` in all. Raises the last RunFailed."""
     for attempt in range(1, TRIES):
         try:
-            await run.step(f"{name}-{attempt}", effect)
-            return
+            return await run.step(f"{name}-{attempt}", effect)
         except RunFailed as error:
             if not on(error):
                 raise
             await run.sleep(pause_s)
-    await run.step(f"{name}-{TRIES}", effect)
+    return await run.step(f"{name}-{TRIES}", effect)
 
 
 def is_passing(error: RunFailed) -> bool:

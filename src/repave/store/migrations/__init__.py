@@ -64,6 +64,11 @@ def _upgrade(conn: sa.Connection, scripts: ScriptDirectory) -> None:
     context.stamp(scripts, str(newest))
 
 
+def is_newest(conn: sa.Connection) -> bool:
+    """Whether the tables are those of tables.py."""
+    return MigrationContext.configure(conn).get_current_revision() == open_scripts().get_current_head()
+
+
 def open_scripts() -> ScriptDirectory:
     """The revisions beside this file."""
     config = Config()
