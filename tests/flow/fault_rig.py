@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from conftest import MIB, SECTOR, Lab, wait_until
+from conftest import SECTOR, Lab, wait_until
 from fault_cells import Cell
 from wide_image import build_wide_image
 

@@ -44,6 +44,7 @@ def find_broken_of_site(facts: Facts, place: Place) -> list[str]:
     broken = [f"I7 a refused request changed {what}" for what in facts.refusals]
     broken += [f"I8 a secret is in {where}" for where in facts.leaks]
     broken += count(facts) + at_once(facts)
+    broken += [f"I15 event {facts.unchained} does not follow the one before it"] if facts.unchained is not None else []
     broken += [f"I13 the keys of run {key} are still there" for key in facts.keys]
     return broken + [f"I13 {what}" for what in facts.leftovers]
 

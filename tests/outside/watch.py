@@ -96,6 +96,7 @@ class Facts:
     leaks: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)  # what a refused request changed
     leftovers: list[str] = field(default_factory=list)
+    unchained: int | None = None  # the first event of the audit that does not follow the one before it
 
 
 class Watch:
@@ -244,6 +245,7 @@ class Watch:
         facts.refusals = self._try_refused()
         facts.leaks = self._leaks + self._scan()
         facts.leftovers = self._find_leftovers()
+        facts.unchained = self._find_unchained()
 
     def _runs(self, where: str) -> list[Json]:
         names = {i: n for n, i in self.place.ids.items()}
@@ -355,6 +357,15 @@ class Watch:
                 shown = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
                 found += [f"process {name}" for name in find_in(shown, secrets)]
         return found
+
+    def _find_unchained(self) -> int | None:
+        before = ""
+        for e in self.rows("SELECT seq, at, project_id, type, batch_id, run_id, server_id, actor, data, mac FROM events ORDER BY seq"):
+            said = [e[name] for name in ("project_id", "type", "batch_id", "run_id", "server_id", "actor", "data")]
+            text = json.dumps([before, e["at"].replace("Z", "+00:00"), *said], sort_keys=True)
+            if e["mac"] != (before := self._sealer.authenticate(text, about="event")):
+                return int(e["seq"])
+        return None
 
     def _find_leftovers(self) -> list[str]:
         """Half-written files, and what a process has opened and not closed: pools grow as much as so few runs make them, nothing else does."""
