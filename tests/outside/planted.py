@@ -12,6 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
+_AGENT, _CROSS = "src/repave/agent/main.py", "                lease = self._cross(plan)\n"
+_WRITE = "__import__('os').pwrite(__import__('os').open(path, 1), b'x', 1 << 20); __import__('os').sync(); __import__('time').sleep(0.5)"
+_EARLY = f"                {_WRITE}\n{_CROSS}"
+_REHEARSE = "                if plan.rehearse:"
+_INSERT, _SAY = "            bmc.insert_media(", "            __import__('sys').stderr.write"
 _END = "        self.store.sealer.destroy_run(run_id)\n"
 
 
@@ -63,6 +68,22 @@ BUGS = (
         "            forced = bmc.power_off(", "I14 ", ("lab01",)),
     Bug("the crossing is not audited", _RUNS, "            if row.crossed_at is None:\n                self._run_event",
         "            if False:\n                self._run_event", "I15 ", ("lab01",)),
+    Bug("the agent writes before it asks to cross", _AGENT, _CROSS, _EARLY, "I15 lab01: the root disk was written", ("lab01",)),
+    Bug("a rehearsal writes on a real disk", _AGENT, _REHEARSE, f"                {_WRITE}\n{_REHEARSE}", "I6 ",
+        ("--real", "--rehearse", "lab01")),
+    Bug("another image is written to a real disk", _EFFECTS, "manifest_sha256=image.manifest_sha256",
+        "manifest_sha256=next(i.manifest_sha256 for i in self.store.images.list_images(run.project_id) if i.id != image.id)", "I5 ", ("--real", "lab01")),
+    Bug("the agent's token is logged", _EFFECTS, _INSERT, f"{_SAY}(self.store.sealer.derive_for_run(run_id, 'agent'))\n{_INSERT}", "I8 ", ("lab01",)),
+    Bug("the hash is stored in clear, on PostgreSQL", _FLEET, "sealer.seal_for_run(run_id, json.dumps(", "str(json.dumps(", "I8 ", ("--postgres", "lab01")),
+    Bug("a run is said to have ended earlier than it did", "src/repave/store/endings.py", "    ended_at = row.ended_at or now\n",
+        "    ended_at = row.ended_at or now - __import__('datetime').timedelta(seconds=60)\n", "I4 lab01: the client saw", ("lab01",)),
+    Bug("a file stays open for each look at a BMC", "src/repave/app.py", "        with RedfishBmc(address, before",
+        "        __import__('builtins').__dict__.setdefault('kept', []).append(open('/dev/null'))\n        with RedfishBmc(address, before", "I13 process"),
+    Bug("what begins is not counted for its batch", "src/repave/domain/waves.py", "                at_once += 1\n", "", "I14 ",
+        ("--at-once", "1", "lab01", "lab03")),
+    Bug("the power-off is not audited", _EFFECTS, "        self.store.runs.record_step(run_id, Step.POWER_OFF)\n", "", "I15 lab01: POST", ("lab01",)),
+    Bug("an event does not say which came before it", "src/repave/store/database.py", "link(self.sealer, mac, event)", 'link(self.sealer, "", event)',
+        "I15 event", ("lab01",)),
 )  # fmt: skip
 
 
