@@ -128,13 +128,14 @@ def ends(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
 
 def pending_for(polls: list[Seen], name: str, run: Json) -> list[str]:
     """I4 by the client's own clock: it is pending as long as the run says that it was, to what lies between two looks, and no longer than it may be."""
-    began = seconds(run["created_at"])
-    number = next((n for n, seen in enumerate(polls) if seen.state == "pending" and seen.until > began - CLOCK_S), None)
-    if number is None or run["ended_at"] is None:
+    began, ended = seconds(run["created_at"]), seconds(run["ended_at"] or run["deadline_at"])
+    shared = {n: min(seen.until, ended) - max(seen.at, began) for n, seen in enumerate(polls) if seen.state == "pending"}
+    number = max(shared, key=lambda n: shared[n], default=None)
+    if number is None or shared[number] < 0 or run["ended_at"] is None:
         return []
     at_least = polls[number].until - polls[number].at
     at_most = polls[number + 1].at - (polls[number - 1].until if number else began) if number + 1 < len(polls) else float("inf")
-    took, allowed = seconds(run["ended_at"]) - began, seconds(run["deadline_at"]) - began + REAP_GRACE_S + 30
+    took, allowed = ended - began, seconds(run["deadline_at"]) - began + REAP_GRACE_S + 30
     broken = [f"I4 {name}: the client saw it pending for {at_least:.0f} s, {allowed:.0f} s are allowed"] if at_least > allowed else []
     if not at_least - CLOCK_S <= took <= at_most + CLOCK_S:
         broken.append(f"I4 {name}: the client saw it pending for {at_least:.0f} to {at_most:.0f} s, the run says {took:.0f} s")

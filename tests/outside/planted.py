@@ -98,6 +98,7 @@ def plant(bug: Bug) -> tuple[bool, str]:
             return False, f"the line is not there any more: {bug.old!r}"
         path.write_text(text.replace(bug.old, bug.new, 1))
         env = os.environ | {"PYTHONPATH": str(Path(folder) / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+        env.setdefault("REPAVE_CACHE", str(ROOT / ".repave/cache"))
         command = [sys.executable, "scene.py", *bug.scene]
         done = subprocess.run(command, cwd=Path(folder) / "tests/outside", env=env, capture_output=True, text=True, timeout=900, check=False)
         said = [line for line in done.stdout.splitlines() if line.startswith(bug.finds)]
