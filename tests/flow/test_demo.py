@@ -32,6 +32,6 @@ def test_ctrl_c_while_it_is_under_way_leaves_nothing_and_ends_with_130(tmp_path)
     demo = subprocess.Popen([sys.executable, "-m", "repave.lab.demo"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     with waits_here.open("w"):  # opens when the reader is there
         demo.send_signal(signal.SIGINT)
-        said, _ = demo.communicate(timeout=30)
+        said, _ = demo.communicate(timeout=120)
     assert (demo.returncode, said.strip()) == (130, "stopping")
     assert not waits_here.exists()
