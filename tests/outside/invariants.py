@@ -120,19 +120,21 @@ def ends(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
             broken.append(f"I4 {name}: ended past its deadline")
         if run["outcome"] not in (*_GOOD, "rehearsed") and not (run["error"] or {}).get("cause"):
             broken.append(f"I4 {name}: {run['outcome']} without a cause")
-        broken += pending_for(facts.polls[name], name, run)
+        broken += pending_for(facts.polls[name], name, run, runs)
     if runs and facts.polls[name] and facts.polls[name][-1].state == "pending":
         broken.append(f"I4 {name}: the client sees it pending, and nothing is under way")
     return broken
 
 
-def pending_for(polls: list[Seen], name: str, run: Json) -> list[str]:
+def pending_for(polls: list[Seen], name: str, run: Json, runs: list[Json]) -> list[str]:
     """I4 by the client's own clock: it is pending as long as the run says that it was, to what lies between two looks, and no longer than it may be."""
     began, ended = seconds(run["created_at"]), seconds(run["ended_at"] or run["deadline_at"])
     shared = {n: min(seen.until, ended) - max(seen.at, began) for n, seen in enumerate(polls) if seen.state == "pending"}
     number = max(shared, key=lambda n: shared[n], default=None)
     if number is None or shared[number] < 0 or run["ended_at"] is None:
         return []
+    if any(r is not run and seconds(r["created_at"]) < polls[number].until and seconds(r["ended_at"] or r["deadline_at"]) > polls[number].at for r in runs):
+        return []  # one followed the other between two looks: to the client they are one
     at_least = polls[number].until - polls[number].at
     at_most = polls[number + 1].at - (polls[number - 1].until if number else began) if number + 1 < len(polls) else float("inf")
     took, allowed = ended - began, seconds(run["deadline_at"]) - began + REAP_GRACE_S + 30
