@@ -60,6 +60,7 @@ SERVICE: tuple[Row, ...] = (
     Row(10, True, "The database is away for minutes",
         "No 202. Agents finish what they write; runs go on when it is back, none is lost.", (
         "flow/test_workers.py::test_a_database_that_is_away_longer_than_the_lease_costs_no_worker_and_no_run",
+        "flow/test_workers.py::test_a_postgresql_that_is_stopped_under_its_workers_gives_no_202_and_all_goes_on_when_it_is_back",
         "flow/test_database_trouble.py::test_a_lock_that_is_never_given_back_gives_no_202_and_an_alarm",
     )),
     Row(11, True, "The database's disk is full or read-only",
