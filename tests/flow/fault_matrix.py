@@ -105,6 +105,7 @@ BMCS: tuple[Row, ...] = (
         "Its run ends with that cause, the server untouched; the other runs of the batch go on.", (
         "flow/fault_cells.py::black-hole always at any-request",
         "flow/fault_scenes.py::test_a_silent_bmc_takes_no_time_from_the_other_runs",
+        "flow/test_faults.py::test_while_one_bmc_is_silent_the_others_of_its_batch_are_proved",
     )),
     Row(17, True, "A BMC lies: the override is ignored, the insert inserts nothing, power does not change",
         "Everything is read back, so it is found; the old OS runs again, its disk untouched.", (
@@ -126,6 +127,7 @@ BMCS: tuple[Row, ...] = (
     Row(22, True, "Another machine behind a BMC's address, with the same password",
         "Refused by its UUID before anything is touched, on either machine.", (
         "flow/fault_cells.py::elsewhere always at any-request",
+        "flow/test_faults.py::test_another_machine_behind_a_bmcs_address_is_refused_before_anything_is_touched",
     )),
     Row(24, False, "Boot media come slowly, broken or not at all",
         "Slow is waited for. Without whole media no agent speaks, and the old OS runs again.", (
