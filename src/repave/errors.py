@@ -130,7 +130,7 @@ CATALOGUE: dict[str, Problem] = _table(
 # What CloudDC's codes, which its routes answer with (api/wire_errors.py), are among ours.
 CLOUDDC: dict[str, tuple[str, ...]] = {
     "iMetal.0001": ("bad-request",), "iMetal.0002": ("bad-request",), "iMetal.0003": ("not-logged-in",), "iMetal.0004": ("not-allowed",),
-    "iMetal.0005": ("too-many",), "iMetal.0099": ("internal", "database-unavailable"), "iMetal.0100": ("not-found",),
+    "iMetal.0005": ("too-many",), "iMetal.0099": ("internal", "database-unavailable", "database-corrupt"), "iMetal.0100": ("not-found",),
     "iMetal.0101": ("locked", "own-host"), "iMetal.0200": ("not-found",), "iMetal.0201": ("in-progress",),
     "APIGW.0101": ("no-route",), "APIGW.0201": ("bad-request",),
 }  # fmt: skip

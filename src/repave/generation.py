@@ -31,10 +31,12 @@ from repave.domain.generation import NOTHING, Stand, Verdict, judge
 from repave.errors import RepaveError
 from repave.secrets import write_private
 from repave.store import Store
-from repave.store.stand import probe_write, raise_generation, read_stand
+from repave.store.database import is_damage
+from repave.store.stand import check_file, probe_write, raise_generation, read_stand
 
 FOLLOW_S = 1.0
 PROBE_S = 10.0
+CHECK_PAUSE = 100  # SQLite's own check takes about a second for 100 MB: at most a hundredth of the time goes into it
 LATE_S = 60.0  # a look takes milliseconds; 30 s where PostgreSQL is a black hole (three connections of 10 s)
 LOW_BYTES = 256 << 20  # a batch of 50 writes about 10 MB; below this there is time to act
 UNDER_WAY = "restore-under-way"
@@ -119,7 +121,7 @@ class Health:
 
 
 class Watch:
-    """The file follows the database; a database that can not be written, or a disk about to be full, is an alarm in the log and in `health`."""
+    """The file follows the database; a database that can not be written or is damaged, or a disk about to be full, is an alarm in the log and in `health`."""
 
     def __init__(self, store: Store, path: Path, data_dir: Path, *, late_s: float = LATE_S) -> None:
         self._store, self._path, self._data_dir, self._late_s = store, path, data_dir, late_s
@@ -129,7 +131,7 @@ class Watch:
         self._followed: Stand | None = None
         self._health: dict[str, Health] = {}
         self._looked_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [threading.Thread(target=run, name=f"watch{run.__name__}", daemon=True) for run in (self._run, self._check_forever)]
 
     def health(self) -> dict[str, Health]:
         """Each part as last looked at; a look that hangs (a dead disk) is the failing part `watch`."""
@@ -142,12 +144,14 @@ class Watch:
     def running(self) -> Iterator[Watch]:
         self.look()
         self._looked_at = time.monotonic()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         try:
             yield self
         finally:
             self._stop.set()
-            self._thread.join(timeout=5)
+            for thread in self._threads:
+                thread.join(timeout=5)
             with contextlib.suppress(sa.exc.SQLAlchemyError, OSError):
                 self.follow()
 
@@ -157,6 +161,15 @@ class Watch:
         free = shutil.disk_usage(self._data_dir).free
         self._tell("disk", free >= LOW_BYTES, f"{free >> 20} MiB free in data_dir")
         self._try("generation", self.follow, _FOLLOWS)
+
+    def check(self) -> None:
+        """SQLite's file is checked page by page. Where it is damaged nothing more is written into it, so no reinstall is taken and no step is begun."""
+        try:
+            check_file(self._store.engine.url)
+        except RepaveError as error:
+            log.error("database-corrupt", cause=error.detail, do=error.problem.do)
+            self._store.damaged = True
+            self.look()
 
     def follow(self) -> None:
         """The file is as new as the database. Ends the process where the database has become older: nothing of an old state may be acted on."""
@@ -187,20 +200,39 @@ class Watch:
             except Exception as error:  # a watch that died would be silence
                 self._tell("watch", False, type(error).__name__)
 
+    def _check_forever(self) -> None:
+        pause_s = PROBE_S
+        while not (self._stop.wait(pause_s) or self._store.damaged):
+            began = time.monotonic()
+            self.check()
+            pause_s = max(PROBE_S, CHECK_PAUSE * (time.monotonic() - began))
+
     def _try(self, part: str, question: Callable[[], None], good: str) -> None:
         try:
             question()
         except (sa.exc.SQLAlchemyError, OSError) as error:
-            self._tell(part, False, _plain(error), detail=str(getattr(error, "orig", None) or error)[:500])
+            self._tell(part, False, self._plain(error), detail=str(getattr(error, "orig", None) or error)[:500])
         else:
             self._tell(part, True, good)
+
+    def _plain(self, error: Exception) -> str:
+        """For anybody who asks: no SQL, no values, no path, no address. The log has the rest."""
+        if is_damage(error):
+            corrupt = RepaveError("database-corrupt")
+            return f"{corrupt.slug}: {corrupt.problem.title} {corrupt.problem.do}"
+        if isinstance(error, OSError):
+            return error.strerror or type(error).__name__
+        if self._database and not os.access(self._database, os.W_OK):  # SQLite itself says "disk I/O error" on a connection that was open before
+            return "the database's file or its file system is read-only"
+        cause = getattr(error, "orig", None)
+        return str(cause) if isinstance(cause, sqlite3.Error) else "the database does not answer, or takes nothing"
 
     def _tell(self, part: str, ok: bool, text: str, detail: str = "") -> None:
         before = self._health.get(part)
         since = before.since if before and before.ok == ok else self._store.now()
         self._health[part] = Health(ok, text, since)
         if not ok and (before is None or before.ok):
-            log.error("ALARM: new reinstalls are refused or at risk", part=part, cause=detail or text)
+            log.error("ALARM: new reinstalls are refused or at risk", part=part, cause=text, detail=detail)
         elif ok and before is not None and not before.ok:
             log.warning("alarm over", part=part, cause=text)
 
@@ -212,11 +244,3 @@ def _read_file_id(path: str | None) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return (found.st_dev, found.st_ino) if found else None
-
-
-def _plain(error: Exception) -> str:
-    """For anybody who asks: no SQL, no values, no path, no address. The log has the rest."""
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    cause = getattr(error, "orig", None)
-    return str(cause) if isinstance(cause, sqlite3.Error) else "the database does not answer, or takes nothing"

@@ -253,7 +253,7 @@ def lab() -> Iterator[Lab]:
 def _well_behaved(request: pytest.FixtureRequest) -> Iterator[None]:
     """A fault lasts as long as its test; at its end, the observers judge all that happened since the last one's."""
     yield
-    for name in {"lab", "small"} & set(request.fixturenames):
+    for name in {"lab", "small", "plain"} & set(request.fixturenames):
         lab = request.getfixturevalue(name)
         lab.set_faults()
         lab.watch.assert_nothing_broken()

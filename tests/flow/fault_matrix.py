@@ -60,20 +60,25 @@ SERVICE: tuple[Row, ...] = (
     Row(10, True, "The database is away for minutes",
         "No 202. Agents finish what they write; runs go on when it is back, none is lost.", (
         "flow/test_workers.py::test_a_database_that_is_away_longer_than_the_lease_costs_no_worker_and_no_run",
+        "flow/test_workers.py::test_a_postgresql_that_is_stopped_under_its_workers_gives_no_202_and_all_goes_on_when_it_is_back",
         "flow/test_database_trouble.py::test_a_lock_that_is_never_given_back_gives_no_202_and_an_alarm",
     )),
     Row(11, True, "The database's disk is full or read-only",
-        "No 202, an alarm. A write under way goes on; a run whose workflow died of it goes on when there is room.", (
+        "No 202, an alarm. A write under way goes on; a run whose workflow died of it goes on when it can be written again.", (
         "flow/test_database_trouble.py::test_a_full_disk_gives_no_202_leaves_nothing_and_is_an_alarm",
         "flow/test_database_trouble.py::test_a_write_under_way_goes_on_while_the_disk_is_full_and_the_run_ends_well",
+        "flow/test_database_trouble.py::test_a_database_that_becomes_read_only_gives_no_202_a_write_under_way_is_finished_and_it_goes_on_by_itself",
     )),
     Row(12, False, "The database is busy",
         "The request waits, and nothing is lost.", (
         "flow/test_database_trouble.py::test_a_writer_that_holds_the_lock_for_a_while_delays_a_202_and_nothing_is_lost",
     )),
     Row(13, True, "The database is damaged, or an old one was put back",
-        "It is refused at start, with what to run. An old state never powers or wipes anything.", (
+        "It is refused at start, with what to run. Met or found while the service runs: no 202, an alarm, nothing more is written into it; a disk being "
+        "written is finished. An old state never powers or wipes anything.", (
         "flow/test_database_trouble.py::test_a_read_only_or_damaged_database_is_refused_at_start_with_what_to_run",
+        "flow/test_database_trouble.py::test_a_database_that_is_damaged_while_the_service_runs_is_said_to_be_corrupt_and_takes_no_more",
+        "unit/test_generation.py::test_a_damaged_page_that_nobody_reads_is_found_by_the_watch_and_nothing_is_written_any_more",
         "flow/test_backup.py::test_an_old_state_that_is_put_back_never_powers_or_wipes_anything",
     )),
     Row(39, False, "The disk fills up during an import",
@@ -100,6 +105,7 @@ BMCS: tuple[Row, ...] = (
         "Its run ends with that cause, the server untouched; the other runs of the batch go on.", (
         "flow/fault_cells.py::black-hole always at any-request",
         "flow/fault_scenes.py::test_a_silent_bmc_takes_no_time_from_the_other_runs",
+        "flow/test_faults.py::test_while_one_bmc_is_silent_the_others_of_its_batch_are_proved",
     )),
     Row(17, True, "A BMC lies: the override is ignored, the insert inserts nothing, power does not change",
         "Everything is read back, so it is found; the old OS runs again, its disk untouched.", (
@@ -122,6 +128,7 @@ BMCS: tuple[Row, ...] = (
         "Refused by its UUID before anything is touched, on either machine; the server is locked until an operator has looked.", (
         "flow/fault_cells.py::elsewhere always at any-request",
         "flow/test_reinstall_workflow.py::test_another_server_behind_the_address_is_locked_until_an_operator_has_looked",
+        "flow/test_faults.py::test_another_machine_behind_a_bmcs_address_is_refused_before_anything_is_touched",
     )),
     Row(24, False, "Boot media come slowly, broken or not at all",
         "Slow is waited for. Without whole media no agent speaks, and the old OS runs again.", (

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ class SmallSite(Lab):
             conn.execute("ROLLBACK")
             conn.close()
 
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """As on a file system that has been made read-only by an error: nothing is written any more, not even by whoever has the file open. Root neither."""
+        found = [self.data, *self.data.glob("repave.db*")]
+        subprocess.run(["chattr", "+i", *found], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["chattr", "-i", *found], check=True)
+
+    @property
+    def data(self) -> Path:
+        return self.site / "repave-data"
+
     def put(self, names: list[str], *, timeout_s: float = 90) -> requests.Response:
         url = f"{self.values['endpoint']}/v1/{self.values['project_id']}/instances/reinstall"
         body = {"image_id": self.image("tiny-1")["id"], "password": PASSWORD, "instance_id_set": [self.ids[n] for n in names]}
@@ -71,24 +86,58 @@ class SmallSite(Lab):
         return self.health()
 
 
+@contextlib.contextmanager
+def start_site(folder: Path) -> Iterator[SmallSite]:
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HUAWEICLOUD_SDK_HOME", str(folder))
+            site = SmallSite(folder, rack_up(2, scripted=True, folder=folder, debian=False))
+            import_image(site.client, build_heavy_image(folder / "heavy.raw"), name="heavy")
+            site.watch.begin()
+            yield site
+            site.watch.close()
+    finally:
+        with contextlib.suppress(Exception):
+            rack_down(folder)
+
+
 @pytest.fixture(scope="module")
 def small() -> Iterator[SmallSite]:
     folder = Path(tempfile.mkdtemp(prefix="rpv-", dir="/tmp"))
     (folder / "site").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM},mode=700", "tmpfs", folder / "site"], check=True)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HUAWEICLOUD_SDK_HOME", str(folder))
-            small = SmallSite(folder, rack_up(2, scripted=True, folder=folder, debian=False))
-            import_image(small.client, build_heavy_image(folder / "heavy.raw"), name="heavy")
-            small.watch.begin()
+        with start_site(folder) as small:
             yield small
-            small.watch.close()
     finally:
-        with contextlib.suppress(Exception):
-            rack_down(folder)
         subprocess.run(["umount", "-l", folder / "site"], check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[SmallSite]:
+    """Its site is in an ordinary folder: tmpfs lets whoever has an immutable file open go on writing."""
+    folder = Path(tempfile.mkdtemp(prefix="rpv-", dir="/tmp"))
+    try:
+        if not can_be_frozen(folder / "probe"):
+            pytest.skip("the file system under /tmp knows no immutable files")
+        with start_site(folder) as plain:
+            yield plain
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def can_be_frozen(path: Path) -> bool:
+    with path.open("wb", buffering=0) as out:
+        if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+            return False
+        try:
+            out.write(b"x")
+            return False
+        except PermissionError:
+            return True
+        finally:
+            subprocess.run(["chattr", "-i", path], check=True)
 
 
 def test_a_full_disk_gives_no_202_leaves_nothing_and_is_an_alarm(small):
@@ -143,6 +192,91 @@ def test_a_run_whose_workflow_died_of_a_full_disk_goes_on_when_there_is_room_aga
     assert {r["state"] for r in runs.values()} == {"running"}, small.describe(batch)
     assert small.keys() == []
     assert "workflow goes on" in (small.folder / "service.log").read_text()
+
+
+def assert_nothing_is_taken(site: SmallSite, code: str = "Repave.9024") -> None:
+    """On both APIs, with a time after which to ask again."""
+    with ThreadPoolExecutor(8) as pool:  # so many that new connections are opened
+        for answer in pool.map(site.put, [["lab02"]] * 8):
+            assert (answer.status_code, answer.json()["error_code"]) == (503, "iMetal.0099"), answer.text
+            assert "Retry-After" in answer.headers and "Traceback" not in answer.text
+    token = {"X-Auth-Token": site.values["token"]}
+    own = requests.post(f"{site.values['endpoint']}/repave/v1/projects", json={"name": "more"}, headers=token, timeout=60)
+    assert (own.status_code, own.json()["code"]) == (503, code), own.text
+
+
+def health_status(site: SmallSite) -> int:
+    """What a monitor sees."""
+    return requests.get(f"{site.values['endpoint']}/repave/v1/health", timeout=30).status_code
+
+
+def log_of(site: SmallSite) -> str:
+    return (site.folder / "service.log").read_text()
+
+
+def test_a_database_that_becomes_read_only_gives_no_202_a_write_under_way_is_finished_and_it_goes_on_by_itself(plain):
+    plain.reinstall(["lab01"], "heavy")
+    batch = plain.newest_batch()
+    plain.wait_for_event(batch, "run.crossed", server="lab01")
+    before, keys = plain.batches(), plain.keys()
+    with plain.read_only():
+        said = plain.wait_for_health("failing")["parts"]["database"]
+        assert "read-only" in said["text"], said
+        assert_nothing_is_taken(plain)
+        assert (plain.status("lab02")["state"], plain.keys()) == ("running", keys)  # reading goes on
+        wait_until(lambda: plain.first_sector("lab01") != bytes(512), deadline_s=60, what=lambda: plain.console("lab01")[-600:])
+        assert health_status(plain) == 503 and "ALARM" in log_of(plain) and "read-only" in log_of(plain)
+    plain.wait_for_health("ok")
+    assert plain.wait_for_end(batch)["lab01"]["state"] == "running", plain.describe(batch)
+    assert (plain.batches(), plain.keys()) == (before, [])
+    assert "alarm over" in log_of(plain)
+    wait_until(lambda: plain.put(["lab01", "lab02"]).status_code == 202, deadline_s=20, what=lambda: log_of(plain)[-2000:])
+    assert {r["state"] for r in plain.wait_for_end(plain.newest_batch()).values()} == {"running"}
+
+
+def test_a_database_that_is_damaged_while_the_service_runs_is_said_to_be_corrupt_and_takes_no_more(plain):
+    """It is met by a request, before the watch looks. A write under way is finished, and nothing more is done until the file is whole."""
+    database = plain.data / "repave.db"
+    plain.reinstall(["lab01"], "heavy")
+    batch = plain.newest_batch()
+    plain.wait_for_event(batch, "run.crossed", server="lab01")
+    keys, console = plain.keys(), len(plain.console("lab02"))
+    mend = damage(database, "hosts")  # every PUT asks it
+    assert_nothing_is_taken(plain, "Repave.9025")
+    said = plain.wait_for_health("failing")["parts"]["database"]["text"]
+    assert "database-corrupt" in said and "repave restore FILE" in said, said
+    assert health_status(plain) == 503 and "ALARM" in log_of(plain) and "database-corrupt" in log_of(plain)
+    wait_until(lambda: plain.differences("lab01", plain.folder / "heavy.raw") == [], deadline_s=60, what=lambda: plain.console("lab01")[-600:])
+    time.sleep(5)
+    assert plain.runs(batch)["lab01"]["ended_at"] is None and plain.bmc("lab01")["power"] == "On"
+    assert (plain.keys(), plain.console("lab02")[console:]) == (keys, "")
+    plain.kill_service()
+    said = serve_refused(plain)
+    assert "Repave.9025" in said and "repave restore FILE" in said, said
+    mend()
+    plain.start_service()
+    assert plain.wait_for_end(batch)["lab01"]["state"] == "running", plain.describe(batch)
+    assert plain.keys() == []
+
+
+def damage(database: Path, table: str) -> Callable[[], None]:
+    """The table's first page is noise, under whoever has the file open. Returns what makes it whole again."""
+    with contextlib.closing(sqlite3.connect(database)) as conn:
+        emptied = lambda: conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0  # noqa: E731
+        wait_until(emptied, deadline_s=20, what=lambda: "the page is in the WAL too, and would be read from there")
+        page = conn.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
+        size = conn.execute("PRAGMA page_size").fetchone()[0]
+
+    def put(content: bytes) -> None:
+        with database.open("r+b") as file:
+            file.seek((page - 1) * size)
+            file.write(content)
+
+    with database.open("rb") as file:
+        file.seek((page - 1) * size)
+        whole = file.read(size)
+    put(os.urandom(size))
+    return lambda: put(whole)
 
 
 def test_a_writer_that_holds_the_lock_for_a_while_delays_a_202_and_nothing_is_lost(small):

@@ -13,6 +13,7 @@ import pytest
 import requests
 from conftest import wait_until
 from fault_rig import FaultRig, run_cells, start_fault_rig
+from fault_scenes import prove_others_beside_a_silent_bmc
 
 from repave.lab.fault_proxy import Rule
 
@@ -75,3 +76,13 @@ def test_a_second_boot_with_a_runs_token_is_refused_and_before_the_line_the_run_
 def test_a_second_service_on_a_site_is_refused(rig: FaultRig, second_service: subprocess.Popen[bytes]) -> None:
     assert second_service.wait(60) != 0
     assert rig.status(rig.names[0])["state"] == "running"
+
+
+def test_another_machine_behind_a_bmcs_address_is_refused_before_anything_is_touched(rig: FaultRig) -> None:
+    cell = next(c for c in fault_cells.list_cells() if str(c) == "elsewhere always at any-request")
+    assert run_cells(rig, [cell], quiet) == []
+
+
+def test_while_one_bmc_is_silent_the_others_of_its_batch_are_proved(rig: FaultRig) -> None:
+    """The last one here: how the silent one's own run ends takes minutes, and `make faults` waits for it."""
+    prove_others_beside_a_silent_bmc(rig, rig.names[:4])

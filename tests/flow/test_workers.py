@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import sqlalchemy as sa
 from conftest import wait_until
 from dbos import DBOSClient
@@ -173,6 +174,38 @@ def test_a_database_that_is_away_longer_than_the_lease_costs_no_worker_and_no_ru
     assert_ended_once(site, site.workers[1], batch, consoles)
     assert site.reaped() == reaped
     assert [w.process.poll() for w in site.workers] == [None, None]
+
+
+def test_a_postgresql_that_is_stopped_under_its_workers_gives_no_202_and_all_goes_on_when_it_is_back(site):
+    """Each worker says it in its own health. What an agent was writing is written, what was asked meanwhile left nothing."""
+    batch, consoles = begin(site)
+    wait_until(lambda: any(e["type"] == "run.crossed" for e in site.client().items("/events", batch=batch)), deadline_s=60, what=lambda: batch)
+    before, keys = len(site.client().items("/batches", limit=1000)), sorted(p.name for p in (site.folder / "secret/run-keys").iterdir())
+    body = {"image_id": site.client().items("/images")[0]["id"], "password": PASSWORD, "instance_id_set": list(site.ids.values())}
+    site.postgres.stop()
+    try:
+        for worker in site.workers:
+            url = f"http://127.0.0.1:{worker.api}/v1/{site.project_id}/instances/reinstall"
+            answer = requests.put(url, json=body, headers={"X-Auth-Token": site.token}, timeout=60)
+            assert (answer.status_code, answer.json()["error_code"]) == (503, "iMetal.0099"), answer.text
+            assert "Retry-After" in answer.headers and "Traceback" not in answer.text
+            wait_until(lambda worker=worker: not health(worker)[1]["parts"]["database"]["ok"], deadline_s=45, what=lambda worker=worker: str(health(worker)))
+            status, said = health(worker)
+            assert (status, said["parts"]["database"]["text"]) == (503, "the database does not answer, or takes nothing")
+            assert "ALARM" in worker.log.read_text()
+        assert sorted(p.name for p in (site.folder / "secret/run-keys").iterdir()) == keys
+    finally:
+        site.postgres.start()
+    for worker in site.workers:
+        wait_until(lambda worker=worker: health(worker)[0] == 200, deadline_s=45, what=lambda worker=worker: str(health(worker)))
+    assert_ended_once(site, site.workers[1], batch, consoles)
+    assert len(site.client().items("/batches", limit=1000)) == before
+    assert [w.process.poll() for w in site.workers] == [None, None]
+
+
+def health(worker: Worker) -> tuple[int, dict]:
+    answer = requests.get(f"http://127.0.0.1:{worker.api}/repave/v1/health", timeout=60)
+    return answer.status_code, answer.json()
 
 
 def test_a_worker_that_ends_in_order_leaves_its_runs_to_the_other_at_once(site):

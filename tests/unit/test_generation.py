@@ -178,3 +178,20 @@ def test_a_look_that_hangs_is_told_until_one_ends(tmp_path):
         while not all(part.ok for part in watch.health().values()):
             assert time.monotonic() < deadline, watch.health()
             time.sleep(0.1)
+
+
+def test_a_damaged_page_that_nobody_reads_is_found_by_the_watch_and_nothing_is_written_any_more(tmp_path):
+    with watched(tmp_path) as (store, watch):
+        watch.check()
+        store.access.add_project("before")
+        with contextlib.closing(sqlite3.connect(tmp_path / "repave.db")) as conn:
+            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            page = conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'alembic_version'").fetchone()[0]
+        with (tmp_path / "repave.db").open("r+b") as file:
+            file.seek((page - 1) * 4096)
+            file.write(os.urandom(4096))
+        watch.check()
+        assert not watch.health()["database"].ok and "database-corrupt" in watch.health()["database"].text
+        with pytest.raises(sa.exc.DatabaseError, match="malformed"):
+            store.access.add_project("after")
+        assert store.access.find_project("before") and not store.access.find_project("after")

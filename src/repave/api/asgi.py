@@ -27,7 +27,7 @@ from repave.api.body import MAX_BODY_BYTES
 from repave.api.wire_errors import WireError, answer_for, from_status, internal
 from repave.auth import Presented
 from repave.errors import RepaveError, RequestError
-from repave.store.database import is_unavailable
+from repave.store.database import is_damage, is_unavailable
 
 BODY_TIMEOUT_S = 60.0  # 64 KiB in a minute: slower than any link that works
 MAX_HEADER_BYTES = 64 * 1024
@@ -75,7 +75,7 @@ def install_wire(app: FastAPI) -> None:
         if not is_unavailable(error):
             raise error
         _log.error("database not available", request_id=incoming(request).request_id, error=type(error).__name__)
-        return answer_for(request.url.path, RepaveError("database-unavailable"))
+        return answer_for(request.url.path, RepaveError("database-corrupt" if is_damage(error) else "database-unavailable"))
 
     for of_the_store in (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError):
         app.add_exception_handler(of_the_store, on_store)

@@ -133,7 +133,7 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
     "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
-    "database-unavailable": 503,
+    "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 

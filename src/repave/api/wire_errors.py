@@ -112,7 +112,7 @@ def to_wire(error: RepaveError) -> WireError:
             return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
         case "not-found", _:
             return from_status(404)
-        case "database-unavailable", _:
+        case (("database-unavailable" | "database-corrupt"), _):
             return unavailable()
     return internal()
 

@@ -30,7 +30,7 @@ from repave.app import init_site, render_settings
 from repave.cli.client import Client, Endpoint
 from repave.config import SETTINGS_FILE
 from repave.lab import scripted_os
-from repave.lab.postgres import start_postgres
+from repave.lab.postgres import Server, start_server
 from repave.lab.processes import find_free_ports, find_process, wait_for_port
 from repave.lab.rack import power_on
 from repave.lab.scripted import start_scripted_rack
@@ -145,7 +145,7 @@ class Workers:
     """The site as its operator and its clients see it."""
 
     folder: Path
-    url: str
+    postgres: Server
     database: Balancer  # what the workers see of it; `url` is the database itself
     agents: Balancer
     media: Balancer
@@ -156,6 +156,10 @@ class Workers:
     project_id: str = ""
     ids: dict[str, str] = field(default_factory=dict)
     bmcs: list[Balancer] = field(default_factory=list)  # one in front of each BMC: the driver opens a connection for each request
+
+    @property
+    def url(self) -> str:
+        return self.postgres.url
 
     def __post_init__(self) -> None:
         self.engine = open_engine(self.url)
@@ -274,10 +278,10 @@ def start_workers(folder: Path, *, machines: int, workers: int = 2, watch_bmcs: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        url = stack.enter_context(start_postgres(folder / "pg"))
+        postgres = stack.enter_context(start_server(folder / "pg"))
         database, agents, media = (stack.enter_context(start_balancer()) for _ in range(3))
         rack = stack.enter_context(start_scripted_rack(folder / "rack", count=machines))
-        site = Workers(folder, url, database, agents, media, SHORT | settings, list(rack.machines))
+        site = Workers(folder, postgres, database, agents, media, SHORT | settings, list(rack.machines))
         assert site.engine.url.port is not None
         database.backends = [site.engine.url.port]
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
+import sqlite3
 import threading
 import time
 import uuid
@@ -41,6 +42,8 @@ class Database:
 
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         self.engine, self.sealer, self.now = engine, sealer, now
+        self.damaged = False  # a damaged page was met: nothing more is written, until a start has checked the file
+        sa.event.listen(engine, "handle_error", self._note_damage)
         # SQLite lets writers poll for its lock, up to 0.1 s each: they wait here instead, and are woken at once.
         self._turn: AbstractContextManager[object] = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
         self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
@@ -53,6 +56,7 @@ class Database:
 
         So limits are counted right, whoever follows the events misses none (`seq` is given before the commit), and no two wait for each other.
         """
+        self._refuse_damaged()
         with self._turn, self.engine.connect().execution_options(repave_write=True) as conn, conn.begin():
             if self.engine.dialect.name == "postgresql":
                 conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
@@ -61,6 +65,7 @@ class Database:
     @contextmanager
     def write_within(self, seconds: float) -> Iterator[sa.Connection]:
         """As `write`, but out of turn: a look at how the database is must not queue behind those who wait for it. Raises OperationalError when it is late."""
+        self._refuse_damaged()
         with self.engine.connect().execution_options(repave_write=True) as conn:
             if self.engine.dialect.name == "postgresql":
                 with conn.begin():
@@ -76,6 +81,16 @@ class Database:
                     yield conn
             finally:
                 driver.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+
+    def _note_damage(self, context: sa.engine.ExceptionContext) -> None:
+        self.damaged = self.damaged or is_damage(context.sqlalchemy_exception)
+
+    def _refuse_damaged(self) -> None:
+        """In the words of SQLite: whoever bears a database that can not be written bears this."""
+        if self.damaged:
+            cause = sqlite3.DatabaseError("database disk image is malformed")
+            cause.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise sa.exc.DatabaseError("", None, cause, hide_parameters=True)
 
     def rows(self, statement: sa.Select[Any], **values: Any) -> list[sa.RowMapping]:
         with self.engine.connect() as conn:
@@ -118,6 +133,13 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, kinds) or type(error) is sa.exc.DatabaseError
 
 
+def is_damage(error: BaseException | None) -> bool:
+    """The database itself says that its pages make no sense. It is no passing trouble."""
+    cause = getattr(error, "orig", None)
+    found = getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return found or getattr(cause, "sqlstate", "") in ("XX001", "XX002")  # PostgreSQL: data_corrupted, index_corrupted
+
+
 def open_engine(url: str) -> sa.Engine:
     """The SQLAlchemy engine; a statement's values never appear in an error.
 
@@ -130,6 +152,13 @@ def open_engine(url: str) -> sa.Engine:
     # A worker that is stopped inside a transaction must not keep its locks: the server ends it, and the worker's lease has run out by then.
     options = {"options": f"-c idle_in_transaction_session_timeout={_IDLE_MS}", "connect_timeout": 10}
     return sa.create_engine(url, pool_size=32, max_overflow=32, pool_use_lifo=True, hide_parameters=True, pool_pre_ping=True, connect_args=options)
+
+
+@sa.event.listens_for(sa.Engine, "handle_error")
+def _drop_read_only(context: sa.engine.ExceptionContext) -> None:
+    """Of every engine, DBOS's too: SQLite opens a file that can not be written for reading, and such a connection would stay so when the file can be."""
+    if getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+        context.is_disconnect = True
 
 
 def _prepare_sqlite(engine: sa.Engine) -> None:

@@ -58,7 +58,7 @@ def end_restored_runs(db: Database, *, above: int, why: str) -> tuple[Stand, lis
     return found, live
 
 
-def check_file(url: str) -> None:
+def check_file(url: str | sa.URL) -> None:
     """Raises RepaveError database-corrupt where SQLite's own check finds damage. A file that is not there yet is fine.
 
     Blocks: about a second for 100 MB.
