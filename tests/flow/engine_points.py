@@ -57,17 +57,18 @@ class Act:
 
 
 class Steps:
-    """The effects of a run; the process dies, or the effect fails, where the act says. `spared`: the run of an earlier life, which only goes on."""
+    """The effects of a run; the process dies, or the effect fails, where the act says. `spared`: the run of an earlier life, its act without the death."""
 
-    def __init__(self, world: World, act: Act, spared: str) -> None:
+    def __init__(self, world: World, act: Act, spared: str, before: Act) -> None:
         self._world, self._act, self._spared = world, act, spared
+        self._before = replace(before, dies_before="", dies_after="")
         self.heard: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         effect = getattr(self._world.effects, name)
 
         def do(run_id: str, *how: Any) -> Any:
-            act = Act("") if run_id == self._spared else self._act
+            act = self._before if run_id == self._spared else self._act
             if name == act.dies_before:
                 os._exit(_DIED)
             if run_id != self._spared:
@@ -119,8 +120,10 @@ def live(world: World, url: str, act: Act | None, before: Act | None) -> dict[st
     world.store = world.effects.store = store
     load(world)
     spared = store.runs.list_runs()[-1].id if before else ""
-    steps = Steps(world, act or Act(""), spared)
-    waits = Waits(**(asdict(PATIENT) | ({WAITS[act.silent]: HASTY_S} if act and act.silent else {})))
+    steps = Steps(world, act or Act(""), spared, before or Act(""))
+    silent = {a.silent for a in (before, act) if a and a.silent}  # one at most: see `Theatre.play`
+    waits = Waits(**(asdict(PATIENT) | {WAITS[s]: HASTY_S for s in silent}))
+    world.machine.silent = silent
     engine = Engine(store, url, world.folder / "worker.lock", waits=waits)
     fleet = Fleet(store, engine.enqueue, run_timeout_s=3600)
     engine.start(steps)  # type: ignore[arg-type]
@@ -179,7 +182,7 @@ class Theatre:
 
     def play(self, act: Act) -> list[str]:
         """The act's steps, [] where its life ended in it."""
-        if act.silent and self._before:
+        if self._before and self._before.silent != act.silent:
             self.rest()
         self.runs += 1
         return self._fork(act)
@@ -236,7 +239,8 @@ def play_all(theatre: Theatre, *, whole: bool) -> str:
             new = []
         known |= set(steps)
         for step in new:
-            theatre.play(replace(path, name=f"{path.name}, dies after {step}", dies_after=step))
+            if step != path.fails:  # that one has no effect to die after
+                theatre.play(replace(path, name=f"{path.name}, dies after {step}", dies_after=step))
             if whole:
                 theatre.play(replace(path, name=f"{path.name}, dies before {step}", dies_before=step))
         theatre.rest()
