@@ -112,7 +112,7 @@ def _ask(watch: Watch, client: Client, image: str, names: list[str], wanted: Wan
     answer = requests.post(f"{client.endpoint.url}/repave/v1/reinstall", json=body, headers={"X-Auth-Token": client.endpoint.token}, timeout=60)
     print(f"reinstall of {names}: {answer.status_code}")
     if answer.status_code == 202:
-        watch.accepted.append((sent_at, time.time(), [r["instance_id"] for r in answer.json()["runs"]]))
+        watch.accepted.append((sent_at, time.time(), [watch.place.ids[name] for name in names]))
 
 
 def _damage(client: Client, folder: Path) -> None:
