@@ -39,6 +39,7 @@ class Store(Database):
         try:
             bring_up_to_date(engine)
             store = cls(engine, sealer, now)
+            sa.event.listen(engine, "handle_error", store.note_damage)
             store.marks.check_key()
         except BaseException:
             engine.dispose()

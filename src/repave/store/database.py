@@ -43,7 +43,6 @@ class Database:
     def __init__(self, engine: sa.Engine, sealer: Sealer, now: Callable[[], datetime]) -> None:
         self.engine, self.sealer, self.now = engine, sealer, now
         self.damaged = False  # a damaged page was met: nothing more is written, until a start has checked the file
-        sa.event.listen(engine, "handle_error", self._note_damage)
         # SQLite lets writers poll for its lock, up to 0.1 s each: they wait here instead, and are woken at once.
         self._turn: AbstractContextManager[object] = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
         self.tell: Tell = lambda conn, run_id, event, message: None  # the engine's; set by app.py
@@ -82,7 +81,7 @@ class Database:
             finally:
                 driver.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
 
-    def _note_damage(self, context: sa.engine.ExceptionContext) -> None:
+    def note_damage(self, context: sa.engine.ExceptionContext) -> None:
         self.damaged = self.damaged or is_damage(context.sqlalchemy_exception)
 
     def _refuse_damaged(self) -> None:
