@@ -169,8 +169,9 @@ def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
 
 
 def before_line(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
-    """I6: what ended before the line left the disk as it was, and what ran before runs again."""
-    broken = [f"I6 {name}: {r['outcome']}, and the line was crossed" for r in runs if (r["outcome"] in _AFTER_LINE) != bool(r["crossed_at"])]
+    """I6: what ended before the line left the disk as it was, and what ran before runs again. `restored`: where it was is not known."""
+    known = [r for r in runs if r["outcome"] != "restored"]
+    broken = [f"I6 {name}: {r['outcome']}, and the line was crossed" for r in known if (r["outcome"] in _AFTER_LINE) != bool(r["crossed_at"])]
     if not runs or any(r["crossed_at"] for r in runs):
         return broken
     if was_written(facts.digests[name]):
