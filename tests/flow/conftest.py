@@ -48,9 +48,9 @@ Json = dict[str, Any]
 
 
 class Lab:
-    """The rack as a client, an operator and the machines' owner see it. `watch` None: nobody looks from outside, as where faults are the work."""
+    """The rack as a client, an operator and the machines' owner see it."""
 
-    watch: Watch | None = None
+    watch: Watch
 
     def __init__(self, folder: Path, values: Json) -> None:
         self.folder, self.values = folder, values
@@ -168,8 +168,7 @@ class Lab:
         with self.machines[name].root_disk.open("r+b") as disk:
             disk.seek(MIB)
             disk.write(b"\xa5" * (15 * MIB))
-        if self.watch is not None:
-            self.watch.look_again(name)
+        self.watch.look_again(name)
 
     def first_sector(self, name: str) -> bytes:
         with self.machines[name].root_disk.open("rb") as disk:

@@ -23,6 +23,8 @@ from typing import Any
 import requests
 from conftest import SECTOR, Lab, wait_until
 from fault_cells import Cell
+from places import place_of_rack
+from watch import Watch
 from wide_image import build_wide_image
 
 from repave.app import init_site
@@ -88,6 +90,11 @@ class FaultRig(Lab):
             raw = (build_wide_image if name == "wide" else scripted_os.build_image)(folder / f"{name}.raw", name)
             import_image(self.client, raw, name=name)
         self.image_ids = {i["name"]: i["id"] for i in self.client.items("/images")}
+        lab = self.values | {"sk": first_key.sk, "instances": [{"id": i, "name": n} for n, i in self.ids.items()]}
+        place = place_of_rack(folder, lab, ["Cell-7!"])
+        self.watch = Watch(dataclasses.replace(place, machines=self.machines, bmc_logs={n: place.bmc_logs[n] for n in self.machines}))
+        stack.callback(self.watch.close)
+        self.watch.begin()
 
     def _name_caller(self, path: str, bearer: str) -> str:
         """The server whose run this is: by the run in the path, or by its token, which only the run's own key gives."""
@@ -155,6 +162,7 @@ class FaultRig(Lab):
         """What is wrong with how the cell ended, "" where nothing is."""
         self.settle(name)
         self.scribble(name)
+        self.watch.begin_of(name)
         before = Before(self.disk_digest(name), len(self.console(name)), len(self.proxy_of(cell, name).read_log()))
         self.set_cell(None if cell.since else cell, name)
         batch = self.start_run(name, cell.image)
@@ -171,6 +179,8 @@ class FaultRig(Lab):
             wrong = f"{wrong}; crossed {len(crossed)} times"
         if not run["error"] and cell.ends != "running":
             wrong = f"{wrong}; no cause"
+        broken = [b for b in self.watch.judge_of(name) if not b.startswith("I10 ")]  # all BMCs have one password here
+        wrong = "; ".join([wrong, *broken])
         self.set_cell(None, name)
         if not wrong and self.status(name)["state"] == "error":  # from error another reinstall is always allowed
             again = self.wait_for_run(self.start_run(name, "tiny-1"), name)

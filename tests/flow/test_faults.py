@@ -51,7 +51,7 @@ def test_a_reinstall_with_a_fault_at_the_wire_ends_as_the_matrix_says(rig: Fault
     with capsys.disabled():
         print(f"\nfaults: {len(cells)} cells, {len(cells) - len(wrong)} ended as the matrix says")
     assert not wrong, "\n".join(wrong)
-    assert rig.keys() == []
+    assert rig.watch.judge_site() == []
 
 
 def test_a_second_boot_with_a_runs_token_is_refused_and_before_the_line_the_run_goes_back(rig: FaultRig) -> None:
