@@ -358,6 +358,14 @@ class Watch:
                 found += [f"process {name}" for name in find_in(shown, secrets)]
         return found
 
+    def _half_written(self) -> set[tuple[Path, int]]:
+        """Each with the time of its last write."""
+        found = set[tuple[Path, int]]()
+        for path in (p for root in self.place.kept() if root.is_dir() for p in root.rglob("*") if p.name.endswith((".new", ".part"))):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
+        return found
+
     def _find_unchained(self) -> int | None:
         before = ""
         for e in self.rows("SELECT seq, at, project_id, type, batch_id, run_id, server_id, actor, data, mac FROM events ORDER BY seq"):
@@ -369,7 +377,10 @@ class Watch:
 
     def _find_leftovers(self) -> list[str]:
         """Half-written files, and what a process has opened and not closed: pools grow as much as so few runs make them, nothing else does."""
-        found = [str(p.name) for root in self.place.kept() if root.is_dir() for p in root.rglob("*") if p.name.endswith((".new", ".part"))]
+        if half := self._half_written():
+            time.sleep(1)  # the file `generation` follows the database: one that is just being written is gone by then
+            half &= self._half_written()
+        found = sorted(path.name for path, _ in half)
         connections = 32  # store/database.py keeps so many
         pools = {"thread": 40, "socket": 8, "file repave.db": connections, "file repave.db-wal": connections}
         if not self.place.database_url.startswith("sqlite"):
