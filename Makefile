@@ -46,9 +46,9 @@ soak: install ## Simulated fleets on a virtual clock: SEEDS=20000 worlds of ten 
 soak-hour: install ## The real service under reinstalls with faults for an hour, its memory and open files watched: MINUTES=60
 	@$(VENV)/bin/python -m bench soak $(or $(MINUTES),60)
 
-crashes: install ## The service dies at every point of every ending, then twice: PAIRS=2000; then on the real engine (2 minutes more)
+crashes: install ## The service dies at every point of every ending, then twice: PAIRS=2000; real processes at each step, on both databases
 	@$(VENV)/bin/python tests/simulation/crash_points.py --pairs $(or $(PAIRS),2000)
-	@folder=$$(mktemp -d /tmp/rpe-XXXXXX) && trap 'rm -rf "$$folder"' EXIT && $(VENV)/bin/python tests/flow/engine_points.py "$$folder" --whole
+	@$(VENV)/bin/python -u tests/flow/engine_points.py --whole
 
 faults: install ## Faults at the wire: every request of a reinstall and of the BMC driver; ONLY= part of a cell's name
 	@PYTHONPATH=tests/outside $(VENV)/bin/python -u tests/flow/faults.py $(if $(ONLY),--only "$(ONLY)")

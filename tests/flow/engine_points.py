@@ -3,6 +3,7 @@
 `python engine_points.py FOLDER [--url POSTGRESQL] [--whole]` plays one server again and again: each step's process dies before its effect and after its
 effect (before the engine's record), each step runs twice, each fails for good, each wait runs out. The steps are discovered by a first run. Lives are
 forks of one process, so that only the first pays for imports. A life that finds a run of the one before takes it up, and then begins the next.
+Without FOLDER (`make crashes`): in a new one, on SQLite and then on a PostgreSQL of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ from repave.bmc import Power
 from repave.domain.model import InstanceState
 from repave.domain.states import Ending
 from repave.errors import RunFailed
+from repave.lab.postgres import start_postgres
 from repave.secrets import Sealer
 from repave.store import Store
 from repave.workflow.engine import Engine
@@ -114,8 +117,11 @@ def play_machine(world: World) -> None:
                 world.machine_turn("proof")
 
 
-def live(world: World, url: str, act: Act | None, before: Act | None) -> dict[str, Any]:
-    """One life: the run of the life `before` goes on to its end, then `act` is begun. Returns what is wrong, and the act's steps. It may die instead."""
+def live(world: World, url: str, act: Act | None, before: Act | None, tell: Callable[[list[str], list[str]], None]) -> None:
+    """One life: the run of the life `before` goes on to its end, then `act` is begun. Each run that ended is told: what is wrong, and its steps.
+
+    It may die in the act, so what became of the run before is told first.
+    """
     store = Store.open(url, sealer=Sealer.open(world.folder / "secret" / "key"), now=lambda: datetime.now(UTC))
     world.store = world.effects.store = store
     load(world)
@@ -128,14 +134,12 @@ def live(world: World, url: str, act: Act | None, before: Act | None) -> dict[st
     fleet = Fleet(store, engine.enqueue, run_timeout_s=3600)
     engine.start(steps)  # type: ignore[arg-type]
     threading.Thread(target=play_machine, args=(world,), daemon=True).start()
-    wrong = []
     if before:
-        wrong += judge(world, engine, spared, before)
+        tell(judge(world, engine, spared, before), [])
     if act:
         world.machine.silent = {act.silent} - {""}
         batch = fleet.admit(credential=world.credential, instance_ids=[world.instance.id], image_id=world.image.id, password=PASSWORD).batch_id
-        wrong += judge(world, engine, store.runs.list_runs(batch_id=batch)[0].id, act)
-    return {"wrong": wrong, "heard": steps.heard}
+        tell(judge(world, engine, store.runs.list_runs(batch_id=batch)[0].id, act), steps.heard)
 
 
 def judge(world: World, engine: Engine, run_id: str, act: Act) -> list[str]:
@@ -177,7 +181,7 @@ class Theatre:
         save(self.world)
         self.world.store.close()
         self.wrong: list[str] = []
-        self.deaths = self.runs = 0
+        self.deaths = self.runs = self.judged = 0
         self._before: Act | None = None
 
     def play(self, act: Act) -> list[str]:
@@ -198,7 +202,7 @@ class Theatre:
         pid = os.fork()
         if pid == 0:
             try:
-                os.write(writer, json.dumps(live(self.world, self.url, act, before)).encode())
+                live(self.world, self.url, act, before, lambda *told: os.write(writer, f"{json.dumps(told)}\n".encode()))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -209,6 +213,9 @@ class Theatre:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if os.environ.get("VERBOSE"):
             print(f"{time.monotonic():.1f} {act} {status} {said}", flush=True)
+        told = [json.loads(line) for line in said.splitlines()]
+        self.wrong += [line for wrong, _ in told for line in wrong]
+        self.judged += len(told)
         if status == _DIED:
             self.deaths, self._before = self.deaths + 1, act
             return []
@@ -216,9 +223,7 @@ class Theatre:
         if status or dies:
             self.wrong.append(f"{act.name if act else 'rest'}: the life ended with status {status}")
             return []
-        told = json.loads(said)
-        self.wrong += told["wrong"]
-        return list(told["heard"])
+        return list(told[-1][1])
 
 
 PATHS = (
@@ -251,20 +256,36 @@ def play_all(theatre: Theatre, *, whole: bool) -> str:
     for event, ends in AFTER_SILENCE.items():
         if whole or event in ("agent-ready", "written"):  # the other two are paths of their own
             theatre.play(Act(f"no {event}", ends, silent=event))
+    if theatre.judged != theatre.runs:
+        theatre.wrong.append(f"{theatre.runs - theatre.judged} runs were not judged")
     return f"engine points: {theatre.deaths} deaths of the process, {theatre.runs} runs, {len(theatre.wrong)} violations"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--url", default="")
     parser.add_argument("--whole", action="store_true")
     args = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    theatre = Theatre(args.folder, args.url)
-    last = play_all(theatre, whole=args.whole)
-    print(*theatre.wrong, last, sep="\n")
-    sys.exit(bool(theatre.wrong))
+    wrong = False
+    with contextlib.ExitStack() as stack:
+        for folder, url in [(args.folder, args.url)] if args.folder else start_databases(stack):
+            theatre = Theatre(folder, url)
+            last = play_all(theatre, whole=args.whole)
+            print(*theatre.wrong, last, sep="\n", flush=True)
+            wrong = wrong or bool(theatre.wrong)
+    sys.exit(wrong)
+
+
+def start_databases(stack: contextlib.ExitStack) -> Iterator[tuple[Path, str]]:
+    """A folder for each kind of database, and its URL ("": a file in the folder)."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rpe-", dir="/tmp")))
+    folder.chmod(0o755)  # PostgreSQL runs as a user of its own
+    for name in ("sqlite", "postgresql"):
+        (folder / name).mkdir()
+    yield folder / "sqlite", ""
+    yield folder / "postgresql", stack.enter_context(start_postgres(folder / "server"))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ BMCS: tuple[Row, ...] = (
         "Refused by its UUID before anything is touched, on either machine; the server is locked until an operator has looked.", (
         "flow/fault_cells.py::elsewhere always at any-request",
         "flow/test_reinstall_workflow.py::test_another_server_behind_the_address_is_locked_until_an_operator_has_looked",
-        "flow/test_faults.py::test_another_machine_behind_a_bmcs_address_is_refused_before_anything_is_touched",
+        "flow/test_faults.py::test_another_machine_behind_a_bmcs_address_is_left_alone_and_the_server_locked_until_an_operator_has_looked",
     )),
     Row(24, False, "Boot media come slowly, broken or not at all",
         "Slow is waited for. Without whole media no agent speaks, and the old OS runs again.", (
@@ -212,6 +212,7 @@ MACHINES: tuple[Row, ...] = (
     Row(49, True, "The rack and the service lose power at one moment",
         "Every run ends, none is lost: disks not yet written boot the old OS, half-written ones do not boot, and each can be reinstalled.", (
         "flow/fault_scenes.py::test_a_rack_and_its_service_that_lose_power_at_one_moment_end_every_run",
+        "flow/test_faults.py::test_two_servers_and_the_service_that_lose_power_at_one_moment_end_both_runs",
     )),
     Row(51, True, "The old OS comes up instead of the ramdisk or the new OS",
         "It is not taken for the new one: only a proof of this run counts.", (

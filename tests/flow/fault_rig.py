@@ -142,11 +142,15 @@ class FaultRig(Lab):
             self.wait_for_run(self.start_run(name, "tiny-1"), name)
             assert self.status(name)["state"] == "running"
 
-    def start_run(self, name: str, image: str, *, also: Sequence[str] = ()) -> str:
-        """CloudDC's PUT; the batch's id."""
+    def put(self, name: str, image: str, *, also: Sequence[str] = ()) -> requests.Response:
+        """CloudDC's."""
         url = f"{self.values['endpoint']}/v1/{self.values['project_id']}/instances/reinstall"
         body = {"image_id": self.image_ids[image], "password": f"Cell-7!{os.urandom(6).hex()}", "instance_id_set": [self.ids[n] for n in (name, *also)]}
-        answer = requests.put(url, json=body, headers={"X-Auth-Token": self.values["token"]}, timeout=60)
+        return requests.put(url, json=body, headers={"X-Auth-Token": self.values["token"]}, timeout=60)
+
+    def start_run(self, name: str, image: str, *, also: Sequence[str] = ()) -> str:
+        """The 202's batch."""
+        answer = self.put(name, image, also=also)
         assert answer.status_code == 202, answer.text
         return answer.headers["link"].partition("/batches/")[2].partition(">")[0]
 

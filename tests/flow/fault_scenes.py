@@ -15,30 +15,34 @@ from repave.lab.fault_proxy import Rule
 
 
 def test_a_rack_and_its_service_that_lose_power_at_one_moment_end_every_run(rig: FaultRig) -> None:
-    """Some agents are in the midst of writing, some are not past the line."""
+    lose_power(rig, rig.names)
+
+
+def lose_power(rig: FaultRig, names: list[str]) -> None:
+    """These machines and the service, while every second agent is in the midst of writing and the others are not past the line. Every run ends."""
     digests = {}
-    for number, name in enumerate(rig.names):
+    for number, name in enumerate(names):
         rig.settle(name)
         rig.scribble(name)
         digests[name] = rig.disk_digest(name)
         # The first chunk is fetched before anything is cleared; without the second the disk stays half written.
         held = Rule("black-hole", path="/chunks/", nth=2, times=None) if number % 2 else Rule("black-hole", path="/cross$", times=None)
         rig.agents.set_rules([replace(held, caller=name)], caller=name)
-    batches = {name: rig.start_run(name, "wide") for name in rig.names}
-    for number, name in enumerate(rig.names):
+    batches = {name: rig.start_run(name, "wide") for name in names}
+    for number, name in enumerate(names):
         rig.wait_for_event(batches[name], "run.crossed" if number % 2 else "run.plan", server=name)
         if number % 2:
             wait_until(lambda name=name: rig.first_sector(name) == bytes(SECTOR), deadline_s=60, what=lambda name=name: f"{name} clears nothing")
     rig.kill_service()
-    for name in rig.names:
+    for name in names:
         m = rig.machines[name]
         with RedfishBmc(BmcAddress(m.bmc_url, m.bmc_username, m.bmc_password)) as bmc:
             bmc.power_off()
         rig.set_cell(None, name)
-    halves = {name: rig.first_sector(name) == bytes(SECTOR) for name in rig.names}
+    halves = {name: rig.first_sector(name) == bytes(SECTOR) for name in names}
     assert len(set(halves.values())) == 2, halves
     rig.start_service()
-    for name in rig.names:
+    for name in names:
         run = rig.wait_for_run(batches[name], name)
         assert run["outcome"] == ("write-failed" if run["past_the_line"] else "returned"), run
         assert rig.bmc(name) == {"boot": "Hdd", "media": "", "power": "Off" if run["past_the_line"] else "On"}
@@ -46,7 +50,7 @@ def test_a_rack_and_its_service_that_lose_power_at_one_moment_end_every_run(rig:
             assert scripted_os.find_os(rig.machines[name].root_disk) is None
         else:
             assert rig.disk_digest(name) == digests[name]
-    for name in rig.names:
+    for name in names:
         rig.settle(name)
 
 

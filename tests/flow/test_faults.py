@@ -11,9 +11,11 @@ import fault_cells
 import fault_driver
 import pytest
 import requests
+from bmc_log import read_bmc
 from conftest import wait_until
+from disks import digest_of
 from fault_rig import FaultRig, run_cells, start_fault_rig
-from fault_scenes import prove_others_beside_a_silent_bmc
+from fault_scenes import lose_power, prove_others_beside_a_silent_bmc
 
 from repave.lab.fault_proxy import Rule
 
@@ -78,9 +80,29 @@ def test_a_second_service_on_a_site_is_refused(rig: FaultRig, second_service: su
     assert rig.status(rig.names[0])["state"] == "running"
 
 
-def test_another_machine_behind_a_bmcs_address_is_refused_before_anything_is_touched(rig: FaultRig) -> None:
-    cell = next(c for c in fault_cells.list_cells() if str(c) == "elsewhere always at any-request")
-    assert run_cells(rig, [cell], quiet) == []
+def test_another_machine_behind_a_bmcs_address_is_left_alone_and_the_server_locked_until_an_operator_has_looked(rig: FaultRig) -> None:
+    name, other = rig.names[0], rig.other
+    rig.settle(name)
+    before = rig.disk_digest(name), rig.bmc(name), digest_of(other.root_disk), read_bmc(other)
+    rig.bmcs[name].set_rules([Rule("elsewhere", times=None, other_url=other.bmc_url)])
+    batch = rig.start_run(name, "tiny-1")
+    run = rig.wait_for_run(batch, name)
+    rig.set_cell(None, name)
+    assert (run["outcome"], run["error"]["class"]) == ("returned", "wrong-server"), run["error"]
+    assert (rig.disk_digest(name), rig.bmc(name), digest_of(other.root_disk), read_bmc(other)) == before
+    lock = rig.client.get(f"/servers/{name}")["lock"]
+    assert lock["by"] == "repave" and batch in lock["reason"], lock
+    refused = rig.put(name, "tiny-1")  # its own machine is there again, and nobody can know
+    assert (refused.status_code, refused.json()["error_code"]) == (400, "iMetal.0101")
+    assert name in refused.text and lock["reason"] in refused.text, refused.text
+    rig.client.post(f"/servers/{name}/unlock", {})
+    assert rig.wait_for_run(rig.start_run(name, "tiny-1"), name)["outcome"] == "proved"
+
+
+def test_two_servers_and_the_service_that_lose_power_at_one_moment_end_both_runs(rig: FaultRig) -> None:
+    """The scene of the whole rack, with a wait that is soon over."""
+    with rig.settings(written_s=12):
+        lose_power(rig, rig.names[:2])
 
 
 def test_while_one_bmc_is_silent_the_others_of_its_batch_are_proved(rig: FaultRig) -> None:

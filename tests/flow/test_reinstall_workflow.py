@@ -444,7 +444,7 @@ def test_an_image_that_another_run_met_damaged_is_looked_at_again_before_the_lin
 def test_another_server_behind_the_address_is_locked_until_an_operator_has_looked(world):
     world.machine.uuid = "uuid-of-another"
     assert world.play(world.journal()) == "returned"
-    assert world.machine.actions == ["probe", "check_media"]
+    assert world.machine.actions == ["probe"]
     server = world.store.servers.get_server(world.instance.server_id)
     assert server.locked_by == "repave" and "another UUID" in server.lock_reason
     with pytest.raises(RequestError, match="another UUID") as refused:
@@ -453,6 +453,16 @@ def test_another_server_behind_the_address_is_locked_until_an_operator_has_looke
     seen = {"serial": "SER-1", "uuid": "uuid-of-another", "model": "M1", "macs": ("52:54:00:00:00:01",)}
     world.store.servers.replace_server(server, seen, bmc_password=None, actor="op")
     assert world.play_another() == "proved"
+
+
+@pytest.mark.parametrize(("uuid", "cause", "locked"), [("uuid-of-another", "wrong-server", True), ("uuid-1", "no_system", False)])
+def test_a_bmc_without_the_system_recorded_is_another_servers_only_where_what_it_has_says_so(world, uuid, cause, locked):
+    """The bug: where the path of a system has its UUID in it, another machine was taken for a BMC that names none, and the server was not locked."""
+    world.store.servers.set_server(world.instance.server_id, bmc_system_uri="/redfish/v1/Systems/uuid-1")
+    world.machine.uuid, world.machine.refuses_once, world.machine.refusal = uuid, {"probe"}, "no_system"
+    assert world.play(world.journal()) == "returned"
+    assert (world.state().error["class"], world.machine.actions) == (cause, ["probe", "probe"])
+    assert (world.store.servers.get_server(world.instance.server_id).locked_by == "repave") is locked
 
 
 @pytest.mark.parametrize(

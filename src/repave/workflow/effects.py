@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
-from repave.bmc import Bmc, Power
+from repave.bmc import Bmc, BmcFacts, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
 from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
@@ -20,7 +20,7 @@ from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_mi
 from repave.domain.states import Ending
 from repave.domain.timing import learn_wait, way_back_at
 from repave.domain.urls import find_unreachable_place
-from repave.errors import RunFailed
+from repave.errors import BmcError, RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
 from repave.store import Store
@@ -74,11 +74,8 @@ class ServerEffects:
             raise misfit
         self._verify_image(run.batch_id, image)
         with self.open_bmc(server) as bmc:
-            facts = bmc.probe()
+            facts = self._probe_known(bmc, server)
             bmc.check_media(media_urls(self.places, self.store, run_id))
-        for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
-            if known and seen and known.lower() != seen.lower():
-                raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
         self.store.servers.record_power(server.id, facts.power.value)
         return {"power": facts.power.value}
 
@@ -214,6 +211,21 @@ class ServerEffects:
         self.store.sealer.destroy_run(run_id)
         return None
 
+    def _probe_known(self, bmc: Bmc, server: Server) -> BmcFacts:
+        """What the BMC shows, which is the server that we know. Raises wrong-server.
+
+        Where a system's path has its UUID or serial number, another machine's BMC only says that it knows no such system: then what it has is looked at.
+        """
+        try:
+            facts = bmc.probe()
+        except BmcError as error:
+            if error.slug == "no_system" and server.bmc_system_uri is not None:
+                with self.open_bmc(dataclasses.replace(server, bmc_system_uri=None)) as whoever:
+                    verify_facts(server, whoever.probe())
+            raise
+        verify_facts(server, facts)
+        return facts
+
     def _open_forward(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
         """The BMC on the way to the line. Each write asks anew whether the run may still go on: a call waits for its BMC for a minute and more."""
 
@@ -300,6 +312,13 @@ def media_urls(places: Places, store: Store, run_id: str) -> tuple[str, ...]:
 def media_folder(run_id: str) -> str:
     """What the URLs of this run's media have in them and no others, also when its keys are gone or `media_url` is another."""
     return f"/media/{run_id}/"
+
+
+def verify_facts(server: Server, facts: BmcFacts) -> None:
+    """The BMC is the recorded server's: serial and UUID, as far as both sides have them. Raises wrong-server."""
+    for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
+        if known and seen and known.lower() != seen.lower():
+            raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
 
 
 def verify_identity(server: Server, inventory: dict[str, Any]) -> None:
