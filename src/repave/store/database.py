@@ -142,7 +142,7 @@ def is_damage(error: BaseException | None) -> bool:
 def open_engine(url: str) -> sa.Engine:
     """The SQLAlchemy engine; a statement's values never appear in an error.
 
-    The connection used last is used next: each of SQLite's has a page cache of its own, and taking turns filled them all (an hour's memory grew by 9 %).
+    The connection used last is used next: each of SQLite's has a page cache of its own, and taking turns would fill them all.
     """
     if sa.make_url(url).get_backend_name() == "sqlite":
         engine = sa.create_engine(url, pool_size=8, max_overflow=56, pool_use_lifo=True, hide_parameters=True)
