@@ -381,7 +381,7 @@ class Watch:
             time.sleep(1)  # the file `generation` follows the database: one that is just being written is gone by then
             half &= self._half_written()
         found = sorted(path.name for path, _ in half)
-        connections = 32  # store/database.py keeps so many
+        connections = 32  # store/database.py keeps 8 on SQLite and 32 on PostgreSQL, DBOS 20 of its own
         pools = {"thread": 40, "socket": 8, "file repave.db": connections, "file repave.db-wal": connections}
         if not self.place.database_url.startswith("sqlite"):
             pools["socket"] += connections

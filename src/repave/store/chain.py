@@ -1,7 +1,8 @@
 """The audit's chain: each event has a MAC over itself and the event before it, by the site's key.
 
-Whoever can write in the database, but has not the key file, can not change, add or remove an event unseen. That the newest are missing
-shows in the file `generation` (stand.py). Events written before revision 0005 have no MAC; there can be none after one that has.
+Whoever can write in the database, but has not the key file, can not change, add or remove an event that has a MAC unseen. That the newest are
+missing shows in the file `generation` (stand.py). Events written before revision 0005 have none, and none can follow one that has. Whoever takes
+all of them away makes every event look that old: so it is told how many are, and a site begun since has none.
 """
 
 from __future__ import annotations
