@@ -123,7 +123,7 @@ def cancels(world: World, this: Round, runs: Runs, seconds: Seconds) -> list[str
         crossed = seconds(run["crossed_at"]) if run["crossed_at"] else None
         kept = {
             "": True,
-            "ended": bool(run["ended_at"]) and seconds(run["ended_at"]) <= answered_at,
+            "ended": bool(run["ended_at"]) and seconds(run["ended_at"]) <= answered_at + 0.001,  # facts are whole microseconds
             "not-started": run["released_at"] is None and _class(run) == "cancelled",
             # A rehearsal that had learnt everything returns anyway.
             "returning": crossed is None and run["outcome"] in (Ending.RETURNED, Ending.RETURN_FAILED, Ending.REHEARSED),

@@ -159,7 +159,7 @@ class DirectConnection:
         if self._begun and self._engine.raw.in_transaction:
             self._engine.raw.rollback()
 
-    def execution_options(self, *, repave_write: bool = False) -> DirectConnection:
+    def execution_options(self, *, repave_write: bool = False, repave_look: bool = False) -> DirectConnection:
         self._writes = repave_write
         return self
 

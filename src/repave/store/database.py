@@ -92,14 +92,18 @@ class Database:
             raise sa.exc.DatabaseError("", None, cause, hide_parameters=True)
 
     def rows(self, statement: sa.Select[Any], **values: Any) -> list[sa.RowMapping]:
-        with self.engine.connect() as conn:
+        with self._look() as conn:
             return [r._mapping for r in conn.execute(statement, values)]
 
     def row(self, statement: sa.Select[Any], **values: Any) -> sa.RowMapping | None:
         """The first one."""
-        with self.engine.connect() as conn:
+        with self._look() as conn:
             found = conn.execute(statement, values).first()
             return None if found is None else found._mapping
+
+    def _look(self) -> sa.Connection:
+        """For one statement, which sees one state of the database by itself: on SQLite without BEGIN and ROLLBACK around it."""
+        return self.engine.connect().execution_options(repave_look=True)
 
     def event(self, conn: sa.Connection, type_: str, project_id: str, **about: Any) -> None:
         self.write_events(conn, type_, project_id, [about])
@@ -171,4 +175,6 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def begin(conn: sa.Connection) -> None:
-        conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("repave_write") else "BEGIN")
+        options = conn.get_execution_options()
+        if "repave_look" not in options:
+            conn.exec_driver_sql("BEGIN IMMEDIATE" if "repave_write" in options else "BEGIN")
