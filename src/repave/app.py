@@ -52,7 +52,7 @@ from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import is_unavailable
 from repave.store.stand import check_file
-from repave.workflow.effects import Places, ServerEffects
+from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
 from repave.workflow.lease import LeaseTimes
@@ -178,7 +178,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
 
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
-        with RedfishBmc(address, before_write=may_write, paths=paths) as bmc:
+        recognize = functools.partial(verify_system, server)
+        with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)

@@ -21,7 +21,7 @@ from redfish_fake import Answer, FakeBmc, Handler, refusal, small_bmc, start_bmc
 from repave.bmc import BmcAddress, Power, quirks
 from repave.bmc.connector import Connector
 from repave.bmc.redfish import Paths, RedfishBmc
-from repave.errors import BmcError
+from repave.errors import BmcError, RunFailed
 
 ISO = "http://10.9.8.7:8472/media/5f1c/boot.iso"
 SYSTEM, CD = "/redfish/v1/Systems/1", "/redfish/v1/Systems/1/VirtualMedia/CD"
@@ -132,7 +132,7 @@ def test_paths_that_are_kept_save_questions_and_are_found_anew_after_a_failure(f
     with RedfishBmc(address, paths=paths) as bmc:
         bmc.eject_media()
     assert not fake.get(CD)["Inserted"]
-    assert {s.path for s in fake.seen} == {CD, f"{CD}/Actions/{EJECT}"}
+    assert {s.path for s in fake.seen} == {SYSTEM, CD, f"{CD}/Actions/{EJECT}"}
 
     moved = f"{SYSTEM}/VirtualMedia/CD2"
     slot = fake.resources[moved.lower()] = fake.resources.pop(CD.lower())
@@ -318,6 +318,38 @@ def test_several_hosts_are_ambiguous_until_one_is_named(fake: FakeBmc) -> None:
         assert bmc.read_power() is Power.OFF
     with open_bmc(fake, system_uri="/redfish/v1/Systems/3") as bmc:
         assert slug_of(bmc.probe) == "no_system"
+
+
+@pytest.mark.parametrize(("uuid", "slug"), [("uuid-of-another", "wrong-server"), ("uuid-1", "no_system")])
+def test_a_bmc_without_the_system_named_is_another_servers_only_where_what_it_has_says_so(fake: FakeBmc, uuid: str, slug: str) -> None:
+    """The bug: where the path of a system has its UUID in it, another machine was taken for a BMC that names none, and the server was not locked."""
+    fake.get(SYSTEM)["UUID"] = uuid
+    known, paths = Paths(), Paths("/redfish/v1/Systems/uuid-1", [CD])
+    for address, remembered in (({"system_uri": "/redfish/v1/Systems/uuid-1"}, known), ({}, paths)):
+        bmc = RedfishBmc(BmcAddress(fake.url, "admin", "secret", **address), recognize=only_uuid_1, paths=remembered)
+        with bmc, pytest.raises(RunFailed) as refused:
+            bmc.power_off()
+        assert refused.value.slug == slug
+        assert remembered.system is None
+    assert {s.method for s in fake.seen} == {"GET"}
+
+
+def only_uuid_1(serial: str, uuid: str) -> None:
+    if uuid != "uuid-1":
+        raise RunFailed("wrong-server")
+
+
+@pytest.mark.parametrize("ask", [
+    RedfishBmc.probe, RedfishBmc.power_off, RedfishBmc.power_on, lambda bmc: bmc.insert_media([ISO]), RedfishBmc.eject_media, RedfishBmc.boot_from_media_once,
+    RedfishBmc.boot_from_disk, lambda bmc: bmc.withdraw_media("/media/5f1c/"),
+])  # fmt: skip
+def test_each_call_looks_who_answers_before_it_sends_anything(fake: FakeBmc, ask: Callable[[RedfishBmc], object]) -> None:
+    """The paths are remembered from before the address changed hands: nothing else is read of the system."""
+    fake.get(CD).update(Inserted=True, Image=ISO, ConnectedVia="URI")
+    with RedfishBmc(BmcAddress(fake.url, "admin", "secret"), recognize=only_uuid_1, paths=Paths(SYSTEM, [CD])) as bmc, pytest.raises(RunFailed) as refused:
+        ask(bmc)
+    assert refused.value.slug == "wrong-server"
+    assert {s.method for s in fake.seen} == {"GET"}
 
 
 def endless(handler: Handler, apply: Callable[[], Answer]) -> None:

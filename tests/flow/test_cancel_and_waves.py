@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from repave.domain.timing import REAP_GRACE_S
 from repave.domain.waves import Limits, Waves
 from repave.errors import RequestError
 from repave.store import Cancelled, new_id
-from repave.workflow.effects import ServerEffects
+from repave.workflow.effects import ServerEffects, verify_system
 from repave.workflow.fleet import Fleet
 
 
@@ -222,7 +223,7 @@ class Racks:
 
         @contextlib.contextmanager
         def open_bmc(server, before_write=lambda: None):
-            self.machines[server.id].before_write = before_write
+            self.machines[server.id].before_write, self.machines[server.id].recognize = before_write, functools.partial(verify_system, server)
             yield self.machines[server.id]
 
         self.store.tell = lambda conn, run_id, event, message: self.inboxes.setdefault(run_id, {}).setdefault(event, message)

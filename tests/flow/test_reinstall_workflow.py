@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,7 @@ from repave.images.manifest import Chunk, Manifest
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
 from repave.store import Store, new_id
-from repave.workflow.effects import Places, ServerEffects
+from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.fleet import Fleet
 from repave.workflow.reinstall import reinstall
 from repave.workflow.run import open_message
@@ -58,14 +59,19 @@ class Machine:
 
     # Not fields: they are no state of the machine's.
     before_write = staticmethod(lambda: None)  # the driver's, of the call under way
+    recognize = staticmethod(lambda serial, uuid: None)
     when = staticmethod(lambda action: None)  # told of each call when it has begun and nothing is sent yet
 
     def do(self, action: str) -> None:
         self.when(action)
-        if action not in ("probe", "check_media"):
+        reads, refused = action in ("probe", "check_media"), action in self.refuses | self.refuses_once
+        if reads:
+            self.actions.append(action)
+        self.recognize(self.serial, self.uuid)
+        if not reads:
             self.before_write()
-        self.actions.append(action)
-        if action in self.refuses | self.refuses_once:
+            self.actions.append(action)
+        if refused:
             self.refuses_once.discard(action)
             raise BmcError(self.refusal, action)
 
@@ -213,8 +219,8 @@ class World:
         self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
-        def open_bmc(_, before_write=lambda: None):
-            self.machine.before_write = before_write
+        def open_bmc(known, before_write=lambda: None):
+            self.machine.before_write, self.machine.recognize = before_write, functools.partial(verify_system, known)
             yield self.machine
 
         places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)
@@ -455,14 +461,29 @@ def test_another_server_behind_the_address_is_locked_until_an_operator_has_looke
     assert world.play_another() == "proved"
 
 
-@pytest.mark.parametrize(("uuid", "cause", "locked"), [("uuid-of-another", "wrong-server", True), ("uuid-1", "no_system", False)])
-def test_a_bmc_without_the_system_recorded_is_another_servers_only_where_what_it_has_says_so(world, uuid, cause, locked):
-    """The bug: where the path of a system has its UUID in it, another machine was taken for a BMC that names none, and the server was not locked."""
-    world.store.servers.set_server(world.instance.server_id, bmc_system_uri="/redfish/v1/Systems/uuid-1")
-    world.machine.uuid, world.machine.refuses_once, world.machine.refusal = uuid, {"probe"}, "no_system"
-    assert world.play(world.journal()) == "returned"
-    assert (world.state().error["class"], world.machine.actions) == (cause, ["probe", "probe"])
-    assert (world.store.servers.get_server(world.instance.server_id).locked_by == "repave") is locked
+@pytest.mark.parametrize(
+    ("met_at", "ending", "cause"),
+    [
+        ("power_off", "return-failed", "restore-failed"),
+        ("insert_media", "return-failed", "restore-failed"),
+        ("power_on", "return-failed", "restore-failed"),
+        ("eject_media", "unproved", "wrong-server"),
+    ],
+)
+def test_an_address_that_changes_hands_within_a_run_lets_nothing_through_to_the_other_server(world, met_at, ending, cause):
+    """The bug: who answers was looked at before the first power action and never again, so a run of hours ended by cutting another server's power."""
+    machine, sent = world.machine, []
+
+    def when(action: str) -> None:
+        if action == met_at and machine.uuid == "uuid-1":
+            machine.uuid = "uuid-of-another"
+            sent.extend(machine.actions)
+
+    machine.when = when
+    assert world.play(world.journal()) == ending
+    assert machine.actions == sent
+    error = world.state().error
+    assert error["class"] == cause and "another UUID" in error["cause"]
 
 
 @pytest.mark.parametrize(

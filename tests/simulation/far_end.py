@@ -464,9 +464,12 @@ def _next_life(machine: Machine) -> Life:
 class SimBmc:
     """The `Bmc` protocol: each call asks for a state and reads it back, as the real driver does; so most lies become errors."""
 
-    def __init__(self, machine: Machine, at: Callable[[str], None], *, before_write: Callable[[], None] = lambda: None, executor_id: str = "") -> None:
-        """`before_write`: as the real driver, asked when only the sending is left."""
-        self.m, self.at, self.before_write, self.executor_id = machine, at, before_write, executor_id
+    def __init__(
+        self, machine: Machine, at: Callable[[str], None], *, before_write: Callable[[], None] = lambda: None,
+        recognize: Callable[[str, str], None] = lambda serial, uuid: None, executor_id: str = "",
+    ) -> None:  # fmt: skip
+        """As the real driver: `recognize` is asked when the system has been read, `before_write` when only the sending is left."""
+        self.m, self.at, self.before_write, self.recognize, self.executor_id = machine, at, before_write, recognize, executor_id
 
     def _do(self, action: str, effect: Callable[[], Any]) -> Any:
         m, t, time = self.m, self.m.trouble, self.m.time
@@ -480,6 +483,9 @@ class SimBmc:
             t.fire("login-refused")  # from here on: the password was changed
             m.refused_logins[m.time.about] += 1
             raise BmcError("auth", action)
+        if t.has("other-machine") and ("other-machine" in t.fired or t.get("other-machine").get("action", "probe") == action):
+            t.fire("other-machine")  # from here on: the address is another's
+        self.recognize("SER-another" if "other-machine" in t.fired else m.serial, f"uuid-{m.name}")
         if action in CHANGES:
             self.before_write()
         if t.has("bmc-refuses") and t.get("bmc-refuses")["action"] == action and t.fire("bmc-refuses"):
@@ -505,6 +511,8 @@ class SimBmc:
         if action in CHANGES:
             if self.m.is_stale(self.executor_id):
                 self.m.horrors.append(f"I16 {self.m.name}: {action} at {self.m.time.now:.0f} s by {self.executor_id}, whose lease had passed")
+            if "other-machine" in self.m.trouble.fired:
+                self.m.horrors.append(f"I11 {action} at {self.m.time.now:.0f} s went to another machine than {self.m.name}")
             self.m.calls.append(Call(self.m.time.now, action, self.m.live_runs(), self.m.time.about, self.executor_id))
             self.m.time.note(f"{self.m.name} bmc {action}")
 
@@ -513,9 +521,8 @@ class SimBmc:
         return effect()
 
     def probe(self) -> BmcFacts:
-        serial = "SER-another" if self.m.trouble.has("other-machine") and self.m.trouble.fire("other-machine") else self.m.serial
         power = Power.ON if self.m.on else Power.OFF
-        return self._do("probe", lambda: BmcFacts("/s/1", "Lab", "M1", serial, f"uuid-{self.m.name}", power, ("/cd",), ("Cd", "Hdd")))
+        return self._do("probe", lambda: BmcFacts("/s/1", "Lab", "M1", self.m.serial, f"uuid-{self.m.name}", power, ("/cd",), ("Cd", "Hdd")))
 
     def check_media(self, urls: Sequence[str]) -> None:
         self._do("check_media", lambda: None)

@@ -25,8 +25,9 @@ from repave.workflow.reinstall import DEFAULT_WAITS, TRIES
 GRACE_S = 2400.0  # past a run's deadline: the tries of its ending, and the reaper's own grace
 BOOT_S = 200.0
 # The server could not be reached or was moved by somebody else: what it is at the end is not ours to promise.
-NO_HAND = {"bmc-away", "bmc-refuses", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late", "power-cut", "reset", "off-is-late", "login-refused"}
-AWAY = {"bmc-away", "bmc-late"}  # it may be away still, or put media in when all was done
+NO_HAND = {"bmc-away", "bmc-refuses", "bmc-busy", "bmc-lost-request", "bmc-lost-answer", "bmc-late", "power-cut", "reset", "off-is-late", "login-refused",
+           "other-machine"}  # fmt: skip
+AWAY = {"bmc-away", "bmc-late", "other-machine"}  # it may be away still, or put media in when all was done
 
 
 def seconds(text: str) -> float:

@@ -50,6 +50,9 @@ BUGS = (
         "        self.store.sealer.destroy_run(run_id)\n"
         "        with self.open_bmc(self.store.servers.get_server(self.store.runs.get_run(run_id).server_id)) as bmc:\n            bmc.eject_media()\n",
         "I11 "),
+    Bug("who answers at a BMC's address is not looked at", _EFFECTS,
+        'if known and seen and known.lower() != seen.lower():\n            raise RunFailed("wrong-server", f"The BMC',
+        'if False:\n            raise RunFailed("wrong-server", f"The BMC', "went to another machine"),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
     Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),
     Bug("media stay in", _EFFECTS, "        bmc.boot_from_disk()\n        bmc.eject_media()\n", "        bmc.boot_from_disk()\n", "I13 "),

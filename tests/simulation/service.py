@@ -32,7 +32,7 @@ from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.images.store import ImageStore
 from repave.store import Store
-from repave.workflow.effects import Places, ServerEffects
+from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import NO_LIMITS, Fleet
 from repave.workflow.media_sweep import MediaSweep
@@ -278,7 +278,8 @@ class Service:
             before_write()
             worker.require()
 
-        yield SimBmc(self.machines[server.name], self.at, before_write=may_write, executor_id=worker.executor_id)
+        recognize = functools.partial(verify_system, server)
+        yield SimBmc(self.machines[server.name], self.at, before_write=may_write, recognize=recognize, executor_id=worker.executor_id)
 
     def _listener(self) -> Worker | None:
         """A worker that takes a connection: also one that is stopped, which answers when it goes on."""

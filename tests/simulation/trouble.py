@@ -65,6 +65,8 @@ def _parameters(rng: random.Random, kind: str, now: float) -> dict[str, Any]:
     action, times = rng.choice(ACTIONS[2:]), rng.choice((1, 1, 2, 3, 5))
     if kind in ("bmc-lost-request", "bmc-lost-answer", "bmc-late", "bmc-busy"):
         return {"action": action, "times": times, "late_s": rng.uniform(1, 40)}
+    if kind == "other-machine":
+        return {"action": rng.choice(("probe", *ACTIONS[2:]))}
     if kind == "bmc-refuses":
         return {"action": rng.choice(ACTIONS)}
     if kind in ("bmc-away", "cut"):

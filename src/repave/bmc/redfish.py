@@ -62,14 +62,16 @@ class Paths:
 class RedfishBmc(Bmc):
     """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`).
 
+    `recognize` is given serial and UUID with each reading of the system, so before each call's first write; what it raises is the answer.
     `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
     """
 
     def __init__(
         self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None,
-        before_write: Callable[[], None] = lambda: None, paths: Paths | None = None,
+        before_write: Callable[[], None] = lambda: None, recognize: Callable[[str, str], None] = lambda serial, uuid: None, paths: Paths | None = None,
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
+        self._recognize = recognize
         self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
@@ -141,6 +143,7 @@ class RedfishBmc(Bmc):
 
     def insert_media(self, urls: Sequence[str]) -> str:
         with self._call():
+            self._read_system()  # nothing goes into another server's drive
             slot_uri, way, usable = self._choose_slot(urls)
             self._eject_all(must=slot_uri)
             refused: list[BmcError] = []
@@ -155,6 +158,7 @@ class RedfishBmc(Bmc):
 
     def eject_media(self) -> None:
         with self._call():
+            self._read_system()  # as for insert_media
             self._eject_all(must=None)
 
     def withdraw_media(self, folder: str) -> bool:
@@ -298,29 +302,37 @@ class RedfishBmc(Bmc):
         return self._root
 
     def _read_system(self) -> dict[str, Any]:
-        """The host's ComputerSystem as it is now."""
+        """The host's ComputerSystem as it is now, and it is the one that is meant."""
+        uri, system = self._paths.system or self._named_system, dict[str, Any]()
         if self._paths.system is None:
-            return self._find_system()
-        return self._get(self._paths.system)[0]
-
-    def _find_system(self) -> dict[str, Any]:
-        root = self._service_root()
-        if self._named_system:
+            self._service_root()
+        if uri is None:
+            uri, system = self._find_host()
+        else:
             try:
-                system = self._get(self._named_system)[0]
+                system = self._get(uri)[0]
             except sushy_errors.ResourceNotFoundError as e:
-                raise BmcError("no_system", "The system named does not exist.") from e
-            self._paths.system = self._named_system
-            return system
-        links = self._members(link_of(root.get("Systems")), needed=True)
+                # Where the path has the UUID or serial number in it, another machine's BMC only says that it knows no such system: what has it?
+                with contextlib.suppress(BmcError):
+                    self._look_who(self._find_host()[1])
+                raise BmcError("no_system", f"There is no {uri} any more.") from e
+        self._look_who(system)
+        self._paths.system = uri
+        return system
+
+    def _look_who(self, system: dict[str, Any]) -> None:
+        self._recognize(as_text(system.get("SerialNumber")), as_text(system.get("UUID")))
+
+    def _find_host(self) -> tuple[str, dict[str, Any]]:
+        """The one system that is a host, and where it is."""
+        links = self._members(link_of(self._service_root().get("Systems")), needed=True)
         systems = {uri: self._find(uri, needed=True) for uri in links}
         hosts = quirks.hosts_of({uri: system for uri, system in systems.items() if system})
         if not hosts:
             raise BmcError("no_system")
         if len(hosts) > 1:
             raise BmcError("ambiguous_system", ", ".join(hosts))
-        self._paths.system = hosts[0]
-        return systems[hosts[0]]
+        return hosts[0], systems[hosts[0]]
 
     def _macs(self, system: dict[str, Any]) -> tuple[str, ...]:
         found: dict[str, None] = {}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
 from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
-from repave.bmc import Bmc, BmcFacts, Power
+from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
 from repave.domain.own_host import find_own_host
 from repave.domain.password import user_for
@@ -20,7 +20,7 @@ from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_mi
 from repave.domain.states import Ending
 from repave.domain.timing import learn_wait, way_back_at
 from repave.domain.urls import find_unreachable_place
-from repave.errors import BmcError, RunFailed
+from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
 from repave.store import Store
@@ -28,12 +28,15 @@ from repave.workflow.run import Json
 
 
 class OpenBmc(Protocol):
-    """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it."""
+    """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it.
+
+    Addresses change hands: each call looks who answers before it sends anything, and raises what `verify_system` raises.
+    """
 
     def __call__(self, server: Server, before_write: Callable[[], None] = ...) -> AbstractContextManager[Bmc]: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Places:
     """The addresses that go into media and plans."""
 
@@ -74,10 +77,10 @@ class ServerEffects:
             raise misfit
         self._verify_image(run.batch_id, image)
         with self.open_bmc(server) as bmc:
-            facts = self._probe_known(bmc, server)
+            power = bmc.probe().power
             bmc.check_media(media_urls(self.places, self.store, run_id))
-        self.store.servers.record_power(server.id, facts.power.value)
-        return {"power": facts.power.value}
+        self.store.servers.record_power(server.id, power.value)
+        return {"power": power.value}
 
     def power_off(self, run_id: str) -> Json:
         """Off, read back: asked for 60 s, then forced; the event says which."""
@@ -211,21 +214,6 @@ class ServerEffects:
         self.store.sealer.destroy_run(run_id)
         return None
 
-    def _probe_known(self, bmc: Bmc, server: Server) -> BmcFacts:
-        """What the BMC shows, which is the server that we know. Raises wrong-server.
-
-        Where a system's path has its UUID or serial number, another machine's BMC only says that it knows no such system: then what it has is looked at.
-        """
-        try:
-            facts = bmc.probe()
-        except BmcError as error:
-            if error.slug == "no_system" and server.bmc_system_uri is not None:
-                with self.open_bmc(dataclasses.replace(server, bmc_system_uri=None)) as whoever:
-                    verify_facts(server, whoever.probe())
-            raise
-        verify_facts(server, facts)
-        return facts
-
     def _open_forward(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
         """The BMC on the way to the line. Each write asks anew whether the run may still go on: a call waits for its BMC for a minute and more."""
 
@@ -314,9 +302,9 @@ def media_folder(run_id: str) -> str:
     return f"/media/{run_id}/"
 
 
-def verify_facts(server: Server, facts: BmcFacts) -> None:
-    """The BMC is the recorded server's: serial and UUID, as far as both sides have them. Raises wrong-server."""
-    for name, known, seen in (("serial", server.serial, facts.serial), ("UUID", server.uuid, facts.uuid)):
+def verify_system(server: Server, serial: str, uuid: str) -> None:
+    """The system that a BMC shows is the recorded server's: serial and UUID, as far as both sides have them. Raises wrong-server."""
+    for name, known, seen in (("serial", server.serial, serial), ("UUID", server.uuid, uuid)):
         if known and seen and known.lower() != seen.lower():
             raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
 
