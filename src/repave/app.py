@@ -26,7 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from repave.api.agent import MAX_BODY_BYTES, build_agent_router
-from repave.api.asgi import BodyLimit, WireProtocol, install_wire
+from repave.api.asgi import BodyLimit, EchoAsk, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
 from repave.api.limits import Limiter
@@ -228,6 +228,7 @@ def build_provisioning(site: Site) -> FastAPI:
     app = _bare_app()
     app.include_router(build_agent_router(site.store, site.images))
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
+    app.add_middleware(EchoAsk)  # the last one is the outermost: refusals have it too
 
     async def refuse(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # FastAPI's own answer repeats the input

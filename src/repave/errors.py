@@ -87,7 +87,7 @@ CATALOGUE: dict[str, Problem] = _table(
     # 3: server and disk
     ("3101", "no-root-disk", Who.SERVER, False, "No disk can be the root disk.", "No candidate: removable, virtual and read-only disks do not count.", "Check the disks; repave server set NAME --root-disk.", "all disks"),
     ("3102", "ambiguous-root-disk", Who.SERVER, False, "Several disks could be the root disk.", "No recorded serial, hint or boot entry decides.", "repave server set NAME --root-disk serial=SERIAL.", "all disks"),
-    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "It is locked now. Check cabling and address; then repave server unlock, or after a board swap repave server replace.", "all disks"),
+    ("3103", "wrong-server", Who.SERVER, False, "This is another server than the one we know.", "Serial, UUID or MAC addresses differ.", "It is locked now. Check cabling and address; then repave server unlock, or after a board swap repave server replace.", "see the run: found before or after the line"),
     ("3104", "disk-too-small", Who.SERVER, False, "The root disk is smaller than the image.", "The image needs more bytes than the disk has.", "Choose a smaller image or another disk.", "all disks"),
     ("3105", "sector-size", Who.SERVER, False, "Image and disk have different sector sizes.", "The image is made for other logical sectors.", "Use an image made for the disk's sector size (repave image ls shows it).", "all disks"),
     ("3106", "arch-mismatch", Who.SERVER, False, "The image is for another architecture.", "Server and image differ in arch or boot mode.", "Use an image for this architecture and boot mode.", _NOTHING),

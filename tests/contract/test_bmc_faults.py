@@ -339,13 +339,14 @@ def only_uuid_1(serial: str, uuid: str) -> None:
         raise RunFailed("wrong-server")
 
 
+@pytest.mark.parametrize("drive", [{"Inserted": True, "Image": ISO, "ConnectedVia": "URI"}, {}], ids=["media-in", "empty"])
 @pytest.mark.parametrize("ask", [
     RedfishBmc.probe, RedfishBmc.power_off, RedfishBmc.power_on, lambda bmc: bmc.insert_media([ISO]), RedfishBmc.eject_media, RedfishBmc.boot_from_media_once,
     RedfishBmc.boot_from_disk, lambda bmc: bmc.withdraw_media("/media/5f1c/"),
 ])  # fmt: skip
-def test_each_call_looks_who_answers_before_it_sends_anything(fake: FakeBmc, ask: Callable[[RedfishBmc], object]) -> None:
+def test_each_call_looks_who_answers_before_it_changes_anything(fake: FakeBmc, ask: Callable[[RedfishBmc], object], drive: dict[str, Any]) -> None:
     """The paths are remembered from before the address changed hands: nothing else is read of the system."""
-    fake.get(CD).update(Inserted=True, Image=ISO, ConnectedVia="URI")
+    fake.get(CD).update(drive)
     with RedfishBmc(BmcAddress(fake.url, "admin", "secret"), recognize=only_uuid_1, paths=Paths(SYSTEM, [CD])) as bmc, pytest.raises(RunFailed) as refused:
         ask(bmc)
     assert refused.value.slug == "wrong-server"

@@ -112,10 +112,10 @@ def _once() -> list[Cell]:
     return cells
 
 
-# An answer of another run. Not of hello and plan: whoever is given another's session speaks as that other, which is what TLS is for.
+# An answer to another run's request. The agent asks again; the new OS's one script can not tell it from its own.
 _STALE = {
-    "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
-    "cross": "returned", "report": "stopped-whole", "call-home": "unheard",
+    "hello": "running", "plan": "running", "cross": "running", "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
+    "report": "running", "call-home": "unheard",
 }  # fmt: skip
 _BMC = {("insert-media", "elsewhere"): "returned"}  # the other machine says that it knows no such drive, which is no passing trouble
 

@@ -125,10 +125,13 @@ BMCS: tuple[Row, ...] = (
         "contract/test_bmc_faults.py::test_a_bad_login_is_sent_once_and_three_times_at_most",
     )),
     Row(22, True, "Another machine behind a BMC's address, with the same password",
-        "Refused by its UUID before anything is touched, on either machine; the server is locked until an operator has looked.", (
+        "Told by its UUID or serial number at each look, and nothing is changed there, also in the middle of a run; the server is locked until an operator has "
+        "looked.", (
         "flow/fault_cells.py::elsewhere always at any-request",
         "flow/test_reinstall_workflow.py::test_another_server_behind_the_address_is_locked_until_an_operator_has_looked",
         "flow/test_faults.py::test_another_machine_behind_a_bmcs_address_is_left_alone_and_the_server_locked_until_an_operator_has_looked",
+        "flow/test_faults.py::test_a_bmcs_address_that_changes_hands_while_the_image_is_written_powers_no_other_machine",
+        "contract/test_bmc_faults.py::test_each_call_looks_who_answers_before_it_changes_anything",
     )),
     Row(24, False, "Boot media come slowly, broken or not at all",
         "Slow is waited for. Without whole media no agent speaks, and the old OS runs again.", (

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from repave.agent.protocol import ASK_HEADER
 from repave.images.manifest import Chunk, Manifest, render_manifest
 
 MIB = 2**20
@@ -70,6 +71,7 @@ class FarEnd(http.server.ThreadingHTTPServer):
         self.stop_in_stage = ""  # 410 to progress in this stage
         self.chunk_delay_s, self.lease_s = 0.0, 60.0
         self.lost: dict[str, int] = {}  # path -> how many answers get lost
+        self.mixed_up: set[str] = set()  # paths answered, once, with what was meant for another request
         self.then = "power-off"
         self.damage: set[str] = set()  # paths answered with other bytes
         self.damage_once: set[str] = set()
@@ -144,6 +146,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.damage_once.discard(self.path)
             body = body[:-1] + b"?"
         self.send_response(status)
+        self.send_header(ASK_HEADER, "another" if self.path in self.server.mixed_up else self.headers[ASK_HEADER])
+        self.server.mixed_up.discard(self.path)
         if status != 204:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -271,6 +275,17 @@ def test_lost_answers_are_asked_for_again_and_the_run_goes_on(rack: Rack) -> Non
     rack.end.lost = {"/agent/v1/hello": 1, "/agent/v1/plan": 1, "/agent/v1/cross": 2, "/agent/v1/report": 1, f"/agent/v1/chunks/{list(rack.end.chunks)[5]}": 3}
     assert rack.run() == 0
     assert len(set(map(str, rack.end.bodies["/agent/v1/cross"]))) == 1 and len(rack.end.bodies["/agent/v1/cross"]) == 3
+    assert rack.end.reports[-1]["verified"]
+
+
+def test_answers_to_somebody_elses_requests_are_none_and_the_run_goes_on(rack: Rack) -> None:
+    """The bug: an agent that was given another run's answer to cross wrote its disk, and its own run had never crossed."""
+    chunk = f"/agent/v1/chunks/{list(rack.end.chunks)[5]}"
+    once = {"/agent/v1/hello", "/agent/v1/plan", "/agent/v1/cross", "/agent/v1/manifest", "/agent/v1/config-drive", "/agent/v1/report", chunk}
+    rack.end.mixed_up = set(once)
+    assert rack.run() == 0
+    asked = [path.partition(" ")[2] for path in rack.end.paths]
+    assert {path: asked.count(path) for path in once} == dict.fromkeys(once, 2)
     assert rack.end.reports[-1]["verified"]
 
 

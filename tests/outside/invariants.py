@@ -145,7 +145,9 @@ def pending_for(polls: list[Seen], name: str, run: Json, runs: list[Json]) -> li
 
 
 def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
-    """I3: a failed write does not boot. I5: `running` = the image is on the disk, the new OS started from it and called home; its drive is erased."""
+    """I3: what was not written whole does not boot; where only the report was lost, it is whole.
+
+    I5: `running` = the image is on the disk, the new OS started from it and called home; its drive is erased."""
     if not runs:
         return []
     raw = place.find_raw(runs[-1]["image"])
@@ -155,11 +157,11 @@ def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     run, disk, broken = runs[-1], place.machines[name].root_disk, []
     booted = scripted_os.find_os(disk)
     written = run["crossed_at"] and any(at > seconds(run["crossed_at"]) for at in facts.writes[name])
-    if run["outcome"] == "write-failed" and written and booted is not None:
+    if run["outcome"] == "write-failed" and written and booted is not None and (raw is None or booted != "new OS" or differences(disk, raw)):
         broken.append(f"I3 {name}: the write failed, and the disk boots {booted}")
     if run["outcome"] not in _GOOD:
         return broken
-    if booted != "new OS" or "first boot as" not in facts.consoles[name] or "home: taken" not in facts.consoles[name]:
+    if booted != "new OS" or "first boot as" not in facts.consoles[name] or "home: " not in facts.consoles[name]:
         broken.append(f"I5 {name}: running, and no new OS called home")
     if scripted_os.find_config_drive(disk) is not None:
         broken.append(f"I5 {name}: running, and its config drive holds its secrets")

@@ -19,7 +19,7 @@ from typing import Any
 
 from firmware import CODE, VARIABLES
 
-from repave.agent.protocol import Slot
+from repave.agent.protocol import ASK_HEADER, Slot
 from repave.ca import make_ca, make_certificate
 from repave.images.importer import import_image
 from repave.images.store import ImageStore
@@ -96,6 +96,7 @@ def start_far_end(folder: Path, plan: dict[str, Any], manifest: bytes, store: Im
 
         def answer(self, body: bytes) -> None:
             self.send_response(200)
+            self.send_header(ASK_HEADER, self.headers[ASK_HEADER])
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

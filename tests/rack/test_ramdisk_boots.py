@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from repave.agent.protocol import Slot
+from repave.agent.protocol import ASK_HEADER, Slot
 from repave.ca import make_ca, make_certificate
 from repave.ramdisk import cpio
 from repave.ramdisk.build import BootFiles, build_ramdisk
@@ -180,6 +180,7 @@ def provisioning_listener(folder: Path) -> Iterator[tuple[str, str, queue.Queue[
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             hellos.put((self.path, self.headers["Authorization"], body))
             self.send_response(401)
+            self.send_header(ASK_HEADER, self.headers[ASK_HEADER])
             self.send_header("Content-Length", "0")
             self.end_headers()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import os
 import ssl
 import threading
 import time
@@ -15,6 +16,8 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from repave.agent.protocol import ASK_HEADER
 
 JSON_CAP_BYTES = 1024 * 1024  # protocol.py: bodies are at most 1 MiB
 TIMEOUT_S = 10.0  # to connect, and for each read; well under a lease of 60 s
@@ -32,7 +35,7 @@ class Refused(Exception):
 
 
 class Unreachable(Exception):
-    """No answer, half an answer, an answer of somebody else (TLS), or 5xx. Worth another try."""
+    """No answer, half an answer, an answer of somebody else (TLS) or to another request, or 5xx. Worth another try."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Client:
         if connection is None:
             host, port = self._address
             connection = self._local.connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._tls)
-        headers = {"Authorization": f"Bearer {self.token}"}
+        asked = os.urandom(8).hex()
+        headers = {"Authorization": f"Bearer {self.token}", ASK_HEADER: asked}
         data = None
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
@@ -112,6 +116,8 @@ class Client:
             content = response.read(cap_bytes + 1)
             if len(content) > cap_bytes:
                 raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
+            if response.headers.get(ASK_HEADER) != asked:
+                raise Unreachable(f"{path} was given the answer to another request")
             if response.length:  # read(n) does not complain about a body that ends early
                 raise Unreachable(f"the answer to {path} ended early")
             response.read()  # lets the connection be used again

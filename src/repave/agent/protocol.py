@@ -12,7 +12,8 @@ All requests go to the provisioning listener over TLS verified with our CA alone
     POST /agent/v1/report        session       Report -> {"then": "power-off"}
     POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
 
-Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
+Each request of the agent's has a value of its own in `ASK_HEADER`, and its answer, also a refusal, has the same: an answer to another request, whoever's it
+was, is none. Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+ASK_HEADER = "X-Repave-Ask"
 SLOT_FILE = "repave-slot.json"  # at the root of the run's initramfs slot: the Slot below
 
 

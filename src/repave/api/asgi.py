@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from repave.agent.protocol import ASK_HEADER
 from repave.api.body import MAX_BODY_BYTES
 from repave.api.wire_errors import WireError, answer_for, from_status, internal
 from repave.auth import Presented
@@ -197,6 +198,23 @@ class BodyLimit:
             await from_status(413, {"Connection": "close"}).answer()(scope, receive, send)
         else:
             await self.app(scope, counted, send)
+
+
+class EchoAsk:
+    """Each answer has what its request had in ASK_HEADER: an agent takes no other run's "you may write" for its own (agent/protocol.py)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self._name = app, ASK_HEADER.lower().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = [(name, value) for name, value in scope.get("headers", ()) if name == self._name]
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *asked]
+            await send(message)
+
+        await self.app(scope, receive, send_marked)
 
 
 class WireProtocol(HttpToolsProtocol):

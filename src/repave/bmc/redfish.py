@@ -62,7 +62,7 @@ class Paths:
 class RedfishBmc(Bmc):
     """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`).
 
-    `recognize` is given serial and UUID with each reading of the system, so before each call's first write; what it raises is the answer.
+    `recognize` is given serial and UUID with each reading of the system, so before each call changes anything; what it raises is the answer.
     `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
     """
 
@@ -163,6 +163,7 @@ class RedfishBmc(Bmc):
 
     def withdraw_media(self, folder: str) -> bool:
         with self._call():
+            self._read_system()  # as for insert_media: another server's empty drive says nothing of ours
             is_ours = {uri: quirks.shows_image_under(self._get(uri)[0], folder) for uri in self._find_slots()}
             if not is_ours:
                 raise BmcError("no_virtual_media")  # a BMC that has just come back may show none yet
@@ -313,9 +314,9 @@ class RedfishBmc(Bmc):
                 system = self._get(uri)[0]
             except sushy_errors.ResourceNotFoundError as e:
                 # Where the path has the UUID or serial number in it, another machine's BMC only says that it knows no such system: what has it?
-                with contextlib.suppress(BmcError):
+                with contextlib.suppress(BmcError, sushy_errors.SushyError):
                     self._look_who(self._find_host()[1])
-                raise BmcError("no_system", f"There is no {uri} any more.") from e
+                raise BmcError("no_system", f"There is no {uri}.") from e
         self._look_who(system)
         self._paths.system = uri
         return system

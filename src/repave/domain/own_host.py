@@ -15,7 +15,7 @@ _NOTHING = frozenset((
 
 def says_something(value: str) -> bool:
     """A serial number or UUID that tells this machine from others."""
-    return value.strip().lower() not in _NOTHING
+    return value.strip().lower() not in _NOTHING and value.strip(" 0") != ""
 
 
 def find_own_host(server: Server, hosts: Sequence[Host]) -> str | None:

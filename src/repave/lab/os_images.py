@@ -14,6 +14,7 @@ import hashlib
 import importlib.resources
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -277,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("image", choices=["tiny", *VARIANTS, "debian"])
     parser.add_argument("--cache", type=Path, default=default_cache())
     chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half built goes with it
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

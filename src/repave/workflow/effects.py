@@ -14,7 +14,7 @@ from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
 from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
-from repave.domain.own_host import find_own_host
+from repave.domain.own_host import find_own_host, says_something
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
@@ -30,7 +30,7 @@ from repave.workflow.run import Json
 class OpenBmc(Protocol):
     """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it.
 
-    Addresses change hands: each call looks who answers before it sends anything, and raises what `verify_system` raises.
+    Addresses change hands: each call looks who answers before it changes anything, and raises what `verify_system` raises.
     """
 
     def __call__(self, server: Server, before_write: Callable[[], None] = ...) -> AbstractContextManager[Bmc]: ...
@@ -303,9 +303,12 @@ def media_folder(run_id: str) -> str:
 
 
 def verify_system(server: Server, serial: str, uuid: str) -> None:
-    """The system that a BMC shows is the recorded server's: serial and UUID, as far as both sides have them. Raises wrong-server."""
+    """The system that a BMC shows is the recorded server's: serial and UUID, as far as both say something. Raises wrong-server.
+
+    Some BMCs show placeholders while the host is off: those tell nobody apart.
+    """
     for name, known, seen in (("serial", server.serial, serial), ("UUID", server.uuid, uuid)):
-        if known and seen and known.lower() != seen.lower():
+        if says_something(known) and says_something(seen) and known.lower() != seen.lower():
             raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
 
 

@@ -99,7 +99,8 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed | None, 
         await insist(run, "return", do.return_what_was_found, waits.return_pause_s)
     except RunFailed as failure:
         first = f"First: {cause} " if cause else "The rehearsal itself went well. "
-        return await end(run, do, Ending.RETURN_FAILED, RunFailed("restore-failed", f"{first}Then: {failure}"))
+        slug = failure.slug if failure.slug == "wrong-server" else "restore-failed"  # nothing more is sent there until an operator has looked
+        return await end(run, do, Ending.RETURN_FAILED, RunFailed(slug, f"{first}Then: {failure}"))
     return await end(run, do, ending, cause)
 
 
