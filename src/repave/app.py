@@ -50,7 +50,7 @@ from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
 from repave.steady_clock import SteadyClock
 from repave.store import Store
-from repave.store.database import is_unavailable
+from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
 from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
@@ -233,7 +233,14 @@ def build_provisioning(site: Site) -> FastAPI:
     async def refuse(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # FastAPI's own answer repeats the input
 
+    async def wait(request: Request, error: Exception) -> Response:
+        if not is_unavailable(error):
+            raise error
+        return Response(status_code=503)  # asked again; the alarm is the watch's
+
     app.add_exception_handler(RequestValidationError, refuse)
+    for of_the_store in OF_THE_STORE:
+        app.add_exception_handler(of_the_store, wait)
     return app
 
 

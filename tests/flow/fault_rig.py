@@ -136,11 +136,15 @@ class FaultRig(Lab):
     def settle(self, name: str) -> None:
         """It is `running`, no fault is set."""
         self.set_cell(None, name)
-        if self.client.get(f"/servers/{name}")["lock"]:  # another machine had answered for it
-            self.client.post(f"/servers/{name}/unlock", {})
+        self.unlock(name)
         if self.status(name)["state"] != "running":
             self.wait_for_run(self.start_run(name, "tiny-1"), name)
             assert self.status(name)["state"] == "running"
+
+    def unlock(self, name: str) -> None:
+        """As an operator who has looked, where another machine had answered for it."""
+        if self.client.get(f"/servers/{name}")["lock"]:
+            self.client.post(f"/servers/{name}/unlock", {})
 
     def put(self, name: str, image: str, *, also: Sequence[str] = ()) -> requests.Response:
         """CloudDC's."""
@@ -186,6 +190,7 @@ class FaultRig(Lab):
         broken = [b for b in self.watch.judge_of(name) if not b.startswith("I10 ")]  # all BMCs have one password here
         wrong = "; ".join([wrong, *broken])
         self.set_cell(None, name)
+        self.unlock(name)
         if not wrong and self.status(name)["state"] == "error":  # from error another reinstall is always allowed
             again = self.wait_for_run(self.start_run(name, "tiny-1"), name)
             wrong = _judge_running(self, cell, name, again, dataclasses.replace(before, console=len(self.console(name))), "tiny-1")

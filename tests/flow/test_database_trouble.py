@@ -255,6 +255,7 @@ def test_a_database_that_is_damaged_while_the_service_runs_is_said_to_be_corrupt
     time.sleep(5)
     assert plain.runs(batch)["lab01"]["ended_at"] is None and plain.bmc("lab01")["power"] == "On"
     assert (plain.keys(), plain.console("lab02")[console:]) == (keys, "")
+    assert "Traceback" not in log_of(plain)  # each report of an agent's was one
     plain.kill_service()
     said = serve_refused(plain)
     assert "Repave.9025" in said and "repave restore FILE" in said, said

@@ -13,7 +13,6 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-import sqlalchemy as sa
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,7 +27,7 @@ from repave.api.body import MAX_BODY_BYTES
 from repave.api.wire_errors import WireError, answer_for, from_status, internal
 from repave.auth import Presented
 from repave.errors import RepaveError, RequestError
-from repave.store.database import is_damage, is_unavailable
+from repave.store.database import OF_THE_STORE, is_damage, is_unavailable
 
 BODY_TIMEOUT_S = 60.0  # 64 KiB in a minute: slower than any link that works
 MAX_HEADER_BYTES = 64 * 1024
@@ -78,7 +77,7 @@ def install_wire(app: FastAPI) -> None:
         _log.error("database not available", request_id=incoming(request).request_id, error=type(error).__name__)
         return answer_for(request.url.path, RepaveError("database-corrupt" if is_damage(error) else "database-unavailable"))
 
-    for of_the_store in (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError):
+    for of_the_store in OF_THE_STORE:
         app.add_exception_handler(of_the_store, on_store)
     for kind in (RepaveError, WireError):
         app.add_exception_handler(kind, on_error)

@@ -128,6 +128,9 @@ class Database:
         return self.rows(page.where(table.c.id > after) if after else page), counted["n"]
 
 
+OF_THE_STORE = (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError)  # what `is_unavailable` is asked about
+
+
 def is_unavailable(error: BaseException) -> bool:
     """The database or the disk under it takes nothing now: full, read-only, locked, away, damaged. Not: a statement that is wrong."""
     if isinstance(error, OSError):
