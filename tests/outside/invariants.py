@@ -161,7 +161,7 @@ def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
         broken.append(f"I3 {name}: the write failed, and the disk boots {booted}")
     if run["outcome"] not in _GOOD:
         return broken
-    if booted != "new OS" or "first boot as" not in facts.consoles[name] or "home: " not in facts.consoles[name]:
+    if booted != "new OS" or "first boot as" not in facts.consoles[name] or "calls home" not in facts.consoles[name]:
         broken.append(f"I5 {name}: running, and no new OS called home")
     if scripted_os.find_config_drive(disk) is not None:
         broken.append(f"I5 {name}: running, and its config drive holds its secrets")

@@ -265,6 +265,7 @@ class Player:
         }
         while self.has("hold-disk-boot") and not on.off.is_set():
             on.off.wait(0.05)
+        self._say("calls home")
         self._say("home: " + ("taken" if first_boot.call_home(call, on.off) else "not taken"))
 
     def _describe(self, ended: Path) -> dict[str, Any]:
