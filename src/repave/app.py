@@ -236,7 +236,8 @@ def build_provisioning(site: Site) -> FastAPI:
     async def wait(request: Request, error: Exception) -> Response:
         if not is_unavailable(error):
             raise error
-        return Response(status_code=503)  # asked again; the alarm is the watch's
+        log.error("database not available", error=type(error).__name__)
+        return Response(status_code=503)  # they ask again
 
     app.add_exception_handler(RequestValidationError, refuse)
     for of_the_store in OF_THE_STORE:

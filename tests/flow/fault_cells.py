@@ -112,7 +112,7 @@ def _once() -> list[Cell]:
     return cells
 
 
-# An answer to another run's request. The agent asks again; the new OS's one script can not tell it from its own.
+# An answer to another run's request. The agent asks again; the new OS's script does not look whose it is.
 _STALE = {
     "hello": "running", "plan": "running", "cross": "running", "manifest": "running", "config-drive": "running", "chunk": "running", "progress": "running",
     "report": "running", "call-home": "unheard",

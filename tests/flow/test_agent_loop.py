@@ -72,6 +72,7 @@ class FarEnd(http.server.ThreadingHTTPServer):
         self.chunk_delay_s, self.lease_s = 0.0, 60.0
         self.lost: dict[str, int] = {}  # path -> how many answers get lost
         self.mixed_up: set[str] = set()  # paths answered, once, with what was meant for another request
+        self.long_once: set[str] = set()  # paths whose next answer is longer than it may be
         self.then = "power-off"
         self.damage: set[str] = set()  # paths answered with other bytes
         self.damage_once: set[str] = set()
@@ -145,6 +146,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path in self.server.damage | self.server.damage_once:
             self.server.damage_once.discard(self.path)
             body = body[:-1] + b"?"
+        if self.path in self.server.long_once:
+            self.server.long_once.discard(self.path)
+            body += bytes(len(body))
         self.send_response(status)
         self.send_header(ASK_HEADER, "another" if self.path in self.server.mixed_up else self.headers[ASK_HEADER])
         self.server.mixed_up.discard(self.path)
@@ -281,11 +285,18 @@ def test_lost_answers_are_asked_for_again_and_the_run_goes_on(rack: Rack) -> Non
 def test_answers_to_somebody_elses_requests_are_none_and_the_run_goes_on(rack: Rack) -> None:
     """The bug: an agent that was given another run's answer to cross wrote its disk, and its own run had never crossed."""
     chunk = f"/agent/v1/chunks/{list(rack.end.chunks)[5]}"
-    once = {"/agent/v1/hello", "/agent/v1/plan", "/agent/v1/cross", "/agent/v1/manifest", "/agent/v1/config-drive", "/agent/v1/report", chunk}
+    once = {"/agent/v1/hello", "/agent/v1/cross", "/agent/v1/manifest", "/agent/v1/config-drive", "/agent/v1/report", chunk}
     rack.end.mixed_up = set(once)
     assert rack.run() == 0
     asked = [path.partition(" ")[2] for path in rack.end.paths]
     assert {path: asked.count(path) for path in once} == dict.fromkeys(once, 2)
+    assert rack.end.reports[-1]["verified"]
+
+
+def test_a_long_answer_to_somebody_elses_request_is_none_either(rack: Rack) -> None:
+    """It was too long for this request's, and that ended the run."""
+    rack.end.mixed_up, rack.end.long_once = {"/agent/v1/config-drive"}, {"/agent/v1/config-drive"}
+    assert rack.run() == 0
     assert rack.end.reports[-1]["verified"]
 
 

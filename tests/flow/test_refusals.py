@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import requests
 
+from repave.agent.protocol import ASK_HEADER
 from repave.lab import scripted_os
 from repave.lab.service import import_image
 
@@ -106,3 +109,17 @@ def test_other_sectors_that_only_the_ramdisk_sees_are_refused_before_the_line_an
     lab.client.patch(f"/servers/{NAME}", {"root_disk": "hctl=0:0:0:0"})
     assert reinstall(lab, "tiny-2")["state"] == "running"
     lab.client.patch(f"/servers/{NAME}", {"root_disk": f"serial={lab.machines[NAME].root_serial}"})
+
+
+def test_the_agents_listener_names_the_request_in_its_refusals_too(lab):
+    """Or an agent that is told to stop would take it for no answer, and write on until its lease is over."""
+    listen = tomllib.loads((lab.folder / "site/repave.toml").read_text())["provisioning_listen"]
+    with requests.Session() as session:
+        session.trust_env, session.verify = False, str(lab.folder / "site/secret/ca.pem")
+        for n, (method, path, body, status) in enumerate((
+            ("POST", "/agent/v1/hello", b"{}", 401), ("POST", "/agent/v1/progress", b"no json", 400), ("GET", "/agent/v1/plan", None, 401),
+            ("GET", "/agent/v1/nothing", None, 404), ("GET", "/agent/v1/hello", None, 405), ("GET", f"/agent/v1/chunks/{'0' * 64}", None, 401),
+        )):  # fmt: skip
+            asked = {ASK_HEADER: f"ask-{n}", "Content-Type": "application/json", "Authorization": "Bearer unknown"}
+            answer = session.request(method, f"https://{listen}{path}", data=body, headers=asked, timeout=30)
+            assert (answer.status_code, answer.headers.get(ASK_HEADER)) == (status, f"ask-{n}"), path

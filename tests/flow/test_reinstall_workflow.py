@@ -461,6 +461,21 @@ def test_another_server_behind_the_address_is_locked_until_an_operator_has_looke
     assert world.play_another() == "proved"
 
 
+def test_another_server_met_on_the_way_to_stop_locks_it_too(world):
+    """After a write that failed: the half-written server could not be switched off, and nothing is sent to the other one."""
+    world.machine.silent = {"report"}
+    world.machine.when = lambda action: setattr(world.machine, "uuid", "uuid-of-another") if world.store.runs.get_run(world.run_id).crossed_at else None
+    assert world.play(world.journal()) == "write-failed"
+    assert world.machine.actions[-1] == "power_on"
+    assert world.state().error["class"] == "wrong-server" and world.store.servers.get_server(world.instance.server_id).locked_by == "repave"
+
+
+def test_a_serial_number_that_only_stands_for_one_tells_nobody_apart(world):
+    world.store.servers.set_server(world.instance.server_id, serial="Default string")
+    world.machine.serial = "00000000"
+    assert world.play(world.journal()) == "proved"
+
+
 @pytest.mark.parametrize(
     ("met_at", "ending"),
     [

@@ -157,7 +157,8 @@ def truth(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[str]:
     run, disk, broken = runs[-1], place.machines[name].root_disk, []
     booted = scripted_os.find_os(disk)
     written = run["crossed_at"] and any(at > seconds(run["crossed_at"]) for at in facts.writes[name])
-    if run["outcome"] == "write-failed" and written and booted is not None and (raw is None or booted != "new OS" or differences(disk, raw)):
+    unheard = (run["error"] or {}).get("class") == "agent-silent" and raw is not None and not differences(disk, raw)
+    if run["outcome"] == "write-failed" and written and booted is not None and not unheard:
         broken.append(f"I3 {name}: the write failed, and the disk boots {booted}")
     if run["outcome"] not in _GOOD:
         return broken

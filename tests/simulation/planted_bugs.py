@@ -51,7 +51,7 @@ BUGS = (
         "        with self.open_bmc(self.store.servers.get_server(self.store.runs.get_run(run_id).server_id)) as bmc:\n            bmc.eject_media()\n",
         "I11 "),
     Bug("who answers at a BMC's address is not looked at", _EFFECTS,
-        'if says_something(known) and says_something(seen) and known.lower() != seen.lower():\n            raise RunFailed("wrong-server", f"The BMC',
+        'if are_of_two(known, seen):\n            raise RunFailed("wrong-server", f"The BMC',
         'if False:\n            raise RunFailed("wrong-server", f"The BMC', "went to another machine"),
     Bug("operation_state is lost", "src/repave/store/endings.py", "after.operation.value if after.operation else None", "None", "I12 "),
     Bug("a run's keys outlive it", _EFFECTS, "        self.store.sealer.destroy_run(run_id)\n", "", "I13 "),

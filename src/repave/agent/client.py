@@ -113,11 +113,11 @@ class Client:
         try:
             connection.request(method, path, body=data, headers=headers)
             response = connection.getresponse()
+            if response.headers.get(ASK_HEADER) != asked:
+                raise Unreachable(f"{path}: the answer ({response.status}) is not to this request")
             content = response.read(cap_bytes + 1)
             if len(content) > cap_bytes:
                 raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
-            if response.headers.get(ASK_HEADER) != asked:
-                raise Unreachable(f"{path} was given the answer to another request")
             if response.length:  # read(n) does not complain about a body that ends early
                 raise Unreachable(f"the answer to {path} ended early")
             response.read()  # lets the connection be used again

@@ -12,8 +12,9 @@ All requests go to the provisioning listener over TLS verified with our CA alone
     POST /agent/v1/report        session       Report -> {"then": "power-off"}
     POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
 
-Each request of the agent's has a value of its own in `ASK_HEADER`, and its answer, also a refusal, has the same: an answer to another request, whoever's it
-was, is none. Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
+Each request of the agent's carries a random value in `ASK_HEADER`; its answer, a refusal too, repeats it. Any other answer counts as none.
+
+Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
 """
 
 from __future__ import annotations

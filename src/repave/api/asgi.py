@@ -200,7 +200,10 @@ class BodyLimit:
 
 
 class EchoAsk:
-    """Each answer has what its request had in ASK_HEADER: an agent takes no other run's "you may write" for its own (agent/protocol.py)."""
+    """Each answer has what its request had in ASK_HEADER: an agent takes no other run's "you may write" for its own (agent/protocol.py).
+
+    But for the 500 of a bug, which is none to the agent anyway.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self._name = app, ASK_HEADER.lower().encode()

@@ -12,6 +12,7 @@ from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope
 from repave.api.operator_images import get_image
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Instance, Role, Server
+from repave.domain.own_host import are_of_two
 from repave.domain.root_disk import parse_hints
 from repave.domain.urls import find_url_fault
 from repave.errors import RequestError
@@ -236,7 +237,7 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
         after = replace(after, bmc_certificate_sha256=change.certificate_sha256, bmc_tls_verify="false")
     facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or scope.store.servers.get_bmc_password(server.id)))
     for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)):
-        if mine and theirs and mine.lower() != theirs.lower():
+        if are_of_two(mine, theirs):
             raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
     return {"bmc_certificate_sha256": facts.certificate_sha256 or after.bmc_certificate_sha256, "bmc_system_uri": facts.system_uri}
 

@@ -18,6 +18,11 @@ def says_something(value: str) -> bool:
     return value.strip().lower() not in _NOTHING and value.strip(" 0") != ""
 
 
+def are_of_two(known: str, seen: str) -> bool:
+    """Two serial numbers or UUIDs, in any case of letters, that say of two machines that they are not the same one."""
+    return says_something(known) and says_something(seen) and known.strip().lower() != seen.strip().lower()
+
+
 def find_own_host(server: Server, hosts: Sequence[Host]) -> str | None:
     """What the server has in common with a machine of ours, in words; None where nothing."""
     for host in hosts:

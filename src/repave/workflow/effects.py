@@ -14,7 +14,7 @@ from repave.agent import protocol
 from repave.agent.gpt import minimum_disk_bytes
 from repave.bmc import Bmc, Power
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
-from repave.domain.own_host import find_own_host, says_something
+from repave.domain.own_host import are_of_two, find_own_host, says_something
 from repave.domain.password import user_for
 from repave.domain.root_disk import choose_root_disk, find_known_misfit, find_misfit
 from repave.domain.states import Ending
@@ -308,7 +308,7 @@ def verify_system(server: Server, serial: str, uuid: str) -> None:
     Some BMCs show placeholders while the host is off: those tell nobody apart.
     """
     for name, known, seen in (("serial", server.serial, serial), ("UUID", server.uuid, uuid)):
-        if says_something(known) and says_something(seen) and known.lower() != seen.lower():
+        if are_of_two(known, seen):
             raise RunFailed("wrong-server", f"The BMC shows another {name} than the one recorded.")
 
 
@@ -316,7 +316,7 @@ def verify_identity(server: Server, inventory: dict[str, Any]) -> None:
     """The machine that speaks is the one recorded: serial, UUID, and one MAC where any is recorded. Raises wrong-server."""
     for name in ("serial", "uuid"):
         known, seen = getattr(server, name), str(inventory.get(name, ""))
-        if known and known.lower() != seen.lower():
+        if says_something(known) and known.lower() != seen.lower():
             raise RunFailed("wrong-server", f"The ramdisk sees another {name} than the one recorded.")
     known_macs = {m.lower() for m in server.macs}
     if known_macs and not known_macs & {m.lower() for m in inventory.get("macs", ())}:

@@ -99,8 +99,7 @@ async def return_what_was_found(run: Run, do: Effects, cause: RunFailed | None, 
         await insist(run, "return", do.return_what_was_found, waits.return_pause_s)
     except RunFailed as failure:
         first = f"First: {cause} " if cause else "The rehearsal itself went well. "
-        slug = failure.slug if failure.slug == "wrong-server" else "restore-failed"  # nothing more is sent there until an operator has looked
-        return await end(run, do, Ending.RETURN_FAILED, RunFailed(slug, f"{first}Then: {failure}"))
+        return await end(run, do, Ending.RETURN_FAILED, RunFailed(choose_slug("restore-failed", failure, cause), f"{first}Then: {failure}"))
     return await end(run, do, ending, cause)
 
 
@@ -109,8 +108,13 @@ async def stop_half_written(run: Run, do: Effects, cause: RunFailed, waits: Wait
     try:
         await insist(run, "stop", do.power_off_and_eject, waits.return_pause_s)
     except RunFailed as failure:
-        cause = RunFailed(cause.slug, f"{cause.detail} It could not be powered off: {failure}".strip(), **cause.context)
+        cause = RunFailed(choose_slug(cause.slug, failure), f"{cause.detail} It could not be powered off: {failure}".strip(), **cause.context)
     return await end(run, do, Ending.WRITE_FAILED, cause)
+
+
+def choose_slug(otherwise: str, *met: RunFailed | None) -> str:
+    """Where another server was met, that is what the end says, whatever else went wrong: nothing more is sent there until an operator has looked."""
+    return "wrong-server" if any(error is not None and error.slug == "wrong-server" for error in met) else otherwise
 
 
 async def insist(run: Run, name: str, effect: Callable[[str], Json], pause_s: float, *, on: Callable[[RunFailed], bool] = lambda _: True) -> Json:
