@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import requests
 
+from repave.agent.protocol import ASK_HEADER
 from repave.bmc import BmcAddress, Power
 from repave.bmc.redfish import RedfishBmc
 from repave.ca import make_ca, make_certificate
@@ -96,6 +97,7 @@ class FarEnd:
             def do_GET(self) -> None:
                 body = answer(end, self)
                 self.send_response(401 if body is None else 200 if body else 204)
+                self.send_header(ASK_HEADER, self.headers.get(ASK_HEADER, ""))
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
                 self.wfile.write(body or b"")

@@ -136,7 +136,7 @@ def pending_for(polls: list[Seen], name: str, run: Json, runs: list[Json]) -> li
     if any(r is not run and seconds(r["created_at"]) < polls[number].until and seconds(r["ended_at"] or r["deadline_at"]) > polls[number].at for r in runs):
         return []  # one followed the other between two looks: to the client they are one
     at_least = polls[number].until - polls[number].at
-    at_most = polls[number + 1].at - (polls[number - 1].until if number else began) if number + 1 < len(polls) else float("inf")
+    at_most = polls[number + 1].answered_at - (polls[number - 1].until if number else began) if number + 1 < len(polls) else float("inf")
     took, allowed = ended - began, seconds(run["deadline_at"]) - began + REAP_GRACE_S + 30
     broken = [f"I4 {name}: the client saw it pending for {at_least:.0f} s, {allowed:.0f} s are allowed"] if at_least > allowed else []
     if not at_least - CLOCK_S <= took <= at_most + CLOCK_S:

@@ -64,9 +64,10 @@ class Place:
 
 @dataclass
 class Seen:
-    """What the client saw of an instance, from its first look to its last one at the same."""
+    """What the client saw of an instance, from its first look to its last one at the same: when those were asked for, and when the first was answered."""
 
     at: float
+    answered_at: float
     state: str
     operation: str | None
     has_error: bool
@@ -267,6 +268,7 @@ class Watch:
         url = f"{self.place.endpoints()[0]}/v1/{self.place.project_id}/instances"
         asked_at = time.time()
         answer = requests.get(url, params={"limit": 100}, headers={"X-Auth-Token": self.place.refused_token}, timeout=10)
+        answered_at = time.time()
         if answer.status_code != 200:
             return
         if found := find_in(answer.content, self.place.secrets):
@@ -275,7 +277,7 @@ class Watch:
             for one in answer.json()["instances"]:
                 seen, now = self._polls.setdefault(one["id"], []), (one["state"], one.get("operation_state"), "error" in one)
                 if not seen or (seen[-1].state, seen[-1].operation, seen[-1].has_error) != now:
-                    seen.append(Seen(asked_at, *now, until=asked_at))
+                    seen.append(Seen(asked_at, answered_at, *now, until=asked_at))
                 seen[-1].until = asked_at
 
     def _try_refused(self) -> list[str]:
