@@ -40,7 +40,7 @@ from repave.lab.service import import_image, register_machine
 from repave.lab.state import write_auth_file
 from repave.secrets import Sealer, write_private
 
-CELL_S = 900.0  # four tries a minute apart, each with a BMC at its slowest
+CELL_S = 900.0  # four tries to go on and four to go back, each with a BMC at its slowest
 WAITS = {"agent_ready_s": 60, "written_s": 150, "proof_s": 60, "graceful_s": 5, "return_pause_s": 5}
 Json = dict[str, Any]
 

@@ -1,4 +1,7 @@
-"""Whether a server is one that Repave itself runs on: reinstalling it would erase the one that does it."""
+"""Which serial numbers and UUIDs tell machines apart, and whether a server is one that Repave itself runs on.
+
+Reinstalling that one would erase who does it.
+"""
 
 from __future__ import annotations
 
