@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
-LISTS = ("simulation/planted_bugs.py", "outside/planted.py")
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+LISTS = {"simulator": "planted_bugs", "racks": "planted"}
 
 
 def main() -> None:
@@ -27,17 +17,18 @@ def main() -> None:
     parser.add_argument("--list", action="append", choices=LISTS)
     parser.add_argument("--only", default="", help="bugs whose name has this in it")
     args = parser.parse_args()
-    here, planted = Path(__file__).parent, []
-    for name in args.list or LISTS:
-        module = _load(here / name)
-        planted += [(module.plant, bug) for bug in module.BUGS if args.only in bug.says]
+    here = Path(__file__).parent
+    sys.path[1:1] = [str(here / "outside"), str(here / "simulation")]
+    plant = importlib.import_module("planting").plant
+    lists = [importlib.import_module(LISTS[name]).BUGS for name in args.list or LISTS]
+    bugs = [bug for bugs in lists for bug in bugs if args.only in bug.says]
     hits = 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for (_, bug), (was_found, said) in zip(planted, pool.map(lambda p: p[0](p[1]), planted), strict=True):
+        for bug, (was_found, said) in zip(bugs, pool.map(plant, bugs), strict=True):
             hits += was_found
             print(f"{'found' if was_found else 'MISSED':8}{bug.says}: {said.strip()[: 200 if was_found else 2000]}", flush=True)
-    print(f"sabotage: {len(planted)} planted, {hits} found")
-    sys.exit(hits != len(planted))
+    print(f"sabotage: {len(bugs)} planted, {hits} found")
+    sys.exit(hits != len(bugs))
 
 
 if __name__ == "__main__":

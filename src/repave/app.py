@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import gc
 import hashlib
@@ -60,6 +61,7 @@ from repave.workflow.media_sweep import MediaSweep
 from repave.workflow.reinstall import Waits
 
 log = structlog.get_logger()
+_M_ARENA_MAX = -8  # malloc.h
 
 
 def utc_now() -> datetime:
@@ -266,6 +268,7 @@ def serve(folder: Path) -> None:
     for name in ("api_certificate", "media_certificate"):
         _check_certificate(name, getattr(settings, name))
     configure_logging()
+    stay_small()
     ensure_boot_iso(settings)
     try:
         _serve_site(settings)
@@ -333,6 +336,15 @@ async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:
         await asyncio.gather(_run_all(api), asyncio.to_thread(uvloop.run, _run_all(machines)))
     finally:
         stop()
+
+
+def stay_small() -> None:
+    """glibc keeps two arenas of memory, not one for nearly each thread: what one thread gave back another can use. To be called before there are threads.
+
+    Measured in 10 minutes of reinstalls with faults: @MEASURED@
+    """
+    with contextlib.suppress(AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def answer_soon() -> None:

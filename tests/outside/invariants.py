@@ -43,7 +43,7 @@ def find_broken_of(facts: Facts, place: Place, name: str) -> list[str]:
 def find_broken_of_site(facts: Facts, place: Place) -> list[str]:
     broken = [f"I7 a refused request changed {what}" for what in facts.refusals]
     broken += [f"I8 a secret is in {where}" for where in facts.leaks]
-    broken += count(facts) + at_once(facts)
+    broken += count(facts) + at_once(facts, place)
     broken += [f"I15 event {facts.unchained} does not follow the one before it"] if facts.unchained is not None else []
     broken += [f"I13 the keys of run {key} are still there" for key in facts.keys]
     return broken + [f"I13 {what}" for what in facts.leftovers]
@@ -267,14 +267,14 @@ def bystander(facts: Facts, place: Place, name: str, runs: list[Json]) -> list[s
     return [f"I14 {name} was touched: nobody asked for it"] if touched or any(c["method"] != "GET" for c in facts.calls[name]) else []
 
 
-def at_once(facts: Facts) -> list[str]:
-    """I14: never more servers of a batch under way than it allows, by what their BMCs were asked and when their disks were written."""
-    broken = []
-    for batch in facts.batches:
-        stretches = [s for run in batch["runs"] if run["name"] and (s := touched(facts, run))]
+def at_once(facts: Facts, place: Place) -> list[str]:
+    """I14: never more servers of a batch, or of the site, under way than allowed, by what their BMCs were asked and when their disks were written."""
+    broken, all_runs = [], [run for batch in facts.batches for run in batch["runs"]]
+    for what, runs, allowed in (("the site", all_runs, place.at_once), *(("a batch", batch["runs"], batch["at_once"]) for batch in facts.batches)):
+        stretches = [s for run in runs if run["name"] and (s := touched(facts, run))]
         most = max((sum(began <= at <= ended for began, ended in stretches) for at, _ in stretches), default=0)
-        if batch["at_once"] and most > batch["at_once"]:
-            broken.append(f"I14 {most} servers of a batch were under way, {batch['at_once']} are allowed")
+        if allowed and most > allowed:
+            broken.append(f"I14 {most} servers of {what} were under way, {allowed} are allowed")
     return broken
 
 

@@ -43,6 +43,7 @@ class Wanted:
     rehearse: bool = False
     locked: bool = False
     at_once: int | None = None
+    limits: tuple[int, int] = (0, 0)  # of the site, of the rack that holds all: runs at once
 
 
 def play(folder: Path, wanted: Wanted, *, real: bool = False) -> list[str]:
@@ -50,9 +51,11 @@ def play(folder: Path, wanted: Wanted, *, real: bool = False) -> list[str]:
     os.environ["HUAWEICLOUD_SDK_HOME"] = str(folder)
     if not real:
         os.environ |= {"REPAVE_AGENT_READY_S": str(WAIT_S), "REPAVE_PROOF_S": str(WAIT_S)}
+    os.environ |= {name: str(limit) for name, limit in zip(("REPAVE_RUNS_AT_ONCE", "REPAVE_RACK_AT_ONCE"), wanted.limits, strict=True) if limit}
     lab = rack_up(1 if real else 5, scripted=not real, folder=folder, debian=False, data_disk=real)
     client = Client(None, Endpoint(lab["endpoint"], lab["token"]))
     watch = Watch(place_of_rack(folder, lab, [PASSWORD, OLD_PASSWORD], scripted=not real))
+    watch.place.at_once = max(wanted.limits)
     faults = {name: [fault] for name, fault in FAULTS.items() if name in wanted.names}
     if not real:
         _write_old_data(folder)
@@ -135,10 +138,11 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--locked", action="store_true")
     parser.add_argument("--at-once", type=int)
+    parser.add_argument("--limits", type=int, nargs=2, default=(0, 0), metavar=("SITE", "RACK"))
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--postgres", action="store_true")
     args = parser.parse_args()
-    wanted = Wanted([] if args.nothing else args.names, args.twice, args.rehearse, args.locked, args.at_once)
+    wanted = Wanted([] if args.nothing else args.names, args.twice, args.rehearse, args.locked, args.at_once, tuple(args.limits))
     folder = Path(tempfile.mkdtemp(prefix="rps-", dir="/tmp"))
     folder.chmod(0o755)  # PostgreSQL runs as a user of its own
     try:

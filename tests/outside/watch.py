@@ -60,6 +60,7 @@ class Place:
     find_raw: Callable[[str], Path | None]  # an image's raw file, by name
     services: Callable[[], Sequence[int]]  # their processes
     scripted: bool = True
+    at_once: int = 0  # the site allows so many of its runs; 0 = more than there are
 
 
 @dataclass

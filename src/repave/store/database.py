@@ -25,6 +25,7 @@ Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or
 
 
 _BUSY_MS = 15_000  # SQLite: how long a writer waits for its lock
+_CACHE_KIB = 512  # of pages, for each of some twenty connections; the kernel has the file's pages anyway (SQLite's own: 2 MB)
 _IDLE_MS = 5_000  # ours last milliseconds; a worker that is stopped inside one holds up all others for so long
 # What runs often is made once: making a statement and finding it in SQLAlchemy's cache takes longer than SQLite takes to run it.
 _NEW_EVENT = sa.insert(EVENTS)
@@ -158,6 +159,13 @@ def open_engine(url: str) -> sa.Engine:
     # A worker that is stopped inside a transaction must not keep its locks: the server ends it, and the worker's lease has run out by then.
     options = {"options": f"-c idle_in_transaction_session_timeout={_IDLE_MS}", "connect_timeout": 10}
     return sa.create_engine(url, pool_size=32, max_overflow=32, pool_use_lifo=True, hide_parameters=True, pool_pre_ping=True, connect_args=options)
+
+
+@sa.event.listens_for(sa.Engine, "connect")
+def _cache_little(connection: Any, _: Any) -> None:
+    """Of every engine, DBOS's too: caches that fill for hours look like a leak."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
 
 
 @sa.event.listens_for(sa.Engine, "handle_error")
