@@ -168,7 +168,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     store.marks.check_ca(hashlib.sha256((secret_dir / "ca.pem").read_bytes()).hexdigest())
     assert settings.images_dir is not None
     images = ImageStore(settings.images_dir)
-    places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), (secret_dir / "ca.pem").read_text(), settings.graceful_s)
+    ca_pem = (secret_dir / "ca.pem").read_text()
+    places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), ca_pem, settings.graceful_s, settings.read_back)
 
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 

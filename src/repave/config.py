@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -65,6 +66,9 @@ class Settings(BaseSettings):
     agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds at most from power on until the ramdisk must have said hello; less is learnt.")
     written_s: float = Field(default=24 * 3600, gt=0, description="Seconds from the plan until the image must be written and verified, however well it moves.")
     proof_s: float = Field(default=30 * 60, gt=0, description="Seconds at most from power on until the new OS must have called home; less is learnt.")
+    read_back: Literal["sample", "all"] = Field(
+        default="sample", description="How much of what was written is read again, past the cache: the start of every piece and 5 % whole, or all of it."
+    )
     forward_pause_s: float = Field(default=10, gt=0, description="Seconds between two tries of inserting media or of booting from them, four in all.")
     return_pause_s: float = Field(default=60, gt=0, description="Seconds between two tries of giving a server back or of switching it off, four in all.")
     media_sweep_s: float = Field(default=300, gt=0, description="Seconds between two looks for boot media that were left in drives because a BMC was away.")

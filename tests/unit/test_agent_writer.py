@@ -213,6 +213,67 @@ def test_killed_at_any_stage_the_disk_can_not_boot_and_the_next_write_repairs_it
     assert_holds_the_image(case, old)
 
 
+# What the disk holds already is kept, as far as its digests say so.
+
+
+def test_a_write_that_was_killed_half_way_goes_on_with_what_is_on_the_disk(case: Case) -> None:
+    old = case.disk.read_bytes()
+    whole = sum(c.compressed_bytes for c in case.manifest.chunks if c.extents)
+
+    def die(stage: str, done: int, total: int) -> None:
+        if stage == "write" and done > total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            case.write(progress=die)
+        finally:
+            os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    result = case.write(resume=True)
+    assert_holds_the_image(case, old)
+    assert list(result.stages_s) == ["compare", *(s for s in STAGES if s != "boot-entry")]
+    assert 0 < result.bytes_fetched < 0.7 * whole and result.bytes_kept > case.manifest.data_bytes // 3
+
+
+def test_without_a_config_drive_the_disk_becomes_the_image_bit_for_bit_and_a_second_time_nothing_is_fetched_or_written(case: Case) -> None:
+    old = case.disk.read_bytes()
+    case.write(config_drive=None)
+    assert case.disk.read_bytes() == case.image + old[IMAGE_BYTES:-MIB] + bytes(MIB)
+    again = case.write(config_drive=None, resume=True)
+    assert (again.bytes_fetched, again.bytes_written, again.bytes_zeroed) == (0, 0, 0) and again.bytes_kept == case.manifest.data_bytes
+
+
+def test_a_byte_that_changed_in_the_data_and_one_in_a_gap_cost_one_chunk_each_and_are_right_again(case: Case) -> None:
+    case.write(config_drive=None)
+    done = case.disk.read_bytes()
+    data, gap = next(i for i, c in enumerate(case.manifest.chunks) if i and c.extents), next(i for i, c in enumerate(case.manifest.chunks) if not c.extents)
+    with case.disk.open("r+b") as f:
+        for at in (case.manifest.window(data)[0] + case.manifest.chunks[data].extents[0][0], case.manifest.window(gap)[0] + 5000):
+            f.seek(at)
+            byte = f.read(1)
+            f.seek(at)
+            f.write(bytes([byte[0] ^ 1]))
+    result = case.write(config_drive=None, resume=True)
+    assert case.disk.read_bytes() == done
+    assert result.bytes_fetched == case.manifest.chunks[data].compressed_bytes
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_disk_that_is_another_one_now_gets_no_first_byte_and_no_last_sector(case: Case, call: int) -> None:
+    old, asked = case.disk.read_bytes(), []
+
+    def verify_identity() -> None:
+        asked.append(True)
+        if len(asked) == call:
+            raise RunFailed("disk-changed", "It is gone.")
+
+    with pytest.raises(RunFailed, match="It is gone"):
+        case.write(verify_identity=verify_identity)
+    assert case.disk.read_bytes() == old if call == 1 else case.first_sector_is_zero()
+
+
 def test_a_run_that_is_over_stops_at_the_next_chunk(case: Case) -> None:
     def asks_until(allowed: float) -> tuple[int, str]:
         asked = 0
@@ -345,6 +406,27 @@ def test_a_disk_that_loses_a_write_is_found_before_it_can_boot(case: Case, monke
     with pytest.raises(RunFailed, match="not what was written") as failed:
         case.write(progress=put_back)
     assert failed.value.slug == "read-back" and case.first_sector_is_zero()
+
+
+@pytest.mark.parametrize("read_back_all", [False, True])
+def test_a_byte_that_went_wrong_in_the_middle_of_a_chunk_is_found_where_all_is_read_back(case: Case, read_back_all: bool) -> None:
+    """The 5 % that a sample reads whole are the first chunk with data and each twentieth from there."""
+    with_data = [i for i, c in enumerate(case.manifest.chunks) if i and c.extents and max(size for _, size in c.extents) > MIB]
+    index = with_data[2]
+    offset = case.manifest.window(index)[0] + max(case.manifest.chunks[index].extents, key=lambda e: e[1])[0] + MIB // 2
+
+    def put_back(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("config-drive", 0):
+            with case.disk.open("r+b") as f:
+                f.seek(offset)
+                f.write(b"old")
+
+    if not read_back_all:
+        case.write(progress=put_back)
+        return
+    with pytest.raises(RunFailed, match=f"chunk {index}, .* is not what was written"):
+        case.write(progress=put_back, read_back_all=True)
+    assert case.first_sector_is_zero()
 
 
 def test_a_device_that_can_not_make_zeros_gets_them_written(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import stat
 import struct
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from repave.agent.efi import LOADERS, BootVariables, find_esp
 from repave.agent.gpt import Partition
@@ -25,13 +25,20 @@ BLKGETSIZE64 = 0x80081272
 LOCAL_LABEL = "repave local disk"
 
 
+class OpenDisk(NamedTuple):
+    """`path` leads to one disk and no other, however names move. `verify` raises RunFailed disk-changed where it is not that disk any more."""
+
+    path: Path
+    verify: Callable[[], None]
+
+
 class Machine(Protocol):
     """The far end of the agent. Nothing but `write_image`, on the path that `open_disk` gives, writes to a disk."""
 
     def read_inventory(self) -> Inventory: ...
 
-    def open_disk(self, disk: Disk) -> contextlib.AbstractContextManager[Path]:
-        """A path that leads to `disk` and no other, however names move, while the context lasts. Raises RunFailed disk-changed."""
+    def open_disk(self, disk: Disk) -> contextlib.AbstractContextManager[OpenDisk]:
+        """`disk`, while the context lasts. Raises RunFailed disk-changed."""
 
     def protect_others(self, disk: Disk) -> list[str]:
         """Every whole disk but `disk` is read-only for this boot. Returns what could not be protected, as sentences."""
@@ -65,7 +72,7 @@ class RealMachine:
         return read_inventory(self._roots)
 
     @contextlib.contextmanager
-    def open_disk(self, disk: Disk) -> Iterator[Path]:
+    def open_disk(self, disk: Disk) -> Iterator[OpenDisk]:
         """Holds a descriptor and gives /proc/self/fd/N, so that what was verified is what is written, even if names are dealt anew."""
         try:
             fd = os.open(disk.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -73,7 +80,7 @@ class RealMachine:
             _disk_changed(f"{disk.path} can not be opened: {error.strerror}.")
         try:
             self._verify_identity(fd, disk)
-            yield Path(f"/proc/self/fd/{fd}")
+            yield OpenDisk(Path(f"/proc/self/fd/{fd}"), lambda: self._verify_identity(fd, disk))
         finally:
             os.close(fd)
 
@@ -83,7 +90,11 @@ class RealMachine:
         if not stat.S_ISBLK(opened.st_mode):
             _disk_changed(f"{disk.path} is not a block device.")
         devt = f"{os.major(opened.st_rdev)}:{os.minor(opened.st_rdev)}"
-        shown = (self._roots.sys / "block" / Path(disk.path).relative_to(self._roots.dev).as_posix().replace("/", "!") / "dev").read_text().strip()
+        name = Path(disk.path).relative_to(self._roots.dev).as_posix().replace("/", "!")
+        try:
+            shown = (self._roots.sys / "block" / name / "dev").read_text().strip()
+        except OSError:
+            _disk_changed(f"{disk.path} is gone.")
         if shown != devt:
             _disk_changed(f"{disk.path} is {devt}, the kernel lists {shown}.")
         (size,) = struct.unpack("<Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
@@ -169,10 +180,15 @@ class FileMachine:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def open_disk(self, disk: Disk) -> Iterator[Path]:
-        if not os.path.isfile(disk.path):
-            _disk_changed(f"{disk.path} is gone.")
-        yield Path(disk.path)
+    def open_disk(self, disk: Disk) -> Iterator[OpenDisk]:
+        path = Path(disk.path)
+
+        def verify() -> None:
+            if not path.is_file() or path.stat().st_size != disk.size_bytes:
+                _disk_changed(f"{disk.path} is gone.")
+
+        verify()
+        yield OpenDisk(path, verify)
 
     def protect_others(self, disk: Disk) -> list[str]:
         self._write_state(read_only=[d["path"] for d in self._value["disks"] if d["path"] != disk.path])

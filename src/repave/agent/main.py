@@ -2,7 +2,8 @@
 
     hello -> plan -> verify the disk -> protect the others -> cross ════ manifest and all checks were before ════ write -> report -> off
 
-An agent that was killed is started again by the ramdisk, in the same boot: its token is still good there, and past the line it writes from the beginning.
+An agent that was killed is started again by the ramdisk, in the same boot: its token is still good there, and past the line it keeps what the
+first one wrote, as far as its digests say so.
 How it ends: after the line, always powered off. Before the line nothing was written, so whatever happens the server gets back what it
 had: a report, and the order that answers it; where nobody answers or the run is over, the local disk is booted.
 What it prints goes to the serial console: one line a step, seconds since start, no secrets.
@@ -23,7 +24,7 @@ from repave.agent import protocol
 from repave.agent.client import BACKOFF_S, Client, Refused, Unreachable
 from repave.agent.gpt import Partition, minimum_disk_bytes
 from repave.agent.lease import Lease, boot_clock
-from repave.agent.machine import FileMachine, Machine, RealMachine, is_ramdisk
+from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
 from repave.agent.writer import WriteResult, write_image
 from repave.errors import RepaveError, RunFailed
@@ -118,17 +119,17 @@ class Agent:
             plan = self._wait_for_plan(poll_s)
             disk = find_planned_disk(self._machine.read_inventory(), plan)
             self._console.say(f"plan: {disk.path}, serial {disk.serial or disk.wwn}, {disk.size_bytes} bytes")
-            with self._machine.open_disk(disk) as path:
+            with self._machine.open_disk(disk) as opened:
                 manifest = self._fetch_manifest(plan, disk, inventory)
                 for note in self._machine.protect_others(disk):
                     self._console.say(note)
                 if plan.rehearse:
                     return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest)))
                 lease = self._cross(plan)
-                result = self._write(plan, disk, path, manifest, lease)
+                result = self._write(plan, disk, opened, manifest, lease)
             return self._end(Report(
-                self._epoch, True, disk.serial, result.bytes_written, result.bytes_fetched, result.bytes_zeroed,
-                {name: round(s, 3) for name, s in result.stages_s.items()},
+                self._epoch, True, disk.serial, result.bytes_written, result.bytes_fetched, result.bytes_zeroed, result.stages_s,
+                zeroed_by=result.zeroed_by, bytes_kept=result.bytes_kept, bytes_read_back=result.bytes_read_back,
             ))  # fmt: skip
         except (LocalBoot, Refused, Unreachable) as reason:
             if not self._writing:
@@ -213,17 +214,17 @@ class Agent:
         self._console.say(f"{'past the line still' if self._writing else 'crossed the line'}, epoch {self._epoch}")
         return lease
 
-    def _write(self, plan: Plan, disk: Disk, path: Path, manifest: Manifest, lease: Lease) -> WriteResult:
+    def _write(self, plan: Plan, disk: Disk, opened: OpenDisk, manifest: Manifest, lease: Lease) -> WriteResult:
         drive_path = "/agent/v1/config-drive"
         with _Reporter(self._client, self._epoch, lease, self._console) as reporter:
             try:
                 config_drive = self._client.get_bytes(drive_path, sha256=plan.config_drive_sha256, cap_bytes=plan.config_drive_bytes, while_true=lease.is_valid)
             except ValueError as error:
                 raise RunFailed("agent-failed", f"{error}.") from None
+            again, self._writing = self._writing, True
             self._wrote.touch()
-            self._writing = True
             return write_image(
-                path,
+                opened.path,
                 manifest,
                 fetch=lambda sha256: self._fetch_chunk(sha256, lease),
                 config_drive=config_drive,
@@ -233,6 +234,9 @@ class Agent:
                 progress=reporter.note,
                 partition_guid=uuid.uuid4().bytes_le,
                 boot_entry=lambda partitions: self._set_boot_entry(plan.boot_label, partitions),
+                verify_identity=opened.verify,
+                resume=again,
+                read_back_all=plan.read_back == "all",
             )
 
     def _fetch_chunk(self, sha256: str, lease: Lease) -> bytes:

@@ -88,12 +88,13 @@ class Plan:
     config_drive_bytes: int
     boot_label: str = "repave"
     rehearse: bool = False  # check everything, measure, report, and stop before the line
+    read_back: str = "sample"  # or "all": how much of what was written is read again
 
 
 @dataclass(frozen=True)
 class Progress:
     epoch: int
-    stage: str  # clear, write, config-drive, read-back, boot-entry, seal
+    stage: str  # compare (where an agent goes on with what one before it wrote), clear, write, config-drive, read-back, boot-entry, seal
     bytes_done: int
     bytes_total: int
 
@@ -110,6 +111,9 @@ class Report:
     bytes_zeroed: int = 0
     stages_s: dict[str, float] = dataclasses.field(default_factory=dict)
     error: dict[str, Any] | None = None
+    zeroed_by: str = ""  # punch, zero-out, written: what the disk could
+    bytes_kept: int = 0  # of the image, from an agent of this boot that was killed
+    bytes_read_back: int = 0
     rehearsal: dict[str, Any] | None = None  # of a rehearsal that went well: what it learnt, numbers by the names in REHEARSAL
 
 
@@ -132,8 +136,9 @@ def render(message: Any) -> dict[str, Any]:
 
 
 def render_plan(plan: Plan) -> dict[str, Any]:
-    """`rehearse` is there only where it is true: an agent of an earlier version reads the plan of a reinstall, and refuses that of a rehearsal."""
-    return {name: value for name, value in render(plan).items() if name != "rehearse" or value}
+    """What came later is there only where it is not the default: an agent of an earlier version reads a plain plan, and refuses what it can not do."""
+    later = {"rehearse": False, "read_back": "sample"}
+    return {name: value for name, value in render(plan).items() if name not in later or value != later[name]}
 
 
 def parse_inventory(value: dict[str, Any]) -> Inventory:

@@ -56,7 +56,7 @@ class TargetDisk:
             raise
         # Punch first: on a block device it is zeros for certain or EOPNOTSUPP, while one BLKZEROOUT that the device can not do
         # switches WRITE ZEROES off for all that follow (measured).
-        self._zero_by: list[Callable[[int, int], None]] = [self._punch, self._blkzeroout, self._write_zeros]
+        self._zero_by: dict[str, Callable[[int, int], None]] = {"punch": self._punch, "zero-out": self._blkzeroout, "written": self._write_zeros}
 
     def __enter__(self) -> TargetDisk:
         return self
@@ -79,17 +79,21 @@ class TargetDisk:
 
     def make_zero(self, offset: int, length: int) -> None:
         """The range reads as zeros afterwards, by the cheapest way that this device has."""
-        while True:
-            way, *others = self._zero_by
+        for name, way in tuple(self._zero_by.items()):
             try:
                 way(offset, length)
                 break
             except OSError as e:
-                if e.errno not in _CANNOT or not others:
+                if e.errno not in _CANNOT or name == "written":
                     raise _failed("disk-write", offset, e) from e
-                self._zero_by = min(others, self._zero_by, key=len)  # another worker may have gone further
+                self._zero_by.pop(name, None)
         with self._lock:
             self.bytes_zeroed += length
+
+    @property
+    def zeroed_by(self) -> str:
+        """`punch` (a hole: zeros for certain), `zero-out` (BLKZEROOUT) or `written`: what the device could."""
+        return next(iter(self._zero_by))
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fills `view` from the disk, past the cache where O_DIRECT is to be had; else call `drop_cache` before."""

@@ -2,13 +2,15 @@
 
 The order (design decision 12; reference: OVMF boots from a leftover backup GPT as soon as LBA 0 is there):
 
+    compare       resumed: what the disk holds of the image already, read past the cache and hashed; a chunk is its digest, so this is always safe
     clear         zero LBA 0 alone, flush; both partition tables, flush; the first and the last MiB, flush
     write         body: fetch | verify | decode (which checks itself) | write, gaps made zero; the first MiB of the image is held back
     config-drive  the config drive, flush; the new backup GPT, flush
-    read-back     past the cache: the start of every chunk, 5 % whole, zero probes
+    read-back     past the cache: the start of every chunk, 5 % whole, zero probes; or all of it
     boot-entry    the caller's `boot_entry`
     seal          LBA 1 onward, flush, read back; then LBA 0 alone, last, flush
 
+Without a config drive the disk becomes the image bit for bit (`repave.agent.alone`); its last MiB, behind the image, is zeroed all the same.
 Imports nothing but the stdlib, zstandard and repave's image format and errors.
 """
 
@@ -48,11 +50,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What was done. `bytes_written` counts what we sent to the disk, `bytes_zeroed` what the device made zero, `stages_s` seconds by stage."""
+    """What was done. `bytes_written` counts what we sent to the disk, `bytes_zeroed` what was made zero, `stages_s` seconds by stage."""
 
     bytes_written: int
     bytes_fetched: int
     bytes_zeroed: int
+    zeroed_by: str  # how, in the end: see target.TargetDisk
+    bytes_kept: int  # of the image, found on the disk and verified there
+    bytes_read_back: int
     stages_s: dict[str, float]
 
 
@@ -61,13 +66,16 @@ def write_image(
     manifest: Manifest,
     *,
     fetch: Callable[[str], Any],
-    config_drive: bytes,
+    config_drive: bytes | None,
     sector_bytes: int,
     disk_bytes: int,
     keep_writing: Callable[[], bool],
     progress: Callable[[str, int, int], None],
-    partition_guid: bytes,
+    partition_guid: bytes = bytes(16),
     boot_entry: Callable[[tuple[Partition, ...]], None] | None = None,
+    verify_identity: Callable[[], None] = lambda: None,
+    resume: bool = False,
+    read_back_all: bool = False,
 ) -> WriteResult:
     """Afterwards the disk boots the image, and every byte of it was verified.
 
@@ -76,11 +84,13 @@ def write_image(
 
     Args:
         fetch: SHA-256 of a chunk -> its bytes (bytes, bytearray or memoryview). Called from up to 4 threads at once; what it raises ends the write.
-        config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk.
+        config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk. None: see the module's docstring.
         keep_writing: False = the lease or the run is over. Asked before each chunk and each stage, from several threads; must be quick.
         progress: (stage, bytes done, bytes total); never two calls at once. Stages as in the module's docstring.
         partition_guid: 16 bytes, as on disk (`uuid.UUID.bytes_le`).
         boot_entry: called with the new partition table when the data are verified, before the disk can boot.
+        verify_identity: raises where `device` does not lead to the right disk any more. Asked just before the first write, and before the last.
+        resume: keep what of the image is on the disk already. Where that is all of it, nothing is written.
 
     Raises: RunFailed: disk-changed, sector-size, disk-too-small, image-refused (nothing was written);
         image-damaged, disk-write, read-back, stale-run (the disk cannot boot).
@@ -88,22 +98,29 @@ def write_image(
     if manifest.sector_bytes != sector_bytes:
         raise RunFailed("sector-size", f"The image is made for {manifest.sector_bytes}-byte sectors, the disk has {sector_bytes}.")
     with TargetDisk(device, sector_bytes=sector_bytes, size_bytes=disk_bytes) as disk:
-        w = _Write(disk, manifest, fetch, keep_writing, progress)
-        tables = w.plan_tables(len(config_drive), partition_guid)
-        with w.stage("clear"):
-            w.clear(tables)
-        with w.stage("write"):
-            w.write_body(tables)
-        with w.stage("config-drive"):
-            w.write_config_drive(tables, config_drive)
-        with w.stage("read-back"):
-            w.read_back()
-        if boot_entry is not None:
-            with w.stage("boot-entry"):
-                boot_entry(tables.partitions)
-        with w.stage("seal"):
-            w.seal(tables)
-        return WriteResult(disk.bytes_written, w.bytes_fetched, disk.bytes_zeroed, w.stages_s)
+        w = _Write(disk, manifest, fetch, keep_writing, progress, read_back_all)
+        if resume:
+            with w.stage("compare"):
+                w.compare()
+        if config_drive is not None or not w.is_whole_image():
+            tables = w.plan_tables(config_drive, partition_guid)
+            with w.stage("clear"):
+                verify_identity()
+                w.clear(tables)
+            with w.stage("write"):
+                w.write_body()
+            if config_drive is not None:
+                with w.stage("config-drive"):
+                    w.write_config_drive(tables, config_drive)
+            with w.stage("read-back"):
+                w.read_back()
+            if boot_entry is not None:
+                with w.stage("boot-entry"):
+                    boot_entry(tables.partitions)
+            with w.stage("seal"):
+                verify_identity()
+                w.seal(tables)
+        return WriteResult(disk.bytes_written, w.bytes_fetched, disk.bytes_zeroed, disk.zeroed_by, w.bytes_kept, w.bytes_read_back, w.stages_s)
 
 
 class _Piece(NamedTuple):
@@ -133,13 +150,15 @@ class _Write:
         fetch: Callable[[str], Any],
         keep_writing: Callable[[], bool],
         progress: Callable[[str, int, int], None],
+        read_back_all: bool,
     ) -> None:
         self.disk, self.manifest = disk, manifest
-        self.bytes_fetched = 0
+        self.bytes_fetched = self.bytes_read_back = 0
         self.stages_s: dict[str, float] = {}
-        self._fetch, self._keep_writing, self._progress = fetch, keep_writing, progress
+        self._fetch, self._keep_writing, self._progress, self._read_back_all = fetch, keep_writing, progress, read_back_all
         self._lock = threading.Lock()
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
+        self._kept: set[int] = set()  # windows that the disk held already
         self._samples: list[_Sample] = []
         self._body = (MIB, manifest.size_bytes)  # bytes of the disk that stage "write" fills
 
@@ -165,31 +184,65 @@ class _Write:
         if not self._keep_writing():
             raise RunFailed("stale-run", "The agent stopped writing: its lease or its run is over.")
 
-    # Nothing is written before the tables are known to fit.
+    # Nothing is written before it is known what is there, and that the tables fit.
 
-    def plan_tables(self, config_bytes: int, partition_guid: bytes) -> Tables:
-        """The tables for this disk, from the image's first MiB, which stays in memory until `seal`."""
+    def compare(self) -> None:
         m = self.manifest
-        first = bytearray(MIB)
-        buffer = memoryview(mmap.mmap(-1, m.window_bytes))
-        for index in range(min(len(m.chunks), -(-len(first) // m.window_bytes))):
-            offset, length = m.window(index)
-            if m.chunks[index].extents:
-                self._held[index] = self._fetch_chunk(index)
-                _decode(m, index, self._held[index], buffer[:length])
-                first[offset : offset + length] = buffer[: min(length, len(first) - offset)]
-        try:
-            tables = rebuild(
-                bytes(first), sector_bytes=self.disk.sector_bytes, disk_bytes=self.disk.size_bytes,
-                config_bytes=config_bytes, config_guid=partition_guid,
-            )  # fmt: skip
-        except DiskTooSmall as e:
-            raise RunFailed("disk-too-small", f"{e}.") from e
-        except ValueError as e:
-            raise RunFailed("image-refused", f"{e}.") from e
+        there = [i for i in range(len(m.chunks)) if sum(m.window(i)) <= self.disk.size_bytes]
+        self.expect(sum(m.window(i)[1] for i in there))
+        self.disk.drop_cache()
+        self._in_workers(there, self._compare_window)
+
+    def _compare_window(self, index: int, buffer: memoryview) -> None:
+        self.may_go_on()
+        offset, length = self.manifest.window(index)
+        self.disk.read_into(offset, buffer[:length])
+        if _sha256(buffer[:length]).hex() == self.manifest.chunks[index].raw_sha256:
+            self._kept.add(index)
+        self.report(length)
+
+    def is_whole_image(self) -> bool:
+        return len(self._kept) == len(self.manifest.chunks)
+
+    @property
+    def bytes_kept(self) -> int:
+        return sum(size for i in self._kept for _, size in self.manifest.chunks[i].extents)
+
+    def plan_tables(self, config_drive: bytes | None, partition_guid: bytes) -> Tables:
+        """The tables for this disk, from the image's first MiB, which stays in memory until `seal`."""
+        m, disk = self.manifest, self.disk
+        first = self._read_first_mib()
+        if config_drive is None:
+            if m.size_bytes > disk.size_bytes:
+                raise RunFailed("disk-too-small", f"The image has {m.size_bytes} bytes, the disk {disk.size_bytes}.")
+            tables = Tables(first[: m.sector_bytes], first[m.sector_bytes :], disk.size_bytes, b"", disk.size_bytes, 0, ())
+        else:
+            try:
+                tables = rebuild(first, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes, config_bytes=len(config_drive), config_guid=partition_guid)
+            except DiskTooSmall as e:
+                raise RunFailed("disk-too-small", f"{e}.") from e
+            except ValueError as e:
+                raise RunFailed("image-refused", f"{e}.") from e
         # What the image has behind its last partition is its own backup table: not wanted where the config drive goes.
         self._body = (MIB, min(m.size_bytes, tables.config_offset))
         return tables
+
+    def _read_first_mib(self) -> bytes:
+        """Of the image; from the disk where it holds it. Its chunks stay in `_held`, fetched once."""
+        m = self.manifest
+        first = bytearray(MIB)
+        buffer = memoryview(mmap.mmap(-1, m.window_bytes))
+        for index in range(min(len(m.chunks), -(-MIB // m.window_bytes))):
+            offset, length = m.window(index)
+            if not m.chunks[index].extents:
+                continue
+            if index in self._kept:
+                self.disk.read_into(offset, buffer[:length])
+            else:
+                self._held[index] = self._fetch_chunk(index)
+                _decode(m, index, self._held[index], buffer[:length])
+            first[offset : offset + length] = buffer[: min(length, MIB - offset)]
+        return bytes(first)
 
     def clear(self, tables: Tables) -> None:
         """First what firmware finds the old OS by, LBA 0 alone: while that may be there all else of it is whole."""
@@ -206,10 +259,13 @@ class _Write:
             self.disk.write_zeros(offset, end - offset)
             self.report(end - offset)
         self.disk.flush()
+        cut = {i for i in self._kept if self.manifest.window(i)[0] + self.manifest.window(i)[1] > tail}
+        self._kept -= cut  # what was just zeroed of them is not there any more
 
-    def write_body(self, tables: Tables) -> None:
-        self.expect(self.manifest.data_bytes)
-        self._in_workers(range(len(self.manifest.chunks)), self._write_chunk)
+    def write_body(self) -> None:
+        missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept]
+        self.expect(sum(size for i in missing for _, size in self.manifest.chunks[i].extents))
+        self._in_workers(missing, self._write_chunk)
         self.disk.flush()
 
     def write_config_drive(self, tables: Tables, config_drive: bytes) -> None:
@@ -299,13 +355,15 @@ class _Write:
 
     def _whole_chunks(self) -> list[_Sample]:
         m = self.manifest
-        with_data = [i for i, c in enumerate(m.chunks) if c.extents and self._is_whole(i)]
-        return [_Sample(f"chunk {i}", *m.window(i), bytes.fromhex(m.chunks[i].raw_sha256)) for i in with_data[::WHOLE_EVERY]]
+        all_of_it = self._read_back_all
+        whole = [i for i, c in enumerate(m.chunks) if (c.extents or all_of_it) and i not in self._kept and self._is_whole(i)]
+        return [_Sample(f"chunk {i}", *m.window(i), bytes.fromhex(m.chunks[i].raw_sha256)) for i in whole[:: 1 if all_of_it else WHOLE_EVERY]]
 
     def _zero_probes(self) -> list[_Sample]:
         gaps = [
             _Sample(f"a gap of chunk {i}", self.manifest.window(i)[0] + p.start, min(p.end - p.start, SAMPLE_BYTES), None)
             for i in range(len(self.manifest.chunks))
+            if i not in self._kept
             for p in self._pieces(i)[:2]
             if not p.is_data
         ]
@@ -319,6 +377,8 @@ class _Write:
     def _compare(self, sample: _Sample, buffer: memoryview) -> None:
         view = buffer[: sample.length]
         self.disk.read_into(sample.offset, view)
+        with self._lock:
+            self.bytes_read_back += sample.length
         wanted = sample.sha256 or bytes.fromhex(_zeros_sha256(sample.length))
         if _sha256(view) != wanted:
             raise RunFailed("read-back", f"{sample.what}, at byte {sample.offset} of the disk, is not what was written.")

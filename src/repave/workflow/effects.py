@@ -38,12 +38,13 @@ class OpenBmc(Protocol):
 
 @dataclass(frozen=True)
 class Places:
-    """The addresses that go into media and plans."""
+    """What of the site's settings goes into media and plans: mostly addresses."""
 
     media_urls: tuple[str, ...]  # as BMCs see us, the first preferred
     agent_url: str  # as machines see us
     ca_pem: str
     graceful_s: float = 60.0
+    read_back: str = "sample"
 
 
 class ServerEffects:
@@ -142,6 +143,7 @@ class ServerEffects:
             config_drive_sha256=hashlib.sha256(drive).hexdigest(),
             config_drive_bytes=len(drive),
             rehearse=run.rehearse,
+            read_back=self.places.read_back,
         )
         self.store.runs.record_plan(run_id, protocol.render_plan(plan))
         return None
