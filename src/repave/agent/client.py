@@ -58,7 +58,7 @@ class Client:
         if parts.scheme != "https" or not parts.hostname:
             raise ValueError("agent_url must be https://HOST:PORT")
         self._address = (parts.hostname, parts.port or 443)
-        self._tls = _tls_of(ca_pem)
+        self._tls = trust_only(ca_pem)
         self._local = threading.local()
         self.token = token
 
@@ -134,7 +134,7 @@ class Client:
         self._local.connection = None
 
 
-def _tls_of(ca_pem: str) -> ssl.SSLContext:
+def trust_only(ca_pem: str) -> ssl.SSLContext:
     """TLS 1.2 or later, host name or address checked, our CA and no other.
 
     Dates in certificates are not checked: a server with an empty clock battery believes it is 2000 or so, and the CA came with this

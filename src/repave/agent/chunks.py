@@ -1,0 +1,172 @@
+"""Where the agent's chunks come from: caches near the rack first, the origin last. Each is any web server with the files BASE/ab/SHA256.
+
+A cache is believed nothing: what it gives is hashed here, and one that fails, stalls or gives something else is left alone for `REST_S`, so
+that a bad one costs one more request now and then. What the origin gives is the writer's to check (agent/writer.py), as ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+
+from repave.agent.client import BACKOFF_S, TIMEOUT_S, Refused, Unreachable, trust_only
+
+CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
+REST_S = 60.0
+CACHE_TIMEOUT_S = 3.0  # to connect to a cache, and for each read: it is near, and there is another place to ask
+CACHE_CHUNK_S = 20.0  # for a whole chunk from a cache: one that drips is no cache. 1.2 MB in that time is 60 kB/s
+_PIECE_BYTES = 256 * 1024
+
+
+class ChunkSource:
+    """Fetches chunks; threads may share it. `base_urls`: caches in the order they are asked, the origin last; http or https.
+
+    Args:
+        token: sent as bearer token to each of them, "" = none. May be set anew at any time.
+        ca_pem: the one CA that https is trusted by; "" = those of the system.
+    """
+
+    def __init__(self, base_urls: Sequence[str], *, token: str = "", ca_pem: str = "") -> None:
+        if not base_urls:
+            raise ValueError("no place to fetch chunks from")
+        tls = trust_only(ca_pem) if ca_pem else ssl.create_default_context() if any(u.startswith("https:") for u in base_urls) else None
+        *caches, origin = base_urls
+        self._caches = [_Cache(_Place(url, tls, CACHE_TIMEOUT_S)) for url in caches]
+        self._origin = _Place(origin, tls, TIMEOUT_S)
+        self.token = token
+
+    def fetch(self, sha256: str, *, while_true: Callable[[], bool] = lambda: False) -> bytearray:
+        """The chunk's bytes: verified where a cache gave them, to be verified where the origin did.
+
+        Asks all places again while none has an answer and `while_true()`. Raises: Refused where the origin answers 4xx; Unreachable where nobody has
+        an answer; ValueError where the origin's is too long.
+        """
+        tries = 0
+        while True:
+            for cache in self._caches:
+                if (found := cache.find(sha256, self.token)) is not None:
+                    return found
+            try:
+                return self._origin.get(sha256, self.token)
+            except Unreachable:
+                time.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
+                tries += 1
+                if not while_true():
+                    raise
+
+
+class _Cache:
+    """A place that may fail: asked while it does well, and after a failure by one thread every `REST_S`."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+        self._rests_until = 0.0  # 0 = it does well
+        self._lock = threading.Lock()
+
+    def find(self, sha256: str, token: str) -> bytearray | None:
+        """The chunk, which has this digest; None where the cache rests or has just failed."""
+        if not self._may_ask():
+            return None
+        try:
+            data = self._place.get(sha256, token, until=time.monotonic() + CACHE_CHUNK_S)
+        except (Refused, Unreachable, ValueError):
+            data = None
+        good = data is not None and hashlib.sha256(data).hexdigest() == sha256
+        with self._lock:
+            self._rests_until = 0.0 if good else time.monotonic() + REST_S
+        return data if good else None
+
+    def _may_ask(self) -> bool:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._rests_until:
+                return False
+            if self._rests_until:
+                self._rests_until = now + REST_S  # this thread looks whether it does well again; the others do not wait for it
+            return True
+
+
+class _Place:
+    """One web server, with one connection a thread that is kept open. No redirects, no proxies."""
+
+    def __init__(self, base_url: str, tls: ssl.SSLContext | None, timeout_s: float) -> None:
+        parts = urllib.parse.urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+            raise ValueError(f"{base_url} is not http(s)://HOST[:PORT][/PATH]")
+        self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+        self._path, self._tls, self._timeout_s = parts.path.rstrip("/"), tls, timeout_s
+        self._local = threading.local()
+
+    def get(self, sha256: str, token: str, *, until: float | None = None) -> bytearray:
+        """One try, and one more where a kept connection turns out to be closed.
+
+        Raises: Refused on 4xx; Unreachable on no whole answer (`until` is a time.monotonic()), 3xx and 5xx; ValueError on one that is too long.
+        """
+        kept = getattr(self._local, "connection", None) is not None
+        try:
+            return self._exchange(sha256, token, until)
+        except _Closed:
+            if not kept:
+                raise
+            return self._exchange(sha256, token, until)
+
+    def _exchange(self, sha256: str, token: str, until: float | None) -> bytearray:
+        path = f"{self._path}/{sha256[:2]}/{sha256}"
+        connection, answered = self._connection(), False
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            response = connection.getresponse()
+            answered = True
+            body = _read(response, until)
+            if response.will_close:
+                self._drop()
+        except (OSError, http.client.HTTPException) as error:
+            self._drop()
+            closed = not answered and not isinstance(error, TimeoutError)
+            raise (_Closed if closed else Unreachable)(f"{type(error).__name__}: {error}") from None
+        except BaseException:
+            self._drop()
+            raise
+        if 400 <= response.status < 500:
+            raise Refused(response.status, path)
+        if response.status != 200:
+            raise Unreachable(f"{path} was answered with {response.status}")
+        return body
+
+    def _connection(self) -> http.client.HTTPConnection:
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            if self._scheme == "https":
+                connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
+            else:
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+            self._local.connection = connection
+        return connection
+
+    def _drop(self) -> None:
+        self._local.connection.close()
+        self._local.connection = None
+
+
+class _Closed(Unreachable):
+    """Not even a first byte of an answer."""
+
+
+def _read(response: http.client.HTTPResponse, until: float | None) -> bytearray:
+    """The body, whole. Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be."""
+    body = bytearray()
+    while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
+        body += piece
+        if len(body) > CHUNK_CAP_BYTES:
+            raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
+        if until is not None and time.monotonic() > until:
+            raise Unreachable("the answer comes too slowly")
+    if response.length:
+        raise Unreachable("the answer ended early")
+    response.read()  # lets the connection be used again
+    return body
