@@ -18,10 +18,10 @@ from repave.agent.efi import LOADERS, BootVariables, find_esp
 from repave.agent.gpt import Partition
 from repave.agent.inventory import Roots, find_booting_partition, read_disks, read_inventory, read_partitions
 from repave.agent.protocol import Disk, Inventory
+from repave.agent.target import BLKGETSIZE64
 from repave.errors import RunFailed
 
 BLKROSET = 0x125D  # linux/fs.h
-BLKGETSIZE64 = 0x80081272
 LOCAL_LABEL = "repave local disk"
 
 

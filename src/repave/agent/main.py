@@ -68,14 +68,30 @@ def run_in_ramdisk() -> None:
 
 
 def main() -> None:
-    """`repave-agent run --slot PATH [--machine-file PATH]`."""
+    """`repave-agent run --slot PATH [--machine-file PATH]`, and `repave-agent write`, see alone.py."""
     import argparse  # not in the ramdisk's start: the less it imports, the sooner it says hello
 
     parser = argparse.ArgumentParser(prog="repave-agent")
-    run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="do what the run of this boot's media wants")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="do what the run of this boot's media wants")
     run.add_argument("--slot", type=Path, required=True, help=f"the run's {protocol.SLOT_FILE}")
     run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
+    write = commands.add_parser("write", help="write an image that `repave image pack` made to a disk or a file, which becomes the image")
+    write.add_argument("manifest_url", help="http(s)://.../manifests/SHA256.json; its chunks are beside it")
+    write.add_argument("device", type=Path, help="the disk or file; what is on it is lost")
+    write.add_argument("--sha256", default="", help="the manifest's digest, where its name does not say it")
+    write.add_argument(
+        "--cache", action="append", default=[], metavar="URL", help="another place with the chunks (URL/ab/SHA256), asked first; may be repeated"
+    )
+    write.add_argument("--resume", action="store_true", help="keep what of the image is on the disk already")
+    write.add_argument("--verify", choices=("sample", "full"), default="sample", help="how much is read back past the cache")
+    write.add_argument("--give-up-s", type=float, default=60.0, help="end where no chunk comes for so long (60)")
+    write.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
+    if arguments.command == "write":
+        from repave.agent.alone import run_write
+
+        sys.exit(run_write(arguments))
     if arguments.machine_file is None and not is_ramdisk():
         run.error(_NOT_HERE)
     machine: Machine = FileMachine(arguments.machine_file) if arguments.machine_file else RealMachine()

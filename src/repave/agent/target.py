@@ -21,7 +21,8 @@ from repave.errors import RunFailed
 
 # linux/falloc.h, linux/fs.h
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
-_BLKSSZGET = 0x1268
+BLKSSZGET = 0x1268
+BLKGETSIZE64 = 0x80081272
 _BLKZEROOUT = 0x127F
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EINVAL, errno.ENODEV}
 _ZEROS = mmap.mmap(-1, 1024 * 1024)
@@ -109,7 +110,7 @@ class TargetDisk:
         size = os.lseek(self._fd, 0, os.SEEK_END)
         sector = self.sector_bytes
         if self._is_block:
-            sector = struct.unpack("i", fcntl.ioctl(self._fd, _BLKSSZGET, bytes(4)))[0]
+            sector = struct.unpack("i", fcntl.ioctl(self._fd, BLKSSZGET, bytes(4)))[0]
         if (size, sector) != (self.size_bytes, self.sector_bytes):
             raise RunFailed(
                 "disk-changed",
