@@ -1,5 +1,6 @@
 """The command line as a process, against a real service; a pipe on each side, as in a script."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -285,6 +286,28 @@ def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
     assert again.returncode == 3 and "Repave.1003" in again.stderr
     assert cli.run("image", "rm", "deb", "--yes").returncode == 0
     assert cli.items("image", "ls") == []
+
+
+def test_an_image_is_packed_into_a_folder_for_any_web_server_and_nothing_else_there_is_touched(tmp_path: Path) -> None:
+    disk, folder = tmp_path / "deb.raw", tmp_path / "web"
+    disk.write_bytes(bytes(8 << 20))
+    subprocess.run(["sfdisk", "-q", disk], input=b"label: gpt\nstart=1MiB, size=4MiB, type=uefi\n", check=True)
+
+    def pack(into: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*REPAVE, "image", "pack", disk, into, "--json"], capture_output=True, text=True, timeout=60)
+
+    made = json.loads(pack(folder).stdout)
+    manifest = Path(made["manifest"])
+    assert manifest == folder / "manifests" / f"{made['manifest_sha256']}.json"
+    assert hashlib.sha256(manifest.read_bytes()).hexdigest() == made["manifest_sha256"]
+    chunks = [folder / "chunks" / chunk[0][:2] / chunk[0] for chunk in json.loads(manifest.read_bytes())["chunks"]]
+    stream = b"".join(chunk.read_bytes() for chunk in chunks)
+    assert subprocess.run(["zstd", "-dcq"], input=stream, capture_output=True, check=True).stdout == disk.read_bytes()
+    assert all(path.stat().st_mode & 0o004 for path in [manifest, *chunks])
+    assert json.loads(pack(folder).stdout)["added_bytes"] == 0
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "mine").touch()
+    assert pack(tmp_path).returncode == 2 and (tmp_path / "tmp" / "mine").exists()
 
 
 def test_exit_codes_tell_what_kind_of_failure_it_was(cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""Images: import streams the file to the service; ls, show, rm."""
+"""Images: import streams the file to the service; ls, show, rm. pack needs no service."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Literal
 
@@ -39,7 +40,7 @@ class _Counted:
 
 
 @app.command(name="import")
-def import_image(
+def send_image(
     file: Path,
     /,
     *,
@@ -68,7 +69,7 @@ def import_image(
     client = Client(project)
     if any(image["name"] == name for image in client.items("/images")):  # said before gigabytes are sent
         raise RequestError("conflict", f"An image {name!r} exists already.")
-    with file.open("rb") as f, _telling(file.name, total) as report:
+    with file.open("rb") as f, _telling("send", file.name, total) as report:
         made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type, "arch": arch}, headers)
     if json:
         show_json(made)
@@ -77,6 +78,44 @@ def import_image(
     fits = f"{made['sector_bytes']}-byte sectors, {made['arch']}/{made['boot']}"
     say(f"{made['name']} ({made['id']}) · {told} · {fits}")
     say(f"Next: repave reinstall NODESET --image {made['name']}")
+
+
+@app.command(name="pack")
+def pack_image(file: Path, folder: Path, /, *, arch: Literal["amd64", "arm64"] = "amd64", json: bool = False) -> None:
+    """Write a disk image's pieces and its manifest into a folder that any web server can serve. Needs no service.
+
+    Parameters
+    ----------
+    file
+        A qcow2 or raw disk image.
+    folder
+        New, empty, or one that was packed into before: then it holds both images, and what they share once.
+    arch
+        What it runs on.
+    """
+    from repave.images.headers import read_header
+    from repave.images.importer import import_image
+    from repave.images.store import ImageStore
+
+    if not file.is_file():
+        raise Usage(f"There is no file {file}.")
+    if folder.exists() and not _may_pack_into(folder):
+        raise Usage(f"{folder} holds something else than packed images; name a new or an empty folder.")
+    total = read_header(file).virtual_size_bytes
+    store = ImageStore(folder)
+    with _telling("pack", file.name, total) as report:
+        made = import_image(file, store, arch=arch, max_bytes=1 << 62, progress=lambda done, total: report(done))
+    path = store.manifest_path(made.manifest_sha256)
+    if json:
+        show_json({"manifest": str(path)} | asdict(made))
+    else:
+        show_fields({"manifest": str(path), "sha256": made.manifest_sha256})
+        say(f"{size(made.size_bytes)}, {size(made.data_bytes)} of it data · {size(made.stored_bytes)} stored, {size(made.added_bytes)} of it new")
+
+
+def _may_pack_into(folder: Path) -> bool:
+    """Nothing of anybody else's is there: packing removes what no manifest names."""
+    return folder.is_dir() and ({p.name for p in folder.iterdir()} - {"lock"} in (set(), {"chunks", "manifests", "tmp"}))
 
 
 def _digest(wanted: str, file: Path) -> str:
@@ -92,18 +131,18 @@ def _digest(wanted: str, file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _telling(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Called with the bytes sent so far: a bar with rate and time left, or a line now and then where nothing redraws."""
+def _telling(verb: str, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Called with the bytes done so far: a bar with rate and time left, or a line now and then where nothing redraws."""
     if may_redraw():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(f"send {label}", total=total)
+            task = progress.add_task(f"{verb} {label}", total=total)
 
             def redraw(sent: int) -> None:
-                progress.update(task, completed=sent, description=f"store {label}" if sent >= total else f"send {label}")
+                progress.update(task, completed=sent, description=f"store {label}" if sent >= total else f"{verb} {label}")
 
             yield redraw
         return
@@ -115,7 +154,7 @@ def _telling(label: str, total: int) -> Iterator[Callable[[int], None]]:
         if now - said >= _SAY_EVERY_S:
             said, rate = now, sent / (now - began)
             left = f"{(total - sent) / rate:.0f} s left" if sent < total else "storing"
-            say(f"send {label} {100 * sent // total} % {size(rate)}/s {left}")
+            say(f"{verb} {label} {100 * sent // total} % {size(rate)}/s {left}")
 
     yield line
 

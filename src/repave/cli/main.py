@@ -23,7 +23,7 @@ app = App(
 for _name, _help in {
     "rack": "The virtual rack: QEMU machines with real firmware and Redfish BMCs.",
     "server": "Servers: add, ls, show, set, lock, unlock, replace, rm.",
-    "image": "Images: import, ls, show, rm.",
+    "image": "Images: import, ls, show, verify, rm, pack.",
     "batch": "Batches: ls, show, watch, cancel, pause, resume, retry.",
     "project": "Projects: add, ls.",
     "key": "Keys (AK/SK and token): add, ls, rm.",

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,15 +81,28 @@ def read_header_of(fd: int, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> Im
     size = os.fstat(fd).st_size
     head = os.pread(fd, MIB, 0)
     tail = os.pread(fd, 512, max(size - 512, 0))
+    _refuse_others(head, tail)
+    header = _qcow2(head, size) if head[:4] == b"QFI\xfb" else _raw(head, size)
+    if header.virtual_size_bytes > max_virtual_bytes:
+        raise _refused(f"The disk has {header.virtual_size_bytes} bytes; {max_virtual_bytes} are allowed: shrink it")
+    return header
+
+
+def read_inner_header(read: Callable[[int, int], bytes | bytearray], size: int, outer: ImageHeader) -> ImageHeader:
+    """What the disk inside an image says of itself: it must be the disk that the outer header announced, and no image again."""
+    head, tail = bytes(read(0, min(MIB, size))), bytes(read(max(size - 512, 0), min(512, size)))
+    if head[:4] == b"QFI\xfb" or size - outer.virtual_size_bytes not in range(512):
+        raise _refused(f"The {outer.format} holds something else than a disk of the size that it names")
+    _refuse_others(head, tail)
+    return _raw(head, size)
+
+
+def _refuse_others(head: bytes, tail: bytes) -> None:
     for offset, magic, name, fix in _OTHERS:
         if head[offset : offset + len(magic)] == magic:
             raise _refused(f"The file is {name}: {fix}")
     if tail[:8] == b"conectix" or tail[:4] == b"koly":
         raise _refused(f"The file is a {'VHD' if tail[:1] == b'c' else 'DMG'} disk: {_TO_QCOW2}")
-    header = _qcow2(head, size) if head[:4] == b"QFI\xfb" else _raw(head, size)
-    if header.virtual_size_bytes > max_virtual_bytes:
-        raise _refused(f"The disk has {header.virtual_size_bytes} bytes; {max_virtual_bytes} are allowed: shrink it")
-    return header
 
 
 def _qcow2(head: bytes, file_bytes: int) -> ImageHeader:

@@ -1,7 +1,7 @@
 """Turns a disk image file into chunks and a manifest in the store.
 
-    read_header (ours) -> qcow2 only: qemu-img, confined, to a sparse file beside the store -> data found by SEEK_DATA -> 4 MiB windows,
-    compressed by a few threads -> chunk files -> the manifest, last
+    read_header (ours) -> data found by SEEK_DATA, in a qcow2 by a confined qemu-nbd's block status -> 4 MiB windows, read and compressed by a
+    few threads -> chunk files -> the manifest, last
 
 A broken import leaves nothing listed and no chunk behind. The same image twice adds nothing: chunks and manifests are named by digest.
 """
@@ -11,32 +11,27 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-import json
 import os
-import shutil
-import subprocess
-import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import zstandard
 
 from repave.errors import ImageError
-from repave.images.headers import MAX_VIRTUAL_BYTES, ImageHeader, open_image, read_header_of
+from repave.images.confined import open_qemu_disk
+from repave.images.headers import MAX_VIRTUAL_BYTES, ImageHeader, open_image, read_header_of, read_inner_header
 from repave.images.manifest import WINDOW_BYTES, ZERO_BYTES, Chunk, Manifest, render_manifest
 from repave.images.store import ImageStore
 
 LEVEL = 3  # 10 is 8 % smaller and 2-2.7 times slower; decoding costs the same (measured)
-WORKERS = min(4, os.cpu_count() or 1)
+THREADS = min(4, os.cpu_count() or 1) + 2  # two more than work: some wait for the disk
 RESERVE_BYTES = 256 * 1024 * 1024  # left free on the store's disk: the database may live there too
-CONVERT_S = 3600  # CPU and wall seconds: 2 TiB at 600 MB/s
-CONVERT_MEMORY_BYTES = 2 * 1024**3  # qemu-img's address space; 200 MB are usual
 
 _ZERO_GRAIN = bytes(ZERO_BYTES)
 _local = threading.local()
@@ -83,8 +78,8 @@ def import_image(
             store.sweep()  # what a killed import left
             quota = _Quota(store, max_bytes)
             try:
-                with _raw_disk(fd, header, store) as (disk, raw, notes):
-                    return _import_raw(disk, raw, store, quota, arch, notes, progress or (lambda done, total: None))
+                with _open_disk(fd, header) as (disk, found, notes):
+                    return _import_disk(disk, found, store, quota, arch, notes, progress or (lambda done, total: None))
             except OSError as e:
                 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise ImageError("image-quota", "The disk of the image store is full.") from e
@@ -109,8 +104,36 @@ class _Quota:
             raise ImageError("image-quota", f"Fewer than {RESERVE_BYTES} bytes would stay free on the disk.")
 
 
-def _import_raw(
-    fd: int,
+class _Disk(Protocol):
+    """What is imported. `read` may be called by several threads at once; `next_data` by one, with offsets that never become smaller."""
+
+    def read(self, offset: int, length: int) -> bytes | bytearray: ...
+
+    def next_data(self, offset: int) -> int:
+        """Where the next bytes that may not be zero begin, at or after `offset`; the disk's size where there are none."""
+
+
+class _RawFile:
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd, self._size = fd, size
+
+    def read(self, offset: int, length: int) -> bytes:
+        window = os.pread(self._fd, length, offset)
+        if len(window) != length:
+            raise ImageError("image-refused", "The file became shorter while it was read.")
+        return window
+
+    def next_data(self, offset: int) -> int:
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return self._size
+            raise
+
+
+def _import_disk(
+    disk: _Disk,
     header: ImageHeader,
     store: ImageStore,
     quota: _Quota,
@@ -123,17 +146,22 @@ def _import_raw(
     size = header.virtual_size_bytes
     chunks: list[Chunk] = []
     stored: set[str] = set()
+    writes: deque[Future[None]] = deque()
     added = 0
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="import") as pool:
-        for chunk, data in _packed_windows(fd, size, pool):
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="import") as pool:
+        for chunk, data in _packed_windows(disk, size, pool):
             if chunk.sha256 not in stored:
                 stored.add(chunk.sha256)
                 if not store.holds(chunk.sha256, data):
                     quota.take(len(data))
-                    store.write_chunk(chunk.sha256, data)
+                    writes.append(pool.submit(store.write_chunk, chunk.sha256, data))
                     added += len(data)
+            while len(writes) > THREADS:
+                writes.popleft().result()
             chunks.append(chunk)
             progress(min(len(chunks) * WINDOW_BYTES, size), size)
+        for write in writes:
+            write.result()
     boot = "uefi" if header.has_esp else "bios"
     manifest = Manifest(size, header.sector_bytes, arch, boot, tuple(chunks))
     quota.take(len(render_manifest(manifest)))
@@ -144,38 +172,26 @@ def _import_raw(
     )  # fmt: skip
 
 
-def _packed_windows(fd: int, size: int, pool: ThreadPoolExecutor) -> Iterator[tuple[Chunk, bytes]]:
-    """Each window's chunk and compressed bytes, in order. Holes of the file are not read."""
+def _packed_windows(disk: _Disk, size: int, pool: ThreadPoolExecutor) -> Iterator[tuple[Chunk, bytes]]:
+    """Each window's chunk and compressed bytes, in order. Where there are no data, nothing is read."""
     pending: deque[Callable[[], tuple[Chunk, bytes]]] = deque()
-    data_at = _next_data(fd, 0, size)
+    data_at = disk.next_data(0)
     for offset in range(0, size, WINDOW_BYTES):
         length = min(WINDOW_BYTES, size - offset)
         if data_at < offset:
-            data_at = _next_data(fd, offset, size)
+            data_at = disk.next_data(offset)
         if data_at < offset + length:
-            pending.append(pool.submit(_pack, fd, offset, length).result)
+            pending.append(pool.submit(_pack, disk, offset, length).result)
         else:
             pending.append(functools.partial(_zero_window, length))
-        if len(pending) > 2 * WORKERS:
+        if len(pending) > 2 * THREADS:
             yield pending.popleft()()
     while pending:
         yield pending.popleft()()
 
 
-def _next_data(fd: int, offset: int, size: int) -> int:
-    """Where the next data of the file begin, at or after `offset`; `size` where there are none."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
-    except OSError as e:
-        if e.errno == errno.ENXIO:
-            return size
-        raise
-
-
-def _pack(fd: int, offset: int, length: int) -> tuple[Chunk, bytes]:
-    window = os.pread(fd, length, offset)
-    if len(window) != length:
-        raise ImageError("image-refused", "The file became shorter while it was read.")
+def _pack(disk: _Disk, offset: int, length: int) -> tuple[Chunk, bytes]:
+    window = disk.read(offset, length)
     extents: list[tuple[int, int]] = []
     for at in range(0, length, ZERO_BYTES):
         grain = window[at : at + ZERO_BYTES]
@@ -191,7 +207,7 @@ def _zero_window(length: int) -> tuple[Chunk, bytes]:
     return _compress(bytes(length), ())
 
 
-def _compress(window: bytes, extents: tuple[tuple[int, int], ...]) -> tuple[Chunk, bytes]:
+def _compress(window: bytes | bytearray, extents: tuple[tuple[int, int], ...]) -> tuple[Chunk, bytes]:
     if not hasattr(_local, "compressor"):  # one a thread: it is not safe to share
         _local.compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)  # the agent relies on it
     data: bytes = _local.compressor.compress(window)
@@ -199,79 +215,10 @@ def _compress(window: bytes, extents: tuple[tuple[int, int], ...]) -> tuple[Chun
 
 
 @contextmanager
-def _raw_disk(fd: int, header: ImageHeader, store: ImageStore) -> Iterator[tuple[int, ImageHeader, tuple[str, ...]]]:
-    """The image as an open raw disk: the file itself, or a sparse temporary file that is gone afterwards."""
+def _open_disk(fd: int, header: ImageHeader) -> Iterator[tuple[_Disk, ImageHeader, tuple[str, ...]]]:
+    """The disk in the open image file, what its own first sectors say, and notes."""
     if header.format == "raw":
-        yield fd, header, ()
+        yield _RawFile(fd, header.virtual_size_bytes), header, ()
         return
-    raw_fd, name = tempfile.mkstemp(dir=store.tmp, suffix=".raw")
-    try:
-        notes = _convert(fd, Path(name), header.virtual_size_bytes, store)
-        raw = read_header_of(raw_fd)
-        if raw.format != "raw" or raw.virtual_size_bytes - header.virtual_size_bytes not in range(512):
-            raise ImageError("image-refused", "The qcow2 holds something else than a disk of the size that it names.")
-        yield raw_fd, raw, notes
-    finally:
-        os.close(raw_fd)
-        os.unlink(name)
-
-
-def _convert(fd: int, target: Path, virtual_bytes: int, store: ImageStore) -> tuple[str, ...]:
-    """The disk that the qcow2 holds, in `target`. Returns notes."""
-    source = {
-        "driver": "qcow2",
-        "backing": None,
-        "file": {"driver": "file", "filename": f"/proc/self/fd/{fd}", "locking": "off"},
-    }
-    name = f"json:{json.dumps(source)}"
-    alone, notes = _without_network()
-    # convert reads what lies behind the end of a cut off file as zeros and succeeds (measured, 7.2): check says so.
-    for what, words in (("check", [name]), ("convert", ["-O", "raw", name, str(target)])):
-        code, said = _qemu_img([*alone, *_limits(virtual_bytes)], what, words, fd, store)
-        if code and not (what == "check" and code == 3):  # 3: leaked clusters, no harm
-            said = said.replace(str(target), "the copy").replace(name, "the image")
-            raise ImageError("image-refused", f"qemu-img {what} says it is damaged (exit {code}): {said[:300]}")
-    return notes
-
-
-def _limits(virtual_bytes: int) -> list[str]:
-    return [
-        _tool("prlimit"), f"--cpu={CONVERT_S}", f"--as={CONVERT_MEMORY_BYTES}", f"--fsize={virtual_bytes + 1024**2}",
-        "--core=0", "--nofile=64", "--",
-    ]  # fmt: skip
-
-
-def _qemu_img(before: list[str], what: str, words: list[str], fd: int, store: ImageStore) -> tuple[int, str]:
-    """Exit code and what it said, of qemu-img on the open file that was checked: no network, no environment, little memory."""
-    argv = [*before, _tool("qemu-img"), what, *words]
-    with tempfile.TemporaryFile(dir=store.tmp) as said:
-        process = subprocess.Popen(argv, pass_fds=[fd], env={}, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        try:
-            deadline = time.monotonic() + CONVERT_S
-            while process.poll() is None:
-                if store.free_bytes() < RESERVE_BYTES:
-                    raise ImageError("image-quota", "The disk of the image store became full while the qcow2 was converted.")
-                if time.monotonic() > deadline:
-                    raise ImageError("image-refused", f"The conversion took longer than {CONVERT_S} seconds.")
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-        finally:
-            process.kill()
-            process.wait()
-        said.seek(0)
-        return process.returncode, " ".join(said.read(4096).decode(errors="replace").split())
-
-
-def _without_network() -> tuple[list[str], tuple[str, ...]]:
-    """The words before a command that leave it no network; where the kernel allows none, no words and a note."""
-    alone = [_tool("unshare"), "-n" if os.geteuid() == 0 else "-rn", "--"]
-    if subprocess.run([*alone, _tool("true")], env={}, capture_output=True).returncode == 0:
-        return alone, ()
-    return [], ("qemu-img ran without a network namespace of its own: this kernel or container allows none",)
-
-
-def _tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise ImageError("image-refused", f"{name} is not installed; it is needed to convert a qcow2.")
-    return path
+    with open_qemu_disk(fd, header, readers=THREADS) as (disk, notes):
+        yield disk, read_inner_header(disk.read, disk.size_bytes, header), notes

@@ -39,15 +39,19 @@ class ImageStore:
             raise ImageError("image-missing", "That is no SHA-256.")
         return self._chunks / sha256[:2] / sha256
 
+    def manifest_path(self, sha256: str) -> Path:
+        """Where the manifest is or would be. Raises ImageError image-missing where `sha256` is no digest."""
+        if not _SHA256.fullmatch(sha256):
+            raise ImageError("image-missing", "That is no SHA-256.")
+        return self._manifests / f"{sha256}.json"
+
     def list_manifests(self) -> list[str]:
         return sorted(p.stem for p in self._manifests.glob("*.json") if _SHA256.fullmatch(p.stem))
 
     def read_manifest_bytes(self, manifest_sha256: str) -> bytes:
         """The bytes that have this digest. Raises ImageError image-missing or image-damaged."""
-        if not _SHA256.fullmatch(manifest_sha256):
-            raise ImageError("image-missing", "That is no SHA-256.")
         try:
-            data = (self._manifests / f"{manifest_sha256}.json").read_bytes()
+            data = self.manifest_path(manifest_sha256).read_bytes()
         except FileNotFoundError as e:
             raise ImageError("image-missing") from e
         if hashlib.sha256(data).hexdigest() != manifest_sha256:
@@ -89,8 +93,8 @@ class ImageStore:
         Repeatable: yes; what is not there is removed already.
         """
         with self.lock():
-            if manifest_sha256 not in set(keep) and _SHA256.fullmatch(manifest_sha256):
-                (self._manifests / f"{manifest_sha256}.json").unlink(missing_ok=True)
+            if manifest_sha256 not in set(keep):
+                self.manifest_path(manifest_sha256).unlink(missing_ok=True)
                 self.sweep()
 
     def used_bytes(self) -> int:
@@ -133,7 +137,7 @@ class ImageStore:
         sha256 = hashlib.sha256(data).hexdigest()
         for folder in {self.chunk_path(c.sha256).parent for c in manifest.chunks} | {self._chunks}:
             _flush_folder(folder)
-        self._write(self._manifests / f"{sha256}.json", data)
+        self._write(self.manifest_path(sha256), data)
         _flush_folder(self._manifests)
         return sha256
 
