@@ -30,6 +30,7 @@ NICE = 10  # the service and its database come first where cores are short
 QUIET_S = 60  # neither a request nor a byte taken for so long: hung up
 _HEAD_BYTES = 16 * 1024
 _PIECE_BYTES = 4 * 1024 * 1024
+_UNSENT_BYTES = 512 * 1024  # in the kernel for one connection: an answer is under way until all but this is taken
 _CHUNK = re.compile(r"/chunks/([0-9a-f]{2})/(\1[0-9a-f]{62})")
 _REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed"}
 _CACHEABLE = "Content-Type: application/zstd\r\nCache-Control: public, max-age=31536000, immutable\r\n"  # public: in spite of Authorization, RFC 9111, 3.5
@@ -65,6 +66,7 @@ class ChunkServer:
                 # Blocking, with the kernel's deadlines: a socket with Python's would be polled between two records.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, quiet)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, quiet)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._tls.wrap_socket(connection, server_side=True) as stream:
                     buffer = bytearray(_HEAD_BYTES)
