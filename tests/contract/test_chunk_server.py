@@ -160,8 +160,10 @@ def test_an_agent_with_many_connections_has_no_more_than_its_share(site: Site) -
     assert begun == AT_ONCE
     with ThreadPoolExecutor(AT_ONCE) as pool:
         assert [bytes(data) for data in pool.map(site.source(token(run="modest")).fetch, NAMES)] == list(CHUNKS.values())
-    for connection in greedy:
+    for connection in greedy:  # those that waited have hung up when their turn comes
         connection.close()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        assert [bytes(data) for data in pool.map(site.source(token(run="greedy")).fetch, NAMES)] == list(CHUNKS.values())
 
 
 def test_a_chunk_server_that_dies_is_there_again_and_one_without_its_service_ends(tmp_path: Path) -> None:
