@@ -26,7 +26,7 @@ import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
-from repave.api.agent import MAX_BODY_BYTES, build_agent_router
+from repave.api.agent import MAX_BODY_BYTES, ChunkPlaces, build_agent_router
 from repave.api.asgi import BodyLimit, EchoAsk, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
@@ -37,7 +37,8 @@ from repave.auth import Authenticator
 from repave.bmc import Bmc, BmcAddress, BmcFacts
 from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
-from repave.config import SETTINGS_FILE, Settings, load_settings, split_listen
+from repave.chunk_process import start_chunk_process
+from repave.config import SETTINGS_FILE, Settings, load_settings, split_caches, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server
 from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
@@ -162,6 +163,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     secret_dir = settings.key_file.parent
     sealer = Sealer.open(settings.key_file)
     make_ca(secret_dir)
+    _keep_chunk_key(settings, sealer)
     check_file(settings.database_url)
     clock = SteadyClock() if sa.make_url(settings.database_url).get_backend_name() == "sqlite" else utc_now  # workers must agree, so they keep the wall's time
     store = Store.open(settings.database_url, sealer=sealer, now=clock)
@@ -169,7 +171,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
     assert settings.images_dir is not None
     images = ImageStore(settings.images_dir)
     ca_pem = (secret_dir / "ca.pem").read_text()
-    places = Places(tuple(settings.media_url.split()), settings.agent_url.rstrip("/"), ca_pem, settings.graceful_s, settings.read_back)
+    media_urls, agent_url = tuple(settings.media_url.split()), settings.agent_url.rstrip("/")
+    places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back)
 
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
@@ -205,6 +208,17 @@ def open_site(settings: Settings) -> Iterator[Site]:
         store.close()
 
 
+def _chunk_key_path(settings: Settings) -> Path:
+    return settings.key_file.parent / "chunks.key"
+
+
+def _keep_chunk_key(settings: Settings, sealer: Sealer) -> None:
+    """What signs the chunks' tokens is in a file of its own: it comes of the site's key, not that of it, so a chunk server elsewhere may have it."""
+    path, key = _chunk_key_path(settings), sealer.authenticate("", about="chunk-tokens").encode()
+    if not path.exists() or path.read_bytes() != key:
+        write_private(path, key)
+
+
 def probe_bmc(address: BmcAddress) -> BmcFacts:
     """What a new server's BMC says."""
     with RedfishBmc(address) as bmc:
@@ -218,7 +232,9 @@ def build_api(site: Site) -> FastAPI:
     desk = ImageDesk(site.images, site.images.root, site.settings.images_quota_bytes)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
-    find_unreachable = functools.partial(find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url)
+    find_unreachable = functools.partial(
+        find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url, chunks_url=site.places.chunks_url
+    )
     app.include_router(build_operator_router(
         store=site.store, fleet=site.fleet, images=desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
     ))  # fmt: skip
@@ -229,7 +245,8 @@ def build_api(site: Site) -> FastAPI:
 
 def build_provisioning(site: Site) -> FastAPI:
     app = _bare_app()
-    app.include_router(build_agent_router(site.store, site.images))
+    chunks = ChunkPlaces(_chunk_key_path(site.settings).read_bytes(), site.places.chunks_url, tuple(split_caches(site.settings.chunk_caches)))
+    app.include_router(build_agent_router(site.store, site.images, chunks))
     app.add_middleware(BodyLimit, limit_bytes=MAX_BODY_BYTES)
     app.add_middleware(EchoAsk)  # the last one is the outermost: refusals have it too
 
@@ -288,13 +305,16 @@ def _serve_site(settings: Settings) -> None:
             def first() -> None:
                 begin_life(site.store, stand_path(settings.key_file))
                 sweep_files(settings, site.images, site.engine.lease)
-                for name in ("api_listen", "provisioning_listen", "media_listen", "media_https_listen"):
+                for name in ("api_listen", "provisioning_listen", "media_listen", "media_https_listen", "chunks_listen"):
                     if value := getattr(settings, name):
                         sockets[name] = stack.enter_context(_listen(name, value))
 
             # A run that is taken up asks its BMC for media at once: who comes before the listeners are served waits in their queues, and is not refused.
             site.engine.start(site.effects, first=first)
             try:
+                certificate = _certificate(settings, "chunks.pem", settings.chunks_url, settings.chunks_listen)  # nginx may want it too
+                if listener := sockets.get("chunks_listen"):
+                    stack.enter_context(start_chunk_process(listener, site.images.root, _chunk_key_path(settings), certificate))
                 with site.watch.running(), site.media_sweep.running():
                     uvloop.run(_serve(site, sockets))
             finally:
@@ -332,7 +352,7 @@ async def _serve(site: Site, sockets: dict[str, socket.socket]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     answer_soon()
-    log.info("serving", api=settings.api_listen, provisioning=settings.provisioning_listen, media=settings.media_listen)
+    log.info("serving", api=settings.api_listen, provisioning=settings.provisioning_listen, media=settings.media_listen, chunks=settings.chunks_listen)
     try:
         await asyncio.gather(_run_all(api), asyncio.to_thread(uvloop.run, _run_all(machines)))
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -60,6 +61,18 @@ class Settings(BaseSettings):
         default="http://127.0.0.1:8472", description="The media listeners as BMCs see them, separated by blanks; a BMC gets the first that it can fetch."
     )
     agent_url: str = Field(default="https://127.0.0.1:8471", description="The provisioning listener as servers see it.")
+    chunks_listen: str = Field(
+        default="127.0.0.1:8473",
+        pattern=_LISTEN_OR_NONE,
+        description="Chunks of images for agents, TLS with our own CA, served by a process of its own; empty = not served here, but at chunks_url.",
+    )
+    chunks_url: str = Field(
+        default="", description="Where servers fetch chunks, https://HOST[:PORT]/PATH with PATH/ab/SHA256; empty = agent_url's host, chunks_listen's port."
+    )
+    chunk_caches: str = Field(
+        default="",
+        description="HTTP caches of chunks_url, separated by blanks, asked before it: URL for all servers, RACK=URL for those of one rack (%20 for a blank).",
+    )
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
@@ -87,6 +100,21 @@ class Settings(BaseSettings):
     @classmethod
     def _media_urls(cls, value: str) -> str:
         for url in value.split() or [""]:
+            if fault := find_url_fault(url):
+                raise ValueError(f"each {fault}")
+        return value
+
+    @field_validator("chunks_url")
+    @classmethod
+    def _chunks_url(cls, value: str) -> str:
+        if value and (fault := find_url_fault(value, schemes=("https",))):
+            raise ValueError(fault)
+        return value
+
+    @field_validator("chunk_caches")
+    @classmethod
+    def _chunk_caches(cls, value: str) -> str:
+        for _, url in split_caches(value):
             if fault := find_url_fault(url):
                 raise ValueError(f"each {fault}")
         return value
@@ -135,6 +163,11 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
     settings.boot_iso = (folder / (settings.boot_iso or settings.data_dir / "boot.iso")).resolve()
     if not settings.database_url:
         settings.database_url = f"sqlite:///{settings.data_dir / 'repave.db'}"
+    if not settings.chunks_url:
+        if not settings.chunks_listen:
+            raise RepaveError("bad-request", "chunks_listen is empty: chunks_url is needed.", field="chunks_url")
+        host = urlsplit(settings.agent_url).hostname or ""
+        settings.chunks_url = f"https://{f'[{host}]' if ':' in host else host}:{split_listen(settings.chunks_listen)[1]}/chunks"
     if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
         raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
     for name in ("api_certificate", "media_certificate"):
@@ -150,6 +183,16 @@ def refuse_unknown_variables(environment: Iterable[str]) -> None:
         meant = get_close_matches(name.upper(), sorted(known), 1)
         hint = f" Did you mean {meant[0]}?" if meant else ""
         raise RepaveError("bad-request", f"{name} in the environment is no setting of ours.{hint}", field=name)
+
+
+def split_caches(value: str) -> list[tuple[str, str]]:
+    """Rack ("" = all) and URL of each cache."""
+    found = []
+    for word in value.split():
+        rack, is_one, url = word.partition("=")
+        here = is_one and "/" not in rack  # a URL may hold a "=" too
+        found.append((unquote(rack), url) if here else ("", word))
+    return found
 
 
 def split_listen(value: str) -> tuple[str, int]:

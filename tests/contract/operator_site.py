@@ -100,7 +100,9 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid") -> Iter
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    find_unreachable = functools.partial(find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid")
+    find_unreachable = functools.partial(
+        find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
+    )
     app.include_router(build_operator_router(
         store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
     ))  # fmt: skip

@@ -60,10 +60,11 @@ class FaultRig(Lab):
         self.machines = {m.name: m for m in machines[:count]}
         self.other = machines[count]
         self.names = list(self.machines)
-        api, provisioning, media, agents_seen, media_seen = find_free_ports(5)
+        api, provisioning, media, chunks, agents_seen, media_seen = find_free_ports(6)
         first_key = init_site(
             folder / "site", api_listen=f"127.0.0.1:{api}", provisioning_listen=f"127.0.0.1:{provisioning}", media_listen=f"127.0.0.1:{media}",
             media_url=f"http://127.0.0.1:{media_seen}", agent_url=f"https://127.0.0.1:{agents_seen}",
+            chunks_listen=f"127.0.0.1:{chunks}", chunks_url=f"https://127.0.0.1:{agents_seen}/chunks",
             boot_iso=str(scripted_os.build_disc(folder / "boot.iso")), **WAITS,
         )  # fmt: skip
         endpoint = f"http://127.0.0.1:{api}"
@@ -73,7 +74,9 @@ class FaultRig(Lab):
         self.ca = folder / "site/secret/ca.pem"
         certificate = make_certificate(self.ca.parent, ["127.0.0.1"], folder / "proxy.pem")
         start = stack.enter_context
-        self.agents = start(start_fault_proxy(f"https://127.0.0.1:{provisioning}", ca=self.ca, certificate=certificate, port=agents_seen))
+        routes = {"/chunks/": f"https://127.0.0.1:{chunks}"}
+        upstream = f"https://127.0.0.1:{provisioning}"
+        self.agents = start(start_fault_proxy(upstream, ca=self.ca, certificate=certificate, port=agents_seen, routes=routes))
         self.media = start(start_fault_proxy(f"http://127.0.0.1:{media}", port=media_seen))
         self.bmcs = {name: start(start_fault_proxy(m.bmc_url)) for name, m in self.machines.items()}
         self.agents.name_caller = self.media.name_caller = self._name_caller
@@ -99,7 +102,7 @@ class FaultRig(Lab):
     def _name_caller(self, path: str, bearer: str) -> str:
         """The server whose run this is: by the run in the path, or by its token, which only the run's own key gives."""
         part = path.split("/")[2] if path.startswith(("/media/", "/home/")) else ""
-        key = {"/media/": part, "/home/v": path.rpartition("/")[2]}.get(path[:7], bearer)
+        key = {"/media/": part, "/home/v": path.rpartition("/")[2], "/chunks": bearer.split(".")[1]}.get(path[:7], bearer)
         if key not in self._callers:
             with contextlib.closing(sqlite3.connect(f"file:{self.folder}/site/repave-data/repave.db?mode=ro", uri=True, timeout=10)) as db:
                 live = db.execute("SELECT r.id, s.name FROM runs r JOIN servers s ON s.id = r.server_id WHERE r.ended_at IS NULL").fetchall()

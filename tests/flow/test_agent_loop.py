@@ -33,6 +33,7 @@ from repave.images.manifest import Chunk, Manifest, render_manifest
 MIB = 2**20
 WINDOW_BYTES = 256 * 1024
 TOKEN, SESSION = "media-token-canary-1", "session-token-canary-2"
+CHUNK_TOKENS = ("chunk-token-canary-3", "chunk-token-canary-4")  # the plan's, and that of each answer to progress
 OLD = b"\xaa" * 512  # what the disk holds before
 
 
@@ -67,7 +68,7 @@ class FarEnd(http.server.ThreadingHTTPServer):
     def __init__(self, certificate: Certificate, folder: Path, image: bytes, *, disk_serial: str, disk_bytes: int) -> None:
         self.asked: list[tuple[str, str]] = []  # (bearer token, "POST /path")
         self.bodies: dict[str, list[dict[str, Any]]] = {}
-        self.hello_status = self.plan_status = self.cross_status = 200
+        self.hello_status = self.plan_status = self.cross_status = self.chunk_status = 200
         self.stop_in_stage = ""  # 410 to progress in this stage
         self.chunk_delay_s, self.lease_s = 0.0, 60.0
         self.lost: dict[str, int] = {}  # path -> how many answers get lost
@@ -88,6 +89,7 @@ class FarEnd(http.server.ThreadingHTTPServer):
         (folder / "server.pem").write_text(certificate.pem + certificate.key_pem)
         context.load_cert_chain(folder / "server.pem")
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.plan |= {"chunk_urls": [f"{self.url}/chunks"], "chunk_token": CHUNK_TOKENS[0]}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is part of the tests."""
@@ -123,7 +125,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/agent/v1/config-drive":
             return self.answer(200, end.config_drive)
         time.sleep(end.chunk_delay_s)
-        return self.answer(200, end.chunks[self.path.removeprefix("/agent/v1/chunks/")])
+        return self.answer(end.chunk_status, end.chunks[self.path.rpartition("/")[2]])
 
     def do_POST(self) -> None:
         end = self.server
@@ -133,7 +135,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         status, value = {
             "/agent/v1/hello": (end.hello_status, {"session": SESSION, "poll_s": 0.05}),
             "/agent/v1/cross": (end.cross_status, {"epoch": 7, "lease_s": end.lease_s}),
-            "/agent/v1/progress": (410 if body.get("stage") == end.stop_in_stage else 200, {"lease_s": end.lease_s}),
+            "/agent/v1/progress": (410 if body.get("stage") == end.stop_in_stage else 200, {"lease_s": end.lease_s, "chunk_token": CHUNK_TOKENS[1]}),
             "/agent/v1/report": (200, {"then": end.then}),
         }[self.path]
         return self.answer(status, json.dumps(value).encode())
@@ -223,7 +225,7 @@ class Rack:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         self.output = done.stdout + done.stderr
-        assert TOKEN not in self.output and SESSION not in self.output
+        assert not any(token in self.output for token in (TOKEN, SESSION, *CHUNK_TOKENS))
         assert "Traceback" not in self.output
         assert not any(self.data_disk.read_bytes()[at : at + 512] != OLD for at in range(0, MIB, 512))
         return done.returncode
@@ -266,7 +268,9 @@ def test_a_run_writes_the_image_to_the_planned_disk_and_reports_it(rack: Rack, i
     assert report["bytes_fetched"] > 0 and set(report["stages_s"]) >= {"clear", "write", "config-drive", "read-back", "boot-entry", "seal"}
     assert rack.state == {"ended": "power-off", "boot_entry": "repave", "read_only": [str(rack.data_disk)]}
     assert {token for token, path in rack.end.asked if path == "POST /agent/v1/hello"} == {TOKEN}
-    assert {token for token, path in rack.end.asked if path != "POST /agent/v1/hello"} == {SESSION}
+    chunks = {token for token, path in rack.end.asked if "/chunks/" in path}
+    assert chunks and chunks <= set(CHUNK_TOKENS)
+    assert {token for token, path in rack.end.asked if "/hello" not in path and "/chunks/" not in path} == {SESSION}
 
 
 def test_everything_that_can_be_known_is_known_before_the_line(rack: Rack) -> None:
@@ -276,7 +280,7 @@ def test_everything_that_can_be_known_is_known_before_the_line(rack: Rack) -> No
 
 
 def test_lost_answers_are_asked_for_again_and_the_run_goes_on(rack: Rack) -> None:
-    rack.end.lost = {"/agent/v1/hello": 1, "/agent/v1/plan": 1, "/agent/v1/cross": 2, "/agent/v1/report": 1, f"/agent/v1/chunks/{list(rack.end.chunks)[5]}": 3}
+    rack.end.lost = {"/agent/v1/hello": 1, "/agent/v1/plan": 1, "/agent/v1/cross": 2, "/agent/v1/report": 1, chunk_path(rack, 5): 3}
     assert rack.run() == 0
     assert len(set(map(str, rack.end.bodies["/agent/v1/cross"]))) == 1 and len(rack.end.bodies["/agent/v1/cross"]) == 3
     assert rack.end.reports[-1]["verified"]
@@ -284,8 +288,7 @@ def test_lost_answers_are_asked_for_again_and_the_run_goes_on(rack: Rack) -> Non
 
 def test_answers_to_somebody_elses_requests_are_none_and_the_run_goes_on(rack: Rack) -> None:
     """The bug: an agent that was given another run's answer to cross wrote its disk, and its own run had never crossed."""
-    chunk = f"/agent/v1/chunks/{list(rack.end.chunks)[5]}"
-    once = {"/agent/v1/hello", "/agent/v1/cross", "/agent/v1/manifest", "/agent/v1/config-drive", "/agent/v1/report", chunk}
+    once = {"/agent/v1/hello", "/agent/v1/cross", "/agent/v1/manifest", "/agent/v1/config-drive", "/agent/v1/report"}
     rack.end.mixed_up = set(once)
     assert rack.run() == 0
     asked = [path.partition(" ")[2] for path in rack.end.paths]
@@ -380,8 +383,40 @@ def test_a_redirect_is_not_followed(rack: Rack) -> None:
     assert rack.untouched() and rack.state["ended"] == "boot-local" and set(rack.end.paths) == {"POST /agent/v1/hello"}
 
 
+def chunk_path(rack: Rack, number: int) -> str:
+    sha256 = list(rack.end.chunks)[number]
+    return f"/chunks/{sha256[:2]}/{sha256}"
+
+
+def test_the_right_to_chunks_is_renewed_with_the_lease(rack: Rack) -> None:
+    rack.end.chunk_delay_s, rack.end.lease_s = 0.3, 2.0
+    assert rack.run() == 0
+    used = [token for token, path in rack.end.asked if "/chunks/" in path]
+    assert (used[0], used[-1]) == CHUNK_TOKENS
+
+
+def test_a_dead_cache_and_a_lying_one_do_not_keep_an_agent_from_its_chunks(rack: Rack) -> None:
+    liar = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)  # answers 404
+    thread = threading.Thread(target=liar.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        rack.end.plan["chunk_urls"] = ["http://127.0.0.1:1/chunks", f"http://127.0.0.1:{liar.server_port}/chunks", *rack.end.plan["chunk_urls"]]
+        assert rack.run() == 0
+    finally:
+        liar.shutdown()
+        thread.join()
+        liar.server_close()
+    assert rack.end.reports[-1]["verified"]
+
+
+def test_an_agent_that_is_refused_its_chunks_stops(rack: Rack) -> None:
+    rack.end.chunk_status = 401
+    assert rack.run() == 1
+    assert [r["error"]["class"] for r in rack.end.reports] == ["stale-run"] and rack.state["ended"] == "power-off"
+
+
 def test_a_damaged_chunk_ends_the_run_and_the_disk_cannot_boot(rack: Rack) -> None:
-    rack.end.damage = {f"/agent/v1/chunks/{list(rack.end.chunks)[7]}"}
+    rack.end.damage = {chunk_path(rack, 7)}
     assert rack.run() == 1
     assert rack.disk.read_bytes()[:MIB] == bytes(MIB)
     assert [r["error"]["class"] for r in rack.end.reports] == ["image-damaged"] and rack.state["ended"] == "power-off"

@@ -118,7 +118,7 @@ def test_the_agents_listener_names_the_request_in_its_refusals_too(lab):
         session.trust_env, session.verify = False, str(lab.folder / "site/secret/ca.pem")
         for n, (method, path, body, status) in enumerate((
             ("POST", "/agent/v1/hello", b"{}", 401), ("POST", "/agent/v1/progress", b"no json", 400), ("GET", "/agent/v1/plan", None, 401),
-            ("GET", "/agent/v1/nothing", None, 404), ("GET", "/agent/v1/hello", None, 405), ("GET", f"/agent/v1/chunks/{'0' * 64}", None, 401),
+            ("GET", "/agent/v1/nothing", None, 404), ("GET", "/agent/v1/hello", None, 405), ("GET", "/agent/v1/manifest", None, 401),
         )):  # fmt: skip
             asked = {ASK_HEADER: f"ask-{n}", "Content-Type": "application/json", "Authorization": "Bearer unknown"}
             answer = session.request(method, f"https://{listen}{path}", data=body, headers=asked, timeout=30)

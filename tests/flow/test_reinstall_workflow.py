@@ -223,7 +223,7 @@ class World:
             self.machine.before_write, self.machine.recognize = before_write, functools.partial(verify_system, known)
             yield self.machine
 
-        places = Places(("http://media.invalid",), "https://agents.invalid", "CA", 0)
+        places = Places(("http://media.invalid",), "https://agents.invalid", "https://chunks.invalid/chunks", "CA", 0)
         self.effects = ServerEffects(self.store, self.images, open_bmc, places)
         self.fleet = Fleet(self.store, lambda conn, runs: None, run_timeout_s=3600)
         self.admit(rehearse=rehearse)
@@ -508,6 +508,7 @@ def test_an_address_that_changes_hands_within_a_run_lets_nothing_through_to_the_
         ("media_url", {"media_urls": ("http://127.0.0.1:8472", "http://[::1]:8472")}),
         ("media_url", {"media_urls": ("http://0.0.0.0:8472",)}),
         ("agent_url", {"agent_url": "https://localhost:8471"}),
+        ("chunks_url", {"chunks_url": "https://localhost:8473/chunks"}),
     ],
 )
 def test_a_server_elsewhere_is_not_powered_where_we_are_known_by_a_loopback_address(world, named, places):

@@ -30,7 +30,7 @@ from repave.lab.scripted import Player, ScriptedRack, set_faults, start_scripted
 from repave.lab.state import Machine, create_disk, create_machine
 
 MIB = 1 << 20
-RUN_TOKEN, SESSION, NONCE = "media-token", "session-token", "nonce-of-the-run"
+RUN_TOKEN, SESSION, CHUNK_TOKEN, NONCE = "media-token", "session-token", "chunk-token", "nonce-of-the-run"
 
 
 class FarEnd:
@@ -55,6 +55,7 @@ class FarEnd:
             "plan_id": "p-1", "disk_path": str(machine.root_disk), "disk_serial": machine.root_serial, "disk_wwn": "",
             "disk_size_bytes": machine.root_disk.stat().st_size, "manifest_sha256": self._manifest,
             "config_drive_sha256": hashlib.sha256(self._drive).hexdigest(), "config_drive_bytes": len(self._drive),
+            "chunk_urls": [f"{self.url}/chunks"], "chunk_token": CHUNK_TOKEN,
         }  # fmt: skip
         slot = {"run_id": "run-1", "agent_url": self.url, "token": RUN_TOKEN, "ca_pem": self.ca_pem}
         (folder / "repave-slot.json").write_text(json.dumps(slot))
@@ -76,17 +77,22 @@ class FarEnd:
     def answer(self, path: str, token: str, body: dict[str, Any]) -> bytes | None:
         """The body, empty for 204, None for 401."""
         name = path.removeprefix("/agent/v1/")
+        if name.startswith("/chunks/"):
+            return self._images.chunk_path(name.rpartition("/")[2]).read_bytes() if token == CHUNK_TOKEN else None
         if token != {"hello": RUN_TOKEN, "/home/v1/run-1": NONCE}.get(name, SESSION):
             return None
-        if name.startswith("chunks/"):
-            return self._images.chunk_path(name.removeprefix("chunks/")).read_bytes()
         if name == "plan" and self.plan is None:
             return b""
         if name == "report":
             self.reports.append(body)
         if name == "/home/v1/run-1":
             self.homes.append(body)
-        values = {"hello": {"session": SESSION, "poll_s": 0.1}, "plan": self.plan, "cross": {"epoch": 1, "lease_s": 60}, "progress": {"lease_s": 60}}
+        values = {
+            "hello": {"session": SESSION, "poll_s": 0.1},
+            "plan": self.plan,
+            "cross": {"epoch": 1, "lease_s": 60},
+            "progress": {"lease_s": 60, "chunk_token": CHUNK_TOKEN},
+        }
         files = {"manifest": self._images.read_manifest_bytes(self._manifest), "config-drive": self._drive}
         return files.get(name) or json.dumps(values.get(name, {"then": "power-off"})).encode()
 

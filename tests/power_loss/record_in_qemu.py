@@ -47,6 +47,7 @@ def record(image: Path, disk: Path, log: Path, *, sector_bytes: int, folder: Pat
     shutil.copyfile(VARIABLES, variables)
     log.touch()
     with start_far_end(folder, plan, manifest, store) as (port, ca_pem, reports):
+        plan |= {"chunk_urls": [f"https://10.0.2.2:{port}/chunks"], "chunk_token": "token-1"}
         slot = render_slot(Slot("run-1", f"https://10.0.2.2:{port}", "one-boot-only", ca_pem))
         initramfs = files.initramfs.read_bytes()
         (folder / "initramfs").write_bytes(initramfs + bytes(-len(initramfs) % 4) + slot)
@@ -78,7 +79,7 @@ def start_far_end(folder: Path, plan: dict[str, Any], manifest: bytes, store: Im
     reports: list[dict[str, Any]] = []
     answers = {
         "/agent/v1/hello": {"session": "session-1", "poll_s": 0.1}, "/agent/v1/cross": {"epoch": 1, "lease_s": 60},
-        "/agent/v1/progress": {"lease_s": 60}, "/agent/v1/report": {"then": "power-off"},
+        "/agent/v1/progress": {"lease_s": 60, "chunk_token": "token-1"}, "/agent/v1/report": {"then": "power-off"},
     }  # fmt: skip
 
     class Handler(http.server.BaseHTTPRequestHandler):

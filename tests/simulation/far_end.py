@@ -285,7 +285,7 @@ class Agent:
     def __init__(self, machine: Machine, boot: Boot, slot: protocol.Slot, *, guest: bool = False) -> None:
         self.m, self.boot, self.slot, self.time = machine, boot, slot, machine.time
         self.guest = guest  # runs on another machine: it has no power of its own here
-        self.token, self.epoch, self.writing = slot.token, 0, False
+        self.token, self.chunk_token, self.epoch, self.writing = slot.token, "", 0, False
         self.lease_until, self.lease_ended, self.done = 0.0, False, False
 
     def run(self) -> None:
@@ -306,7 +306,7 @@ class Agent:
                 raise RunFailed("image-damaged")
             self._stage("manifest")
             if plan.rehearse:
-                self._insist("GET", f"/agent/v1/chunks/{json.loads(manifest)['chunks'][0][0]}")
+                self._fetch(json.loads(manifest)["chunks"][0][0], plan)
                 return self._end(protocol.Report(self.epoch, False, disk.serial, rehearsal={"chunks": WINDOWS, "fetched_bytes": 1}))
             self._cross(plan)
             self._write(plan, next(d for d in (self.m.root, self.m.data) if d.serial == disk.serial), json.loads(manifest))
@@ -360,7 +360,7 @@ class Agent:
                 if self.m.trouble.has("chunk-damaged") and number == 2 and self.m.trouble.fire("chunk-damaged"):
                     raise RunFailed("image-damaged", "Chunk 2 came three times with another digest.")
                 if number == 0:  # one is really fetched: the others would ask the same
-                    self._insist("GET", f"/agent/v1/chunks/{chunk[0]}", lease=True)
+                    self._fetch(chunk[0], plan, lease=True)
                 self.time.sleep(self.time.rng.uniform(5, 30))
                 self._put(disk, f"body-{number}", f"body-{number}", image)
             self._stage_write("config-drive")
@@ -402,6 +402,7 @@ class Agent:
                 if self.time.now >= self.lease_until:
                     self.lease_ended = True
                 self.lease_until = max(self.lease_until, asked_at + answer["lease_s"])
+                self.chunk_token = answer["chunk_token"]
             except Refused:
                 self.lease_ended = True
                 return
@@ -438,14 +439,19 @@ class Agent:
             self.m.reset()
             self.time.leave()
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        return self.m.wire.call(self.m, self.token, method, path, body, boot_id=self.boot.boot_id)
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, token: str = "") -> Any:
+        return self.m.wire.call(self.m, token or self.token, method, path, body, boot_id=self.boot.boot_id)
 
-    def _insist(self, method: str, path: str, body: dict[str, Any] | None = None, *, lease: bool = False, then: Callable[[Any], None] | None = None) -> Any:
+    def _fetch(self, sha256: str, plan: protocol.Plan, *, lease: bool = False) -> None:
+        self._insist("GET", f"/chunks/{sha256[:2]}/{sha256}", lease=lease, token=self.chunk_token or plan.chunk_token)
+
+    def _insist(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, lease: bool = False, then: Callable[[Any], None] | None = None, token: str = ""
+    ) -> Any:
         until, tries = self.time.now + PATIENCE_S, 0
         while True:
             try:
-                answer = self._call(method, path, body)
+                answer = self._call(method, path, body, token)
                 if then is not None:
                     then(answer)
                 return answer

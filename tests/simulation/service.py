@@ -26,10 +26,11 @@ from wire import Answer
 from worker import SimLease, Worker
 
 from repave.api import media
-from repave.api.agent import build_agent_router
+from repave.api.agent import ChunkPlaces, build_agent_router
 from repave.domain.model import Credential, RunRow, Server
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
+from repave.images.chunk_token import find_token_run
 from repave.images.store import ImageStore
 from repave.store import Store
 from repave.workflow.effects import Places, ServerEffects, verify_system
@@ -41,7 +42,8 @@ from repave.workflow.reinstall import DEFAULT_WAITS, reinstall
 RUN_TIMEOUT_S = 3 * 3600 + 1800  # config.py
 RECONCILE_S = 120.0  # the real one is 15 s: fewer looks, the same rule
 MEDIA_SWEEP_S = 300.0  # config.py
-PLACES = Places(("http://media.invalid",), "https://agents.invalid", "CA", 60.0)
+PLACES = Places(("http://media.invalid",), "https://agents.invalid", "https://chunks.invalid/chunks", "CA", 60.0)
+CHUNKS = ChunkPlaces(b"the chunks' key", PLACES.chunks_url)
 HASH = "$6$rounds=300000$saltsaltsaltsalt$" + "h" * 86
 
 
@@ -95,7 +97,7 @@ class _Living:
 
 @functools.cache
 def _routes(images: ImageStore) -> dict[tuple[str, str], Callable[..., Any]]:
-    router = build_agent_router(_Living(), images)  # type: ignore[arg-type]
+    router = build_agent_router(_Living(), images, CHUNKS)  # type: ignore[arg-type]
     return {(next(iter(r.methods)), r.path): r.endpoint for r in router.routes}  # type: ignore[attr-defined]
 
 
@@ -314,8 +316,10 @@ class Service:
         if method == "MEDIA":
             return self._media(path)
         request, extra = _Request(token), {} if body is None else {"body": body}
-        if path.startswith("/agent/v1/chunks/"):
-            return self.routes[method, "/agent/v1/chunks/{sha256}"](request, sha256=path.rpartition("/")[2])
+        if path.startswith("/chunks/"):  # the chunk server: no database
+            if find_token_run(CHUNKS.key, token, now_s=self.store.now().timestamp()) is None:
+                raise HTTPException(401)
+            return self.images.chunk_path(path.rpartition("/")[2]).stat().st_size
         if path.startswith("/home/"):
             return self.routes[method, "/home/v1/{run_id}"](request, run_id=path.rpartition("/")[2], **extra)
         return self.routes[method, path](request, **extra)

@@ -11,6 +11,7 @@ What it prints goes to the serial console: one line a step, seconds since start,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from repave.agent import protocol
-from repave.agent.client import BACKOFF_S, Client, Refused, Unreachable
+from repave.agent.chunks import ChunkSource
+from repave.agent.client import BACKOFF_S, TRIES, Client, Refused, Unreachable
 from repave.agent.gpt import Partition, minimum_disk_bytes
 from repave.agent.lease import Lease, boot_clock
 from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
@@ -34,7 +36,6 @@ MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of 
 REHEARSED_CHUNKS = 8  # 32 MiB of disk at most: enough to know the link, small against the image
 PLAN_FIRST_PAUSE_S = 0.1
 _NOT_HERE = "this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched."
-CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
 
 
 class LocalBoot(Exception):
@@ -133,6 +134,8 @@ class Agent:
         try:
             inventory, poll_s = self._say_hello()
             plan = self._wait_for_plan(poll_s)
+            self._console.hide(plan.chunk_token)
+            chunks = ChunkSource(plan.chunk_urls, token=plan.chunk_token, ca_pem=self._slot.ca_pem)
             disk = find_planned_disk(self._machine.read_inventory(), plan)
             self._console.say(f"plan: {disk.path}, serial {disk.serial or disk.wwn}, {disk.size_bytes} bytes")
             with self._machine.open_disk(disk) as opened:
@@ -140,9 +143,9 @@ class Agent:
                 for note in self._machine.protect_others(disk):
                     self._console.say(note)
                 if plan.rehearse:
-                    return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest)))
+                    return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest, chunks)))
                 lease = self._cross(plan)
-                result = self._write(plan, disk, opened, manifest, lease)
+                result = self._write(plan, disk, opened, manifest, chunks, lease)
             return self._end(Report(
                 self._epoch, True, disk.serial, result.bytes_written, result.bytes_fetched, result.bytes_zeroed, result.stages_s,
                 zeroed_by=result.zeroed_by, bytes_kept=result.bytes_kept, bytes_read_back=result.bytes_read_back,
@@ -194,16 +197,18 @@ class Agent:
         self._console.say(f"manifest: {len(manifest.chunks)} chunks, {manifest.data_bytes} bytes to write")
         return manifest
 
-    def _measure(self, manifest: Manifest) -> dict[str, Any]:
+    def _measure(self, manifest: Manifest, chunks: ChunkSource) -> dict[str, Any]:
         """What a rehearsal learns: how much there is to fetch, and how fast its first chunks come. They are verified and thrown away."""
         stored = {chunk.sha256: chunk.compressed_bytes for chunk in manifest.chunks if chunk.extents}
         started, fetched = time.monotonic(), 0
         for sha256 in list(stored)[:REHEARSED_CHUNKS]:
-            try:
-                body = self._client.get_bytes(f"/agent/v1/chunks/{sha256}", sha256=sha256, cap_bytes=CHUNK_CAP_BYTES, while_true=self._patience())
-            except ValueError as error:
-                raise RunFailed("image-damaged", f"{error}.") from None
-            fetched += len(body)
+            for _ in range(TRIES):
+                body = chunks.fetch(sha256, while_true=self._patience())
+                fetched += len(body)
+                if hashlib.sha256(body).hexdigest() == sha256:
+                    break
+            else:
+                raise RunFailed("image-damaged", f"The chunk {sha256[:12]} came {TRIES} times with another digest than its name.")
         took = time.monotonic() - started
         self._console.say(f"rehearsal: nothing is written; {fetched} bytes fetched in {took:.1f} s")
         return {
@@ -230,9 +235,9 @@ class Agent:
         self._console.say(f"{'past the line still' if self._writing else 'crossed the line'}, epoch {self._epoch}")
         return lease
 
-    def _write(self, plan: Plan, disk: Disk, opened: OpenDisk, manifest: Manifest, lease: Lease) -> WriteResult:
+    def _write(self, plan: Plan, disk: Disk, opened: OpenDisk, manifest: Manifest, chunks: ChunkSource, lease: Lease) -> WriteResult:
         drive_path = "/agent/v1/config-drive"
-        with _Reporter(self._client, self._epoch, lease, self._console) as reporter:
+        with _Reporter(self._client, self._epoch, lease, chunks, self._console) as reporter:
             try:
                 config_drive = self._client.get_bytes(drive_path, sha256=plan.config_drive_sha256, cap_bytes=plan.config_drive_bytes, while_true=lease.is_valid)
             except ValueError as error:
@@ -242,7 +247,7 @@ class Agent:
             return write_image(
                 opened.path,
                 manifest,
-                fetch=lambda sha256: self._fetch_chunk(sha256, lease),
+                fetch=lambda sha256: self._fetch_chunk(chunks, sha256, lease),
                 config_drive=config_drive,
                 sector_bytes=disk.sector_bytes,
                 disk_bytes=disk.size_bytes,
@@ -255,9 +260,9 @@ class Agent:
                 read_back_all=plan.read_back == "all",
             )
 
-    def _fetch_chunk(self, sha256: str, lease: Lease) -> bytes:
+    def _fetch_chunk(self, chunks: ChunkSource, sha256: str, lease: Lease) -> bytearray:
         try:
-            return self._client.insist("GET", f"/agent/v1/chunks/{sha256}", while_true=lease.is_valid, cap_bytes=CHUNK_CAP_BYTES).body
+            return chunks.fetch(sha256, while_true=lease.is_valid)
         except Refused as refused:
             if refused.status == 404:
                 raise RunFailed("image-damaged", f"The chunk {sha256[:12]} is missing.") from None
@@ -299,10 +304,10 @@ class Agent:
 
 
 class _Reporter:
-    """A thread that posts the newest progress and so renews the lease; 410 or 401 ends the lease at once."""
+    """A thread that posts the newest progress and so renews the lease, and the chunks' token with it; 410 or 401 ends the lease at once."""
 
-    def __init__(self, client: Client, epoch: int, lease: Lease, console: Console) -> None:
-        self._client, self._epoch, self._lease, self._console = client, epoch, lease, console
+    def __init__(self, client: Client, epoch: int, lease: Lease, chunks: ChunkSource, console: Console) -> None:
+        self._client, self._epoch, self._lease, self._chunks, self._console = client, epoch, lease, chunks, console
         self._newest: tuple[str, int, int] = ("clear", 0, 0)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="progress", daemon=True)
@@ -326,7 +331,9 @@ class _Reporter:
             asked_at = boot_clock()
             body: dict[str, Any] = protocol.render(Progress(self._epoch, *self._newest))
             try:
-                self._lease.extend(asked_at, float(self._client.call("POST", "/agent/v1/progress", body).json()["lease_s"]))
+                answer = self._client.call("POST", "/agent/v1/progress", body).json()
+                self._lease.extend(asked_at, float(answer["lease_s"]))
+                self._chunks.token = str(answer["chunk_token"])
             except Refused as refused:
                 self._console.say(f"the lease ended: {refused}")
                 self._lease.end()

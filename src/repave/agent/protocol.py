@@ -6,13 +6,16 @@ All requests go to the provisioning listener over TLS verified with our CA alone
     GET  /agent/v1/plan          session       200 Plan | 204 not yet | 410 the run is over
     POST /agent/v1/cross         session       {"plan_id", "serial", "wwn"} -> {"epoch": 1, "lease_s": 60} | 409 not the plan's | 410. A lost answer: crossed
     GET  /agent/v1/manifest      session       the image's manifest, bytes whose SHA-256 the plan names
-    GET  /agent/v1/chunks/SHA    session       one chunk: bytes whose SHA-256 is SHA
     GET  /agent/v1/config-drive  session       the config drive's image, bytes whose SHA-256 the plan names; only after the line
-    POST /agent/v1/progress      session       Progress -> {"lease_s": 60} | 410: stop writing at once
+    POST /agent/v1/progress      session       Progress -> {"lease_s": 60, "chunk_token": TOKEN} | 410: stop writing at once
     POST /agent/v1/report        session       Report -> {"then": "power-off"}
     POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
 
 Each request of the agent's carries a random value in `ASK_HEADER`; its answer, a refusal too, repeats it. Any other answer counts as none.
+
+Chunks come from the plan's `chunk_urls` (agent/chunks.py), by a token that expires with the run's deadline (images/chunk_token.py):
+
+    GET  URL/ab/SHA              chunk token   one chunk: bytes whose SHA-256 is SHA
 
 Tokens travel as `Authorization: Bearer TOKEN`. 401 = unknown token; 410 = spent token or ended run. Bodies are JSON, at most 1 MiB.
 """
@@ -89,6 +92,8 @@ class Plan:
     boot_label: str = "repave"
     rehearse: bool = False  # check everything, measure, report, and stop before the line
     read_back: str = "sample"  # or "all": how much of what was written is read again
+    chunk_urls: tuple[str, ...] = ()  # this and the next are told with the plan, and not part of what is recorded of it
+    chunk_token: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,11 @@ def render(message: Any) -> dict[str, Any]:
 
 
 def render_plan(plan: Plan) -> dict[str, Any]:
-    """What came later is there only where it is not the default: an agent of an earlier version reads a plain plan, and refuses what it can not do."""
+    """What is recorded: what came later only where it is not the default, so that an agent of an earlier version reads a plain plan and refuses what it
+    can not do; and nothing that is told only with the plan."""
     later = {"rehearse": False, "read_back": "sample"}
-    return {name: value for name, value in render(plan).items() if name not in later or value != later[name]}
+    told = ("chunk_urls", "chunk_token")
+    return {name: value for name, value in render(plan).items() if name not in told and (name not in later or value != later[name])}
 
 
 def parse_inventory(value: dict[str, Any]) -> Inventory:

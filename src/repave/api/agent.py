@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from repave.agent import protocol
 from repave.domain.model import RunRow
 from repave.errors import CATALOGUE, RunFailed
+from repave.images.chunk_token import render_chunk_token
 from repave.images.store import ImageStore
 from repave.store import Store
 from repave.store.database import is_unavailable
@@ -23,7 +25,24 @@ LEASE_S = 60.0
 MAX_BODY_BYTES = 1024 * 1024
 
 
-def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
+@dataclass(frozen=True)
+class ChunkPlaces:
+    """Where agents fetch chunks, and what makes their tokens. `caches`: rack ("" = all) and URL."""
+
+    key: bytes
+    origin_url: str
+    caches: tuple[tuple[str, str], ...] = ()
+
+    def list_urls(self, rack: str) -> list[str]:
+        """The rack's own caches first, the origin last."""
+        return [url for of, url in self.caches if of and of == rack] + [url for of, url in self.caches if not of] + [self.origin_url]
+
+    def make_token(self, run: RunRow) -> str:
+        """Good until the deadline of `run`, as it is now: one that moves gets another with each word of it."""
+        return render_chunk_token(self.key, run.id, run.deadline_at)
+
+
+def build_agent_router(store: Store, images: ImageStore, chunks: ChunkPlaces) -> APIRouter:
     """Every route blocks on the store, so FastAPI runs it in its thread pool."""
     router = APIRouter()
 
@@ -60,7 +79,10 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         if store.runs.is_closed(run.id):
             raise HTTPException(410)
         store.runs.record_seen(run)
-        return JSONResponse(run.plan) if run.plan else Response(status_code=204)
+        if not run.plan:
+            return Response(status_code=204)
+        rack = store.servers.get_server(run.server_id).rack
+        return JSONResponse(run.plan | {"chunk_urls": chunks.list_urls(rack), "chunk_token": chunks.make_token(run)})  # the database keeps no token
 
     @router.post("/agent/v1/cross")
     def cross(request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -78,16 +100,6 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
         if not run.plan:
             raise HTTPException(409)
         return Response(images.read_manifest_bytes(run.plan["manifest_sha256"]), media_type="application/json")
-
-    @router.get("/agent/v1/chunks/{sha256}")
-    def chunk(request: Request, sha256: str) -> Response:
-        still_open(session_run(request))
-        if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
-            raise HTTPException(404)
-        path = images.chunk_path(sha256)
-        if not path.is_file():
-            raise HTTPException(404)
-        return FileResponse(path, media_type="application/zstd")
 
     @router.get("/agent/v1/config-drive")
     def config_drive(request: Request) -> Response:
@@ -111,7 +123,7 @@ def build_agent_router(store: Store, images: ImageStore) -> APIRouter:
             live = run.past_the_line and run.ended_at is None and run.deadline_at > store.now() and not store.runs.is_closed(run.id)
         if not live:
             raise HTTPException(410)
-        return {"lease_s": LEASE_S}
+        return {"lease_s": LEASE_S, "chunk_token": chunks.make_token(run)}
 
     @router.post("/agent/v1/report")
     def report(request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -168,4 +180,4 @@ def _bearer(request: Request) -> str:
     return token.strip()
 
 
-__all__ = ["LEASE_S", "MAX_BODY_BYTES", "build_agent_router"]
+__all__ = ["LEASE_S", "MAX_BODY_BYTES", "ChunkPlaces", "build_agent_router"]

@@ -35,6 +35,7 @@ for _name, _help in {
         app.command(f"repave.cli.{_module}:{'app' if _module == _name else _name}", name=_name, help=_help)
 app.command("repave.cli.site:init", name="init", help="Make a site here: settings, key, CA, database; prints the first key once.")
 app.command("repave.cli.site:serve", name="serve", help="Run the service of the site here, until Ctrl-C.")
+app.command("repave.cli.site:serve_chunks", name="serve-chunks", help="Run the chunk server alone, beside an image folder.")
 app.command("repave.cli.backup:backup", name="backup", help="Write the whole site but its images into one file.")
 app.command("repave.cli.backup:restore", name="restore", help="Put a backup in place; its live runs end, no server is touched.")
 app.command("repave.cli.backup:health", name="health", help="Whether the service and its database are well.")

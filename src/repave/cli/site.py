@@ -1,4 +1,4 @@
-"""The site and who may use it: init, serve, whoami, project, key, explain, and what bare `repave` says."""
+"""The site and who may use it: init, serve, serve-chunks, whoami, project, key, explain, and what bare `repave` says."""
 
 from __future__ import annotations
 
@@ -63,6 +63,34 @@ def serve(folder: Path | None = None, /) -> None:
     if not (folder / SETTINGS_FILE).exists():
         raise Usage(f"{folder} is no site: it has no {SETTINGS_FILE}. Make one: repave init")
     serve_site(folder)
+
+
+def serve_chunks(images: Path, /, *, key: Path, certificate: Path, listen: str = "127.0.0.1:8473") -> None:
+    """Run the chunk server alone, until Ctrl-C: for a machine that has the image folder and no service. `repave serve` starts its own.
+
+    Parameters
+    ----------
+    images
+        The image store (images_dir), or a copy of it.
+    key
+        The site's chunks.key, which lies beside its key file.
+    certificate
+        A PEM file with certificate chain and key by the site's CA: the site's chunks.pem, in its data_dir.
+    listen
+        HOST:PORT.
+    """
+    import socket
+
+    from repave.config import split_listen
+    from repave.images.chunk_server import serve_chunks
+
+    host, port = split_listen(listen)
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048) as listener:
+            say(f"Serving the chunks of {images} on {listen}.")
+            serve_chunks(listener, images, key, certificate)
+    except OSError as error:
+        raise Usage(f"{error}.") from None
 
 
 def show_overview() -> None:

@@ -48,10 +48,10 @@ def is_loopback(url: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def find_unreachable_place(bmc_url: str, media_urls: Sequence[str], agent_url: str) -> str | None:
+def find_unreachable_place(bmc_url: str, media_urls: Sequence[str], agent_url: str, chunks_url: str) -> str | None:
     """The setting whose address a server elsewhere would look for in itself; None where there is none, or the server is a lab's, here."""
     if is_loopback(bmc_url):
         return None
     if all(is_loopback(url) for url in media_urls):
         return "media_url"
-    return "agent_url" if is_loopback(agent_url) else None
+    return next((name for name, url in (("agent_url", agent_url), ("chunks_url", chunks_url)) if is_loopback(url)), None)

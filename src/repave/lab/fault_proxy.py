@@ -16,7 +16,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,11 +80,14 @@ class _Answer:
 class FaultProxy:
     """What stands before `upstream_url`. `ca`: whom to trust there; None with https: anybody, for BMCs with certificates of their own.
 
+    `routes`: begin of a path -> what else stands there.
+
     `name_caller` tells from path and bearer token whose request it is, so that many machines behind one proxy have faults of their own.
     """
 
-    def __init__(self, upstream_url: str, *, ca: Path | None = None) -> None:
+    def __init__(self, upstream_url: str, *, ca: Path | None = None, routes: Mapping[str, str] | None = None) -> None:
         self.upstream_url, self.url = upstream_url, ""
+        self._routes = routes or {}
         self.name_caller: Callable[[str, str], str] = lambda path, bearer: ""
         self.over = threading.Event()
         self._ca = ca
@@ -121,6 +124,9 @@ class FaultProxy:
     def note(self, seen: Seen) -> None:
         with self._lock:
             self._seen.append(seen)
+
+    def upstream_of(self, path: str) -> str:
+        return next((url for begin, url in self._routes.items() if path.startswith(begin)), self.upstream_url)
 
     def find_last(self, method: str, path: str) -> _Answer | None:
         with self._lock:
@@ -183,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, rule: Rule | None, body: bytes) -> _Answer | None:
         """What the client gets, None where it is hung up on."""
-        fault, url = rule.fault if rule else "", self.proxy.upstream_url
+        fault, url = rule.fault if rule else "", self.proxy.upstream_of(self.path)
         if rule is not None and fault == "status":
             return _Answer(rule.status, (), b"", None)
         if fault == "ignored":
@@ -247,9 +253,11 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def start_fault_proxy(upstream_url: str, *, ca: Path | None = None, certificate: Path | None = None, port: int = 0) -> Iterator[FaultProxy]:
+def start_fault_proxy(
+    upstream_url: str, *, ca: Path | None = None, certificate: Path | None = None, port: int = 0, routes: Mapping[str, str] | None = None
+) -> Iterator[FaultProxy]:
     """A proxy on loopback for as long as the block runs. `certificate`: a PEM file with chain and key, to be a TLS listener."""
-    proxy = FaultProxy(upstream_url, ca=ca)
+    proxy = FaultProxy(upstream_url, ca=ca, routes=routes)
     server = _Server(("127.0.0.1", port), type("Bound", (_Handler,), {"proxy": proxy}))
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

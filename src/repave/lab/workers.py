@@ -126,6 +126,7 @@ class Worker:
     api: int
     provisioning: int
     media: int
+    chunks: int
     process: subprocess.Popen[bytes] | None = None
     executor_id: str = ""
 
@@ -149,6 +150,7 @@ class Workers:
     database: Balancer  # what the workers see of it; `url` is the database itself
     agents: Balancer
     media: Balancer
+    chunks: Balancer
     settings: Json
     machines: list[Machine] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
@@ -166,13 +168,14 @@ class Workers:
 
     def add(self) -> Worker:
         """One more worker: settings of its own, the first makes the site."""
-        api, provisioning, media = find_free_ports(3)
-        worker = Worker(self.folder / f"w{len(self.workers) + 1}", api, provisioning, media)
+        api, provisioning, media, chunks = find_free_ports(4)
+        worker = Worker(self.folder / f"w{len(self.workers) + 1}", api, provisioning, media, chunks)
         seen_url = self.url.replace(str(self.engine.url.port), str(self.database.port))
         changes = {
             "database_url": seen_url, "key_file": str(self.folder / "secret/key"), "images_dir": str(self.folder / "images"),
             "api_listen": f"127.0.0.1:{api}", "provisioning_listen": f"127.0.0.1:{provisioning}", "media_listen": f"127.0.0.1:{media}",
             "agent_url": f"https://127.0.0.1:{self.agents.port}", "media_url": f"http://127.0.0.1:{self.media.port}",
+            "chunks_listen": f"127.0.0.1:{chunks}", "chunks_url": f"https://127.0.0.1:{self.chunks.port}/chunks",
             "boot_iso": str(self.folder / "boot.iso"), "graceful_s": 5, **self.settings,
         }  # fmt: skip
         if not self.workers:
@@ -207,7 +210,7 @@ class Workers:
     def balance(self, *, without: Sequence[Worker] = ()) -> None:
         """New connections go to the workers that run, but not to those `without`: what a balancer's health check does."""
         up = [w for w in self.workers if w not in without and w.process is not None and w.process.poll() is None]
-        self.agents.backends, self.media.backends = [w.provisioning for w in up], [w.media for w in up]
+        self.agents.backends, self.media.backends, self.chunks.backends = ([getattr(w, n) for w in up] for n in ("provisioning", "media", "chunks"))
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -279,9 +282,9 @@ def start_workers(folder: Path, *, machines: int, workers: int = 2, watch_bmcs: 
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         postgres = stack.enter_context(start_server(folder / "pg"))
-        database, agents, media = (stack.enter_context(start_balancer()) for _ in range(3))
+        database, agents, media, chunks = (stack.enter_context(start_balancer()) for _ in range(4))
         rack = stack.enter_context(start_scripted_rack(folder / "rack", count=machines))
-        site = Workers(folder, postgres, database, agents, media, SHORT | settings, list(rack.machines))
+        site = Workers(folder, postgres, database, agents, media, chunks, SHORT | settings, list(rack.machines))
         assert site.engine.url.port is not None
         database.backends = [site.engine.url.port]
         try:

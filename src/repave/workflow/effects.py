@@ -42,6 +42,7 @@ class Places:
 
     media_urls: tuple[str, ...]  # as BMCs see us, the first preferred
     agent_url: str  # as machines see us
+    chunks_url: str  # where machines fetch chunks, after any caches
     ca_pem: str
     graceful_s: float = 60.0
     read_back: str = "sample"
@@ -68,7 +69,7 @@ class ServerEffects:
         self.store.runs.get_run_secret(run_id)
         if own := find_own_host(server, self.store.servers.list_hosts()):
             raise RunFailed("own-host", f"It has {own}.")
-        if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url):
+        if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url, self.places.chunks_url):
             raise RunFailed("loopback-address", f"{place} is a loopback address; the server is elsewhere.")
         if (image.arch, image.boot) != (server.arch, server.boot):
             raise RunFailed("arch-mismatch", f"The image is {image.arch}/{image.boot}, the server {server.arch}/{server.boot}.")

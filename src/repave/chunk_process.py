@@ -1,0 +1,59 @@
+"""The chunk server as a process beside the service (images/chunk_server.py): started with it, started again when it dies, gone when the service is."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+AGAIN_S = 1.0
+
+log = structlog.get_logger()
+
+
+@contextlib.contextmanager
+def start_chunk_process(listener: socket.socket, images_dir: Path, key_path: Path, certificate: Path) -> Iterator[None]:
+    """It answers on `listener` for as long as the block runs. Who comes while it is started again waits in the listener's queue."""
+    command = [
+        sys.executable, "-P", "-m", "repave.images.chunk_server", str(images_dir), str(key_path), str(certificate), str(listener.fileno()),
+    ]  # fmt: skip
+    over = threading.Event()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        # Its standard input is a pipe that nobody writes to: however the service ends, the process reads the end of it and ends too.
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(listener.fileno(),))
+
+    def keep() -> None:
+        while True:
+            status = started[-1].wait()
+            if over.is_set():
+                return
+            log.error("the chunk server ended; it is started again", status=status)
+            over.wait(AGAIN_S)
+            with lock:
+                if over.is_set():
+                    return
+                started.append(start())
+                del started[:-1]
+
+    lock = threading.Lock()
+    started.append(start())
+    keeper = threading.Thread(target=keep, name="chunk-process", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+            process = started[-1]
+        process.kill()  # it keeps nothing: agents ask again, elsewhere or later
+        keeper.join()
+        if process.stdin is not None:
+            process.stdin.close()
