@@ -1,15 +1,15 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
-COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`.
+COUNT: machines; repetitions of `rack`, rounds of `importing`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from bench import fifty, fleet, pair, rack, scripted_batch, simulated, soak, takeover
+from bench import fifty, fleet, importing, pair, rack, scripted_batch, simulated, soak, takeover
 
-BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
+BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main, "importing": importing.main}
 LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main}
 
 if __name__ == "__main__":
