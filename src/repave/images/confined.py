@@ -26,7 +26,7 @@ MEMORY_BYTES = 2 * 1024**3  # address space; 200 MB are usual
 START_S = 30  # a busy machine's; 0.02 s are usual
 ANSWER_S = 120  # one request of one window
 _SAID_BYTES = 1024**2
-_DRIVERS = {
+_DRIVERS: dict[str, dict[str, str | None]] = {
     "qcow2": {"driver": "qcow2", "backing": None},
     "vmdk": {"driver": "vmdk", "backing": None},
     "vhd": {"driver": "vpc", "force_size_calc": "current_size"},  # not a geometry's

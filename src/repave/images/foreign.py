@@ -46,7 +46,7 @@ def read_vmdk_size(fd: int, file_bytes: int) -> int:
     extents = re.findall(r"^\s*(?:RW|RDONLY|NOACCESS)\s+\d+\s+(\S+)", text, re.M | re.I)
     if [e.upper() for e in extents] != ["SPARSE"]:
         raise _refused(f"The VMDK has extents in other files: {_WHOLE}")
-    return capacity * _SECTOR
+    return int(capacity) * _SECTOR
 
 
 def read_vhd_size(fd: int, file_bytes: int) -> int:
