@@ -101,7 +101,8 @@ def _follow_import(ask: Callable[[], Json], client: Client, name: str) -> Json:
 
     threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for it
     with ExitStack() as shown:
-        stage, report = "", lambda done: None
+        stage = ""
+        report: Callable[[int], None]
         while True:
             with suppress(queue.Empty):
                 came = answer.get(timeout=_LOOK_EVERY_S)

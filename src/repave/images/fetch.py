@@ -128,7 +128,7 @@ def verify_signature(file: Path, signature: bytes, keyring: Path) -> None:
 
 def _ask(url: str, local_addresses: bool, offset: int, tag: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
     """The connection and its answer 200 or 206, behind redirects of the same scheme."""
-    scheme = urlsplit(url).scheme
+    scheme = url.partition(":")[0].lower()
     for _ in range(_MOST_REDIRECTS + 1):
         if fault := find_url_fault(url.partition("?")[0]):
             raise _refused(f"a URL {fault}")
@@ -148,12 +148,19 @@ def _ask(url: str, local_addresses: bool, offset: int, tag: str) -> tuple[http.c
                 return connection, answer
             if answer.status not in (301, 302, 303, 307, 308) or not (location := answer.getheader("Location")):
                 raise _refused(f"the server answers {answer.status}")
-            url = urljoin(url, location)
+            url = _join(url, location)
         except BaseException:
             connection.close()
             raise
         connection.close()
     raise _refused("too many redirects")
+
+
+def _join(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:  # brackets that do not hold an IPv6 address
+        raise _refused("the server redirects to no URL") from None
 
 
 class _Connection(http.client.HTTPConnection):
