@@ -1,16 +1,18 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
-COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`, rounds of `serving` and `write`.
+COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`, rounds of `importing`, `serving` and `write`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from bench import fifty, fleet, pair, rack, scripted_batch, serving, simulated, soak, takeover, write
+from bench import fifty, fleet, importing, pair, rack, scripted_batch, serving, simulated, soak, takeover, write
 
-BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main, "serving": serving.main}
-LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "write": write.main}
+BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
+LONG = {
+    "fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "importing": importing.main, "serving": serving.main, "write": write.main,
+}  # fmt: skip
 
 if __name__ == "__main__":
     name, *counts = sys.argv[1:] or ["all"]

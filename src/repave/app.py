@@ -12,7 +12,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +44,8 @@ from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
 from repave.generation import Watch, begin_life, stand_path
+from repave.images.fetch import ImageSources
+from repave.images.headers import FORMATS
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.leftovers import sweep_files
@@ -82,14 +84,26 @@ class FirstKey:
 class ImageDesk:
     """What the operator's routes ask of images: room, import, sweep."""
 
-    def __init__(self, store: ImageStore, folder: Path, quota_bytes: int) -> None:
-        self.store, self.folder, self.quota_bytes = store, folder, quota_bytes
+    def __init__(self, store: ImageStore, folder: Path, quota_bytes: int, *, formats: Sequence[str] = FORMATS, sources: ImageSources | None = None) -> None:
+        self.store, self.folder, self.quota_bytes, self.formats = store, folder, quota_bytes, formats
+        self.sources = sources or ImageSources()
 
     def room_bytes(self) -> int:
         return min(self.quota_bytes - self.store.used_bytes(), self.store.free_bytes() - RESERVE_BYTES)
 
-    def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
-        made = import_image(file, self.store, arch=arch, max_bytes=self.quota_bytes)
+    def add(
+        self,
+        file: Path | int,
+        *,
+        name: str,
+        os_type: str,
+        arch: str,
+        project_id: str,
+        image_id: str,
+        created_at: datetime,
+        progress: Callable[[int, int], None],
+    ) -> Image:
+        made = import_image(file, self.store, arch=arch, max_bytes=self.quota_bytes, formats=self.formats, progress=progress)
         return Image(
             image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, made.size_bytes, made.sector_bytes,
             made.stored_bytes, made.data_bytes, created_at,
@@ -229,7 +243,9 @@ def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
     authenticator = Authenticator(site.store.access, now=utc_now)
-    desk = ImageDesk(site.images, site.images.root, site.settings.images_quota_bytes)
+    settings = site.settings
+    sources = ImageSources(settings.import_dir, settings.import_keyring, settings.import_local_addresses)
+    desk = ImageDesk(site.images, site.images.root, settings.images_quota_bytes, formats=settings.image_formats.split(), sources=sources)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
     find_unreachable = functools.partial(

@@ -93,6 +93,14 @@ class Settings(BaseSettings):
     runs_at_once: int = Field(default=200, gt=0, description="Runs under way at once in the whole site; the others wait.")
     rack_at_once: int = Field(default=0, ge=0, description="Runs under way at once in one rack (power, cooling, the rack's switch); 0 = no limit.")
     images_quota_bytes: int = Field(default=1 << 40, gt=0, description="The image store may hold so many bytes.")
+    image_formats: str = Field(
+        default="qcow2 raw", description="What may be imported, separated by blanks: qcow2, raw, vmdk (monolithicSparse, streamOptimized), vhd, vhdx."
+    )
+    import_dir: Path | None = Field(default=None, description="Images may be imported from files below this folder of the service's machine; empty = none.")
+    import_keyring: Path | None = Field(
+        default=None, description="OpenPGP keys (gpg --export) that may sign images fetched from a URL; empty = a URL needs a SHA-256."
+    )
+    import_local_addresses: bool = Field(default=False, description="A URL to import from may lead to this machine or to link-local addresses.")
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 
@@ -117,6 +125,13 @@ class Settings(BaseSettings):
         for _, url in split_caches(value):
             if fault := find_url_fault(url):
                 raise ValueError(f"each {fault}")
+        return value
+
+    @field_validator("image_formats")
+    @classmethod
+    def _formats(cls, value: str) -> str:
+        if not value.split() or set(value.split()) - {"qcow2", "raw", "vmdk", "vhd", "vhdx"}:
+            raise ValueError("must name some of: qcow2 raw vmdk vhd vhdx")
         return value
 
     @field_validator("agent_url")
@@ -170,9 +185,9 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         settings.chunks_url = f"https://{f'[{host}]' if ':' in host else host}:{split_listen(settings.chunks_listen)[1]}/chunks"
     if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
         raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
-    for name in ("api_certificate", "media_certificate"):
-        if (certificate := getattr(settings, name)) is not None:
-            setattr(settings, name, (folder / certificate).resolve())
+    for name in ("api_certificate", "media_certificate", "import_dir", "import_keyring"):
+        if (path := getattr(settings, name)) is not None:
+            setattr(settings, name, (folder / path).resolve())
     return settings
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +22,7 @@ from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Credential, Image, Role, Server
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
+from repave.images.fetch import ImageSources
 from repave.store import Store
 
 SITE_PROJECT = "default"
@@ -42,14 +43,18 @@ class Admits(Protocol):
 
 
 class Images(Protocol):
-    """What these routes ask of the image store: room for an upload, a file made into an image, and its chunks gone."""
+    """What these routes ask of the image store: room for a file, that file made into an image, and its chunks gone."""
 
     folder: Path
+    sources: ImageSources
 
     def room_bytes(self) -> int:
         """Bytes that may still be stored."""
 
-    def add(self, file: Path, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime) -> Image:
+    def add(
+        self, file: Path | int, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime,
+        progress: Callable[[int, int], None],
+    ) -> Image:  # fmt: skip
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
     def verify(self, manifest_sha256: str) -> None:
@@ -57,6 +62,24 @@ class Images(Protocol):
 
     def sweep(self, manifests_in_use: list[str]) -> int:
         """Manifests not in use are gone, and the chunks that no other needs. How many."""
+
+
+@dataclass
+class ImportProgress:
+    """One import under way, as GET /imports shows it. `total_bytes` 0: not known."""
+
+    project_id: str
+    name: str
+    begun_at: datetime
+    stage: Literal["receive", "fetch", "check", "wait", "store"] = "receive"  # wait: for another import
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def begin(self, stage: Literal["fetch", "check", "wait", "store"]) -> None:
+        self.stage, self.done_bytes, self.total_bytes = stage, 0, 0
+
+    def tell(self, done: int, total: int) -> None:
+        self.done_bytes, self.total_bytes = done, total
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,7 @@ class Desk:
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
+    imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
     images_lock: threading.Lock = field(default_factory=threading.Lock)  # an image whose row is not there yet must not be swept
 
 
@@ -250,6 +274,6 @@ def build_operator_router(
         request.state.desk = desk
 
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
-    for part in (router, operator_servers.router, operator_images.router, operator_batches.router, operator_events.router):
+    for part in (router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router):
         everything.include_router(part)
     return everything

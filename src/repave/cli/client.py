@@ -63,6 +63,10 @@ class Client:
     def post(self, path: str, body: Json) -> Json:
         return self._ask("POST", path, {}, json=body)
 
+    def order(self, path: str, body: Json, params: Json) -> Json:
+        """A post whose answer comes when all is done, which takes as long as an upload."""
+        return self._ask("POST", path, params, json=body, timeout=(5, _UPLOAD_TIMEOUT_S))
+
     def patch(self, path: str, body: Json) -> Json:
         return self._ask("PATCH", path, {}, json=body)
 
@@ -70,7 +74,7 @@ class Client:
         self._ask("DELETE", path, {})
 
     def upload(self, path: str, file: Any, params: Json, headers: dict[str, str]) -> Json:
-        """`file` has read(n) and a length."""
+        """`file` is open for reading."""
         headers = {"Content-Type": "application/octet-stream"} | headers
         return self._ask("POST", path, params, data=file, headers=headers, timeout=(5, _UPLOAD_TIMEOUT_S))
 

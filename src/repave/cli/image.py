@@ -1,76 +1,85 @@
-"""Images: import streams the file to the service; ls, show, rm. pack needs no service."""
+"""Images: import, ls, show, verify, rm; pack needs no service."""
 
 from __future__ import annotations
 
-import contextlib
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
+from urllib.parse import urlsplit
 
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
-from repave.errors import RequestError
+from repave.cli.output import Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
+from repave.errors import RepaveError, RequestError
 
 app = App(name="image")
 _SAY_EVERY_S = 10.0
+_LOOK_EVERY_S = 0.5
 _LIST = {
     "NAME": "name", "OS": "os_type", "ARCH": "arch", "BOOT": "boot", "SECTOR": "sector_bytes", "SIZE": "size", "DATA": "data", "STORED": "stored", "ID": "id",
 }  # fmt: skip
 
 
-class _Counted:
-    """A file that reports how much of it was read: what `requests` wants of a body, no more (it would call a `tell`)."""
-
-    def __init__(self, file: IO[bytes], total: int, report: Callable[[int], None]) -> None:
-        self.file, self.total, self.report, self.sent = file, total, report, 0
-
-    def __len__(self) -> int:
-        return self.total
-
-    def read(self, count: int = -1) -> bytes:
-        piece = self.file.read(min(count, 1 << 20) if count > 0 else 1 << 20)
-        self.sent += len(piece)
-        self.report(self.sent)
-        return piece
-
-
 @app.command(name="import")
 def send_image(
-    file: Path,
+    file: str,
     /,
     *,
     name: str | None = None,
     os_type: Literal["Linux", "Windows"] = "Linux",
     arch: Literal["amd64", "arm64"] = "amd64",
     sha256: str | None = None,
+    signature: str | None = None,
+    on_service: bool = False,
     project: str | None = None,
     json: bool = False,
 ) -> None:
-    """Send a qcow2 or raw disk image to the service, which checks it and stores it in pieces.
+    """Give the service a disk image, which it checks and stores in pieces: a file here, one on its own machine, or an http(s) URL.
 
     Parameters
     ----------
+    file
+        A qcow2 or raw disk image (vmdk, vhd and vhdx where `image_formats` allows them).
     name
         Its name; default: the file's, without suffix.
     arch
         What it runs on; a server of another architecture refuses it. One without an EFI system partition is for BIOS alone, and refused by UEFI servers.
     sha256
-        Its SHA-256, or a file of `sha256sum` lines: what arrives must have it.
+        Its SHA-256, or a file of `sha256sum` lines: what arrives must have it. A URL needs it, or a signature.
+    signature
+        URL of its detached OpenPGP signature, by a key in the service's `import_keyring`.
+    on_service
+        FILE is a path below the service's `import_dir`.
     """
-    if not file.is_file():
+    is_url = file.startswith(("http://", "https://"))
+    here = Path(urlsplit(file).path if is_url else file)
+    if not is_url and not on_service and not here.is_file():
         raise Usage(f"There is no file {file}.")
-    name, total = name or re.sub(r"\.(qcow2|raw|img)$", "", file.name), file.stat().st_size
-    headers = {"X-Repave-SHA256": _digest(sha256, file)} if sha256 else {}
+    if is_url and not (sha256 or signature):
+        raise Usage("A URL needs --sha256 or --signature: what comes must be what was meant.")
+    if signature and not is_url:
+        raise Usage("--signature goes with a URL.")
+    name, digest = name or re.sub(r"\.(qcow2|raw|img|vmdk|vhdx?)$", "", here.name), _digest(sha256, here) if sha256 else None
     client = Client(project)
     if any(image["name"] == name for image in client.items("/images")):  # said before gigabytes are sent
         raise RequestError("conflict", f"An image {name!r} exists already.")
-    with file.open("rb") as f, _telling("send", file.name, total) as report:
-        made = client.upload("/images", _Counted(f, total, report), {"name": name, "os_type": os_type, "arch": arch}, headers)
+    params = {"name": name, "os_type": os_type, "arch": arch}
+
+    def ask() -> Json:
+        if is_url or on_service:
+            source = {"url" if is_url else "path": file, "sha256": digest, "signature_url": signature}
+            return client.order("/images", {"source": {k: v for k, v in source.items() if v}}, params)
+        with here.open("rb") as f:
+            return client.upload("/images", f, params, {"X-Repave-SHA256": digest} if digest else {})
+
+    made = _follow_import(ask, Client(project), name)
     if json:
         show_json(made)
         return
@@ -78,6 +87,35 @@ def send_image(
     fits = f"{made['sector_bytes']}-byte sectors, {made['arch']}/{made['boot']}"
     say(f"{made['name']} ({made['id']}) · {told} · {fits}")
     say(f"Next: repave reinstall NODESET --image {made['name']}")
+
+
+def _follow_import(ask: Callable[[], Json], client: Client, name: str) -> Json:
+    """The answer of `ask`; meanwhile what the service says of the import is shown. A service that says nothing of it costs the progress alone."""
+    answer: queue.SimpleQueue[Json | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put(ask())
+        except Exception as error:  # raised where somebody waits for it
+            answer.put(error)
+
+    threading.Thread(target=work, daemon=True).start()  # Ctrl-C does not wait for it
+    with ExitStack() as shown:
+        stage = ""
+        report: Callable[[int], None]
+        while True:
+            with suppress(queue.Empty):
+                came = answer.get(timeout=_LOOK_EVERY_S)
+                if isinstance(came, Exception):
+                    raise came
+                return came
+            with suppress(RepaveError):
+                for found in client.items("/imports"):
+                    if found["name"] == name and found["total_bytes"]:
+                        if found["stage"] != stage:
+                            shown.close()
+                            stage, report = found["stage"], shown.enter_context(_telling(found["stage"], name, found["total_bytes"]))
+                        report(found["done_bytes"])
 
 
 @app.command(name="pack")
@@ -130,7 +168,7 @@ def _digest(wanted: str, file: Path) -> str:
     raise Usage(f"{wanted} has no line for {file.name}.")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _telling(verb: str, label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Called with the bytes done so far: a bar with rate and time left, or a line now and then where nothing redraws."""
     if may_redraw():
@@ -141,20 +179,19 @@ def _telling(verb: str, label: str, total: int) -> Iterator[Callable[[int], None
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(f"{verb} {label}", total=total)
 
-            def redraw(sent: int) -> None:
-                progress.update(task, completed=sent, description=f"store {label}" if sent >= total else f"{verb} {label}")
+            def redraw(done: int) -> None:
+                progress.update(task, completed=done)
 
             yield redraw
         return
     began = said = time.monotonic()
 
-    def line(sent: int) -> None:
+    def line(done: int) -> None:
         nonlocal said
         now = time.monotonic()
         if now - said >= _SAY_EVERY_S:
-            said, rate = now, sent / (now - began)
-            left = f"{(total - sent) / rate:.0f} s left" if sent < total else "storing"
-            say(f"{verb} {label} {100 * sent // total} % {size(rate)}/s {left}")
+            said, rate = now, max(done / (now - began), 1)
+            say(f"{verb} {label} {100 * done // total} % {size(rate)}/s {(total - done) / rate:.0f} s left")
 
     yield line
 

@@ -1,7 +1,8 @@
 """What a file says of itself, read by us before any tool sees it.
 
 `qemu-img convert` copied a local file out through a qcow2 backing file and through a data file, and a 1.2 MB file claimed 64 TiB (measured):
-so raw and qcow2 are all there is, a qcow2 refers to nothing outside itself, and every size is bounded here.
+so what is not on the list is refused (raw and qcow2, unless the operator allows more), nothing refers to anything outside itself, and every size is
+bounded here.
 Source: QEMU docs/interop/qcow2.txt; UEFI 2.10, 5.3.
 """
 
@@ -11,11 +12,12 @@ import os
 import stat
 import struct
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from repave.errors import ImageError
+from repave.images.foreign import FOREIGN
 
 MIB = 1024 * 1024
 MAX_VIRTUAL_BYTES = 2 * 1024**4
@@ -25,11 +27,8 @@ _TO_QCOW2 = "convert it: qemu-img convert -O qcow2"
 _UNPACK = "unpack it first"
 # (offset, magic, name, what to do)
 _OTHERS = (
-    (0, b"KDMV", "a VMDK disk", _TO_QCOW2),
     (0, b"COWD", "a VMDK disk", _TO_QCOW2),
     (0, b"# Disk DescriptorFile", "a VMDK descriptor", _TO_QCOW2),
-    (0, b"conectix", "a VHD disk", _TO_QCOW2),
-    (0, b"vhdxfile", "a VHDX disk", _TO_QCOW2),
     (64, b"\x7f\x10\xda\xbe", "a VDI disk", _TO_QCOW2),
     (0, b"QED\0", "a QED disk", _TO_QCOW2),
     (0, b"WithoutFreeSpace", "a Parallels disk", _TO_QCOW2),
@@ -44,11 +43,15 @@ _OTHERS = (
 )
 
 
+FORMATS = ("qcow2", "raw")  # what is taken unless the operator allows more
+_SAID = {"qcow2": "a qcow2 disk", "raw": "raw", "vmdk": "a VMDK disk", "vhd": "a VHD disk", "vhdx": "a VHDX disk"}
+
+
 @dataclass(frozen=True)
 class ImageHeader:
-    """What we know of a file that may be imported. Of a qcow2, the last three are known only after its conversion: 0, "" and False."""
+    """What we know of a file that may be imported. Of all but raw, the last three are known only from the disk inside: 0, "" and False."""
 
-    format: str  # raw, qcow2
+    format: str  # raw, qcow2, vmdk, vhd, vhdx
     virtual_size_bytes: int
     sector_bytes: int = 0  # 512, 4096
     table: str = ""  # gpt, mbr
@@ -67,23 +70,29 @@ def open_image(path: Path) -> int:
     return fd
 
 
-def read_header(path: Path, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> ImageHeader:
+def read_header(path: Path, *, formats: Collection[str] = FORMATS, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> ImageHeader:
     """Raises ImageError image-refused (the detail says what to do) or image-missing."""
     fd = open_image(path)
     try:
-        return read_header_of(fd, max_virtual_bytes=max_virtual_bytes)
+        return read_header_of(fd, formats=formats, max_virtual_bytes=max_virtual_bytes)
     finally:
         os.close(fd)
 
 
-def read_header_of(fd: int, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> ImageHeader:
+def read_header_of(fd: int, *, formats: Collection[str] = FORMATS, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> ImageHeader:
     """The same of an open file, so that what was checked is what is used."""
     size = os.fstat(fd).st_size
     head = os.pread(fd, MIB, 0)
-    tail = os.pread(fd, 512, max(size - 512, 0))
-    _refuse_others(head, tail)
-    header = _qcow2(head, size) if head[:4] == b"QFI\xfb" else _raw(head, size)
-    if header.virtual_size_bytes > max_virtual_bytes:
+    kind = _detect(head, os.pread(fd, 512, max(size - 512, 0)))
+    if kind not in formats:
+        raise _refused(f"The file is {_SAID[kind]}, which the setting image_formats does not allow: allow it, or {_TO_QCOW2}")
+    if kind in FOREIGN:
+        header = ImageHeader(kind, FOREIGN[kind](fd, size))
+    elif kind == "qcow2":
+        header = _qcow2(head, size)
+    else:
+        header = _raw(head, size)
+    if not 0 < header.virtual_size_bytes <= max_virtual_bytes:
         raise _refused(f"The disk has {header.virtual_size_bytes} bytes; {max_virtual_bytes} are allowed: shrink it")
     return header
 
@@ -91,18 +100,22 @@ def read_header_of(fd: int, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> Im
 def read_inner_header(read: Callable[[int, int], bytes | bytearray], size: int, outer: ImageHeader) -> ImageHeader:
     """What the disk inside an image says of itself: it must be the disk that the outer header announced, and no image again."""
     head, tail = bytes(read(0, min(MIB, size))), bytes(read(max(size - 512, 0), min(512, size)))
-    if head[:4] == b"QFI\xfb" or size - outer.virtual_size_bytes not in range(512):
+    if _detect(head, tail) != "raw" or size - outer.virtual_size_bytes not in range(512):
         raise _refused(f"The {outer.format} holds something else than a disk of the size that it names")
-    _refuse_others(head, tail)
     return _raw(head, size)
 
 
-def _refuse_others(head: bytes, tail: bytes) -> None:
+def _detect(head: bytes, tail: bytes) -> str:
+    """Its format, raw where nothing says another. Raises where it is one that nobody may allow."""
     for offset, magic, name, fix in _OTHERS:
         if head[offset : offset + len(magic)] == magic:
             raise _refused(f"The file is {name}: {fix}")
-    if tail[:8] == b"conectix" or tail[:4] == b"koly":
-        raise _refused(f"The file is a {'VHD' if tail[:1] == b'c' else 'DMG'} disk: {_TO_QCOW2}")
+    if tail[:4] == b"koly":
+        raise _refused(f"The file is a DMG disk: {_TO_QCOW2}")
+    for magic, kind in ((b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"), (b"conectix", "vhd")):
+        if head.startswith(magic):
+            return kind
+    return "vhd" if tail[:8] == b"conectix" else "raw"
 
 
 def _qcow2(head: bytes, file_bytes: int) -> ImageHeader:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import zstandard
 
 from repave.errors import ImageError
 from repave.images.confined import open_qemu_disk
-from repave.images.headers import MAX_VIRTUAL_BYTES, ImageHeader, open_image, read_header_of, read_inner_header
+from repave.images.headers import FORMATS, MAX_VIRTUAL_BYTES, ImageHeader, open_image, read_header_of, read_inner_header
 from repave.images.manifest import WINDOW_BYTES, ZERO_BYTES, Chunk, Manifest, render_manifest
 from repave.images.store import ImageStore
 
@@ -53,27 +53,30 @@ class ImportedImage:
 
 
 def import_image(
-    source: Path,
+    source: Path | int,
     store: ImageStore,
     *,
     arch: str = "amd64",
     max_bytes: int,
+    formats: Collection[str] = FORMATS,
     progress: Callable[[int, int], None] | None = None,
     max_virtual_bytes: int = MAX_VIRTUAL_BYTES,
 ) -> ImportedImage:
     """The image is in the store and verified as far as it went through our hands.
 
     Args:
+        source: a file, or the descriptor of one that is open already and stays open.
         arch: amd64 or arm64: no partition table says it. Whether UEFI boots it, its EFI system partition does.
+        formats: those that are allowed, as headers.py names them.
         max_bytes: the store's quota, all images together.
         progress: (bytes of the disk done, bytes of the disk), from this thread.
 
     Raises: ImageError image-missing, image-refused, image-quota; nothing is listed then and no chunk of it stays.
     Blocks: minutes; and while another import into the same store runs.
     """
-    fd = open_image(source)
+    fd = open_image(source) if isinstance(source, Path) else source
     try:
-        header = read_header_of(fd, max_virtual_bytes=max_virtual_bytes)
+        header = read_header_of(fd, formats=formats, max_virtual_bytes=max_virtual_bytes)
         with store.lock():
             store.sweep()  # what a killed import left
             quota = _Quota(store, max_bytes)
@@ -87,7 +90,8 @@ def import_image(
             finally:
                 store.sweep()
     finally:
-        os.close(fd)
+        if isinstance(source, Path):
+            os.close(fd)
 
 
 class _Quota:
