@@ -427,17 +427,22 @@ def _certificate(settings: Settings, file: str, *seen_as: str) -> Path:
 
 
 def ensure_boot_iso(settings: Settings) -> None:
-    """The boot media's ISO is there: built from Debian packages, again with each version of the agent. One that others put there stays as it is."""
-    from repave.ramdisk.build import build_ramdisk, render_agent_archive
+    """The boot media's ISO and the list of its contents are there: made from Debian packages, again with each version of the agent.
+
+    An ISO that others put there stays as it is.
+    """
+    from repave.ramdisk.build import build_ramdisk, render_agent_archive, render_contents
     from repave.ramdisk.media import build_iso
 
     assert settings.boot_iso is not None and settings.cache_dir is not None
     carried = settings.boot_iso.with_suffix(".agent")
-    agent = hashlib.sha256(render_agent_archive()).hexdigest()
+    agent = hashlib.sha256(render_agent_archive()).hexdigest() + (" nic-firmware" if settings.nic_firmware else "")
     if settings.boot_iso.exists() and (not carried.exists() or carried.read_text() == agent):
         return
     settings.boot_iso.parent.mkdir(parents=True, exist_ok=True)
-    build_iso(build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line)), settings.boot_iso)
+    files = build_ramdisk(settings.cache_dir, progress=lambda line: log.info("ramdisk", step=line), nic_firmware=settings.nic_firmware)
+    build_iso(files, settings.boot_iso)
+    settings.boot_iso.with_suffix(".contents").write_text(render_contents(files))
     carried.write_text(agent)
 
 

@@ -74,6 +74,7 @@ class Settings(BaseSettings):
         description="HTTP caches of chunks_url, separated by blanks, asked before it: URL for all servers, RACK=URL for those of one rack (%20 for a blank).",
     )
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
+    nic_firmware: bool = Field(default=False, description="Boot media with NICs that need firmware files; apt must know Debian's non-free-firmware.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")
     agent_ready_s: float = Field(default=30 * 60, gt=0, description="Seconds at most from power on until the ramdisk must have said hello; less is learnt.")

@@ -10,6 +10,9 @@ one MIME message; cloud-init 22.4 treats its parts in the order in which they co
 
 So what the operator gives can add to ours and can not undo it by accident; it runs as root, so on purpose it can. Static network settings go into
 network_data.json; without them cloud-init asks DHCP.
+
+Windows: the same drive, read by cloudbase-init (1.1.9). Its password plugin takes no hash, so meta_data.json holds user and password. Its user data
+plugin stops at the first part that asks for a restart, so the call home (`home_call.ps1`) comes before the operator's part.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ import pycdlib
 
 LABEL = "config-2"
 HOME_CALL_NAME = "000-repave-home"
+WINDOWS_HOME_CALL_NAME = HOME_CALL_NAME + ".ps1"  # cloudbase-init tells a script's language by its ending, or else by its first line
 _MARK = "CONFIG: dict[str, Any] = {}"
+_WINDOWS_MARK = "$Config = '{}' | ConvertFrom-Json"
 _SSHD = """#!/bin/sh
 mkdir -p /etc/ssh/sshd_config.d
 printf 'PermitRootLogin yes\\nPasswordAuthentication yes\\n' > /etc/ssh/sshd_config.d/00-repave.conf
@@ -49,7 +54,9 @@ class FirstBoot:
 
     hostname: str
     instance_id: str
-    password_hash: str = field(repr=False)  # crypt(5)
+    password_hash: str = field(default="", repr=False)  # crypt(5); Linux alone
+    password: str = field(default="", repr=False)  # Windows alone
+    os_type: str = "Linux"
     user: str = "root"
     ssh_keys: tuple[str, ...] = ()
     user_data: str = field(default="", repr=False)
@@ -82,8 +89,9 @@ def render_config_drive(first_boot: FirstBoot) -> bytes:
 
 def render_user_data(first_boot: FirstBoot) -> bytes:
     """The MIME message of the module docstring. Our parts are ASCII and not encoded, so that the call home finds copies of their text."""
-    seed = hashlib.sha256(first_boot.instance_id.encode() + first_boot.nonce.encode()).hexdigest()[:32]
-    message = MIMEMultipart(boundary=f"=={seed}==")
+    if first_boot.os_type == "Windows":
+        return _render_windows_user_data(first_boot)
+    message = _start_message(first_boot)
     if first_boot.user_data.strip():
         message.attach(_wrap_operators(first_boot.user_data))
     message.attach(_part("cloud-config", "000-repave.cfg", "#cloud-config\n" + json.dumps(_render_cloud_config(first_boot), indent=1) + "\n"))
@@ -91,6 +99,21 @@ def render_user_data(first_boot: FirstBoot) -> bytes:
     if first_boot.home_url:
         message.attach(_part("x-shellscript", HOME_CALL_NAME, render_home_call_script(first_boot)))
     return message.as_bytes()
+
+
+def _render_windows_user_data(first_boot: FirstBoot) -> bytes:
+    message = _start_message(first_boot)
+    if first_boot.home_url:
+        message.attach(_part("x-shellscript", WINDOWS_HOME_CALL_NAME, _render_windows_home_call(first_boot)))
+    if first_boot.user_data.strip():
+        message.attach(_wrap_windows_operators(first_boot.user_data))
+    return message.as_bytes()
+
+
+def _start_message(first_boot: FirstBoot) -> MIMEMultipart:
+    """With a boundary that is the same each time, and that nobody can guess who does not know the nonce."""
+    seed = hashlib.sha256(first_boot.instance_id.encode() + first_boot.nonce.encode()).hexdigest()[:32]
+    return MIMEMultipart(boundary=f"=={seed}==")
 
 
 def render_home_call_script(first_boot: FirstBoot) -> str:
@@ -105,6 +128,20 @@ def render_home_call_script(first_boot: FirstBoot) -> str:
     source = (importlib.resources.files("repave") / "home_call.py").read_text(encoding="ascii")
     assert _MARK in source
     return "#!/usr/bin/env python3\n" + source.replace(_MARK, f"CONFIG: dict[str, Any] = json.loads({json.dumps(config)!r})")
+
+
+def _render_windows_home_call(first_boot: FirstBoot) -> str:
+    """The text of `home_call.ps1`, its settings filled in as a here-string: nothing in it is PowerShell's to read."""
+    config = {
+        "home_url": first_boot.home_url,
+        "nonce": first_boot.nonce,
+        "ca_pem": first_boot.ca_pem,
+        "user": first_boot.user,
+        "instance_id": first_boot.instance_id,
+    }
+    source = (importlib.resources.files("repave") / "home_call.ps1").read_text(encoding="ascii")
+    assert _WINDOWS_MARK in source
+    return source.replace(_WINDOWS_MARK, f"$Config = @'\n{json.dumps(config)}\n'@ | ConvertFrom-Json")
 
 
 def render_network_data(network: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +183,10 @@ def _render_resolv_conf(network: dict[str, Any]) -> str:
 
 def _render_meta_data(first_boot: FirstBoot) -> dict[str, Any]:
     keys = {f"repave-{n}": key for n, key in enumerate(first_boot.ssh_keys)}
-    return {"uuid": first_boot.instance_id, "name": first_boot.hostname, "hostname": first_boot.hostname, "public_keys": keys}
+    meta_data: dict[str, Any] = {"uuid": first_boot.instance_id, "name": first_boot.hostname, "hostname": first_boot.hostname, "public_keys": keys}
+    if first_boot.os_type == "Windows":
+        meta_data["meta"] = {"admin_username": first_boot.user, "admin_pass": first_boot.password}
+    return meta_data
 
 
 def _render_cloud_config(first_boot: FirstBoot) -> dict[str, Any]:
@@ -165,6 +205,16 @@ def _wrap_operators(user_data: str) -> Message:
     if user_data.lstrip().lower().startswith(("content-type:", "mime-version:")):
         return email.message_from_string(user_data.lstrip())
     return MIMEText(user_data, "plain", "us-ascii" if user_data.isascii() else "utf-8")
+
+
+def _wrap_windows_operators(user_data: str) -> Message:
+    """As it was given; cloudbase-init tells scripts apart by their first line (#ps1, rem cmd, <powershell>, ...) where they have no file's ending."""
+    given = user_data.lstrip()
+    if given.lower().startswith(("content-type:", "mime-version:")):
+        return email.message_from_string(given)
+    part = MIMEText(given, "cloud-config" if given.startswith("#cloud-config") else "x-shellscript", "us-ascii" if given.isascii() else "utf-8")
+    part.add_header("Content-Disposition", "attachment", filename="operators-user-data")
+    return part
 
 
 def _part(subtype: str, name: str, text: str) -> Message:

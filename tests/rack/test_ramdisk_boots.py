@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -33,6 +34,10 @@ KILLED_ONCE = {  # laid over the ramdisk: the agent's package, which kills the f
         b"import os\nif not os.path.exists('/run/killed'):\n    open('/run/killed', 'w').close()\n    os.kill(os.getpid(), 9)\n"
     )
 }
+SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"  # UEFI 2.10, 3.3; four bytes of attributes, then the value
+SAYS_SECURE_BOOT = {
+    "usr/lib/repave/repave/agent/__init__.py": cpio.file(f"print('SecureBoot =', open('{SECURE_BOOT}', 'rb').read()[4], flush=True)\n".encode())
+}
 BOOT_DEADLINE_S = 240  # 25 s on a quiet machine without KVM; others may be using it
 
 
@@ -57,8 +62,8 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
     disk = make_local_disk(tmp_path / "disk.img")
     with provisioning_listener(tmp_path) as (url, ca_pem, hellos):
         slot = render_slot(Slot("run-1", url, TOKEN, ca_pem, network))
-        if network is None:
-            slot = (slot.rstrip(b"\0") + bytes(4) + cpio.render_archive(KILLED_ONCE)).ljust(SLOT_BYTES, b"\0")
+        laid_over = SAYS_SECURE_BOOT if secure_boot else KILLED_ONCE
+        slot = (slot.rstrip(b"\0") + bytes(4) + cpio.render_archive(laid_over)).ljust(SLOT_BYTES, b"\0")
         started = time.monotonic()
         with machine(tmp_path, media.read(0, media.size, slot), disk, secure_boot=secure_boot) as console:
             path, authorization, hello = wait_for(hellos, console)
@@ -70,7 +75,33 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
     shown = console.read_text(errors="replace")
     assert TOKEN not in shown
     assert ("10.0.2.77/24" in shown) is (network is not None)
-    assert shown.count("the agent was killed by signal 9") == (network is None)
+    assert shown.count("the agent was killed by signal 9") == (not secure_boot)
+    assert ("SecureBoot = 1" in shown) is secure_boot
+
+
+@pytest.mark.timeout(600)
+def test_secure_boot_refuses_the_same_disc_with_a_kernel_that_is_not_signed(files: BootFiles, tmp_path: Path) -> None:
+    """Microsoft's keys, shim and GRUB as on the disc that said hello; the kernel alone lost its signature."""
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(remove_signature(files.kernel.read_bytes()))
+    build_iso(dataclasses.replace(files, kernel=kernel), tmp_path / "unsigned.iso")
+    slot = render_slot(Slot("run-1", "https://10.0.2.2:1", TOKEN, "", None))
+    media = BootMedia(tmp_path / "unsigned.iso")
+    with machine(tmp_path, media.read(0, media.size, slot), make_local_disk(tmp_path / "disk.img"), secure_boot=True, must_end=True) as console:
+        wait_for_line("no local disk has a UEFI boot loader", console)
+    media.close()
+    shown = console.read_text(errors="replace")
+    assert "bad shim signature" in shown and "repave" not in shown.replace("Repave", "")
+
+
+def remove_signature(pe: bytes) -> bytes:
+    """A PE image (Microsoft's PE format, "Optional header data directories") without its certificate table, which lies at its end."""
+    header = int.from_bytes(pe[0x3C:0x40], "little") + 24
+    assert pe[header : header + 2] == b"\x0b\x02", "no PE32+"
+    entry = header + 112 + 4 * 8
+    at, size = int.from_bytes(pe[entry : entry + 4], "little"), int.from_bytes(pe[entry + 4 : entry + 8], "little")
+    assert at and at + size == len(pe)
+    return pe[:entry] + bytes(8) + pe[entry + 8 : at]
 
 
 @pytest.mark.timeout(600)

@@ -12,8 +12,8 @@ import pytest
 
 from repave.agent.protocol import SLOT_FILE, Slot
 from repave.errors import RepaveError
-from repave.ramdisk import cpio
-from repave.ramdisk.build import BootFiles, render_agent_archive
+from repave.ramdisk import base, cpio
+from repave.ramdisk.build import BootFiles, build_ramdisk, render_agent_archive
 from repave.ramdisk.media import LIVE_BYTES, NETWORK_FILE, SLOT_BYTES, BootMedia, build_iso, render_slot
 
 SLOT = Slot("run-1", "https://10.0.2.2:8471", "one-boot-only", "-----BEGIN CERTIFICATE-----\n", None)
@@ -131,3 +131,27 @@ def test_an_archive_holds_files_links_and_their_folders(tmp_path):
     assert (tmp_path / "root/a/link").read_bytes() == b"12345"
     assert stat.S_IMODE((tmp_path / "root/a/b/file").stat().st_mode) == 0o640
     assert (tmp_path / "root/empty").is_dir()
+
+
+def test_without_the_packages_of_nic_firmware_it_is_said_what_apt_needs(tmp_path, monkeypatch):
+    (tmp_path / "apt.conf").write_text(f'Dir::State "{tmp_path}"; Dir::Cache "{tmp_path}"; Dir::Etc "{tmp_path}";')
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    with pytest.raises(RepaveError, match=r"firmware-bnx2x.*: add Debian's non-free-firmware to its sources"):
+        build_ramdisk(tmp_path, progress=print, nic_firmware=True)
+
+
+def test_of_firmware_only_what_the_nic_drivers_ask_for_and_the_packages_have_is_taken(tmp_path):
+    """modinfo names all that a driver ever asked for. A link is its file here: what it leads to may not be taken."""
+    for name in ("small/lib/modules/6/kernel/drivers/net/ethernet/ice.ko", "small/lib/modules/6/kernel/drivers/gpu/big.ko"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    folder = tmp_path / "lib/firmware/intel/ice"
+    folder.mkdir(parents=True)
+    (folder / "ice-1.3.pkg").write_bytes(b"the firmware")
+    (folder / "ice.pkg").symlink_to("ice-1.3.pkg")
+
+    def modinfo(arguments):
+        assert [Path(name).name for name in arguments if name.endswith(".ko")] == ["ice.ko"]
+        return "intel/ice/ice.pkg\nintel/ice/older.pkg\n"
+
+    assert base.find_firmware(tmp_path, modinfo) == {"lib/firmware/intel/ice/ice.pkg": cpio.file(b"the firmware")}

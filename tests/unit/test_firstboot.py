@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import email
 import hashlib
-import io
 import json
 import os
 from pathlib import Path
 
-import pycdlib
 import pytest
+from config_drives import read_drive
 
 from repave import home_call
 from repave.firstboot import FirstBoot, render_config_drive, render_home_call_script, render_network_data, render_user_data
@@ -27,19 +26,6 @@ FIRST_BOOT = FirstBoot(
     nonce="nonce-of-run-1",
     ca_pem="-----BEGIN CERTIFICATE-----\n",
 )
-
-
-def read_drive(drive: bytes) -> dict[str, bytes]:
-    iso = pycdlib.PyCdlib()
-    iso.open_fp(io.BytesIO(drive))
-    files = {}
-    for name in ("meta_data.json", "user_data", "network_data.json", "vendor_data.json"):
-        for path in ({"rr_path": f"/openstack/latest/{name}"}, {"joliet_path": f"/openstack/latest/{name}"}):
-            out = io.BytesIO()
-            iso.get_file_from_iso_fp(out, **path)
-            assert files.setdefault(name, out.getvalue()) == out.getvalue()
-    iso.close()
-    return files
 
 
 def test_the_drive_is_labelled_config_2_and_says_who_the_machine_is() -> None:

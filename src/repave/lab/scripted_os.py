@@ -21,6 +21,7 @@ from typing import Any
 
 import pycdlib
 
+from repave import home_call
 from repave.ramdisk.build import BootFiles
 from repave.ramdisk.media import build_iso
 
@@ -28,6 +29,7 @@ OLD_OS = b"repave lab: the old OS\n"
 CONFIG_LABEL = "config-2"
 _SECTOR = 512
 _HOME_CALL = "000-repave-home"
+_WINDOWS_HOME_CALL = "000-repave-home.ps1"
 _RETRY_S = 0.5
 
 
@@ -141,16 +143,27 @@ def read_first_boot(drive: bytes) -> FirstBoot:
             files[name] = out.getvalue()
     finally:
         iso.close()
+    meta_data = json.loads(files["meta_data.json"])
     parts = {part.get_filename(): part for part in email.message_from_bytes(files["user_data"]).walk()}
+    if _WINDOWS_HOME_CALL in parts:
+        return _read_windows_first_boot(meta_data, _text(parts[_WINDOWS_HOME_CALL]))
     script: dict[str, Any] = {}
     if _HOME_CALL in parts:
         script["__name__"] = "repave_home"
         exec(compile(_text(parts[_HOME_CALL]), _HOME_CALL, "exec"), script)  # noqa: S102 - the code that the drive carries is what is played
     return FirstBoot(
-        hostname=json.loads(files["meta_data.json"])["hostname"],
+        hostname=meta_data["hostname"],
         password_usable=_is_password_usable(parts.get("000-repave.cfg"), script.get("CONFIG", {}).get("hash_sha256", "")),
         script=script,
     )
+
+
+def _read_windows_first_boot(meta_data: dict[str, Any], script: str) -> FirstBoot:
+    """There is no PowerShell here: only the script's settings are the drive's, the call itself is the one of Linux."""
+    config = json.loads(script.partition("$Config = @'\n")[2].partition("\n'@")[0])
+    account = meta_data["meta"]
+    usable = account["admin_username"] == config["user"] and bool(account["admin_pass"])
+    return FirstBoot(hostname=meta_data["hostname"], password_usable=usable, script={"CONFIG": config, "call_home": home_call.call_home})
 
 
 def _text(part: Message) -> str:

@@ -21,16 +21,22 @@ _NOT_WANTED = (
 )  # fmt: skip
 _DYNLOAD = ("_ctypes", "_ssl", "_hashlib", "_json", "_uuid", "_multibytecodec", "mmap", "_contextvars", "_queue", "_opcode", "_posixsubprocess")
 _APPLET_DIR = "bin"
+_FIRMWARE_NICS = ("bnx2", "bnx2x", "qede", "cxgb4", "nfp")  # which do nothing without firmware files: not in modules.txt
 
 
-def collect(tree: Path, *, run: Run) -> dict[str, cpio.Entry]:
+def collect(tree: Path, *, run: Run, nic_firmware: bool = False) -> dict[str, cpio.Entry]:
     """The base archive's entries, from the packages unpacked in `tree` (which is used as a workshop too)."""
     # Not lib64/, a link to the absolute path: that would be this machine's own.
     linker = tree / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
     libraries = ":".join(str(tree / folder) for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
     start = [str(linker), "--library-path", libraries]
 
-    entries = _drivers(tree, lambda arguments: run([*start, "--argv0", "depmod", str(tree / "bin/kmod"), *arguments]))
+    def kmod_as(name: str) -> Callable[[list[str]], str]:
+        return lambda arguments: run([*start, "--argv0", name, str(tree / "bin/kmod"), *arguments])
+
+    entries = _drivers(tree, kmod_as("depmod"), _FIRMWARE_NICS if nic_firmware else ())
+    if nic_firmware:
+        entries |= find_firmware(tree, kmod_as("modinfo"))
     kmod, python = tree / "bin/kmod", tree / "usr/bin/python3.11"
     library = _list_python_files(tree, lambda arguments: run([*start, str(python), *arguments]))
     # Debian keeps zstandard in dist-packages, which only its site.py would add to the path.
@@ -54,8 +60,8 @@ def collect(tree: Path, *, run: Run) -> dict[str, cpio.Entry]:
     return entries
 
 
-def _drivers(tree: Path, depmod: Callable[[list[str]], str]) -> dict[str, cpio.Entry]:
-    """The modules of modules.txt and what they need, with fresh indexes. Not stripped: Secure Boot wants their signatures."""
+def _drivers(tree: Path, depmod: Callable[[list[str]], str], also: tuple[str, ...]) -> dict[str, cpio.Entry]:
+    """The modules of modules.txt, `also`, and what they need, with fresh indexes. Not stripped: Secure Boot wants their signatures."""
     version = next((tree / "lib/modules").iterdir()).name
     source, small = tree / "lib/modules" / version, tree / "small"
     depmod(["-b", str(tree), version])
@@ -64,7 +70,7 @@ def _drivers(tree: Path, depmod: Callable[[list[str]], str]) -> dict[str, cpio.E
         path, _, needed = line.partition(":")
         needs[_module_name(path)] = [path, *needed.split()]
     lines = (Path(__file__).parent / "modules.txt").read_text().splitlines()
-    wanted = {_module_name(name) for line in lines if not line.startswith("#") for name in line.split()}
+    wanted = {_module_name(name) for line in lines if not line.startswith("#") for name in line.split()} | set(also)
     kept = small / "lib/modules" / version
     for path in sorted({path for name in wanted for path in needs[name]}):
         (kept / path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +81,14 @@ def _drivers(tree: Path, depmod: Callable[[list[str]], str]) -> dict[str, cpio.E
     indexes = ("modules.dep.bin", "modules.alias.bin", "modules.softdep", "modules.builtin.bin", "modules.builtin.alias.bin", "modules.symbols.bin")
     files = [*kept.rglob("*.ko"), *(kept / name for name in indexes)]
     return {str(path.relative_to(small)): cpio.file(path.read_bytes()) for path in files if path.exists()}
+
+
+def find_firmware(tree: Path, modinfo: Callable[[list[str]], str]) -> dict[str, cpio.Entry]:
+    """The files that the NIC drivers in the ramdisk ask for, as far as the packages have them: drivers name older and newer ones too."""
+    drivers = [str(path) for path in sorted((tree / "small").rglob("*.ko")) if "/drivers/net/ethernet/" in str(path)]
+    asked = sorted(set(modinfo(["-F", "firmware", *drivers]).split()))
+    found = {name: tree / "lib/firmware" / name for name in asked if (tree / "lib/firmware" / name).is_file()}
+    return {f"lib/firmware/{name}": cpio.file(path.read_bytes()) for name, path in found.items()}
 
 
 def _module_name(path: str) -> str:

@@ -25,13 +25,15 @@ import zstandard
 
 import repave
 from repave.errors import RunFailed
-from repave.ramdisk import base, cpio
+from repave.ramdisk import base, contents, cpio
 
 PACKAGES = (
     "busybox-static", "kmod", "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "python3-zstandard",
     "libc6", "libgcc-s1", "zlib1g", "libexpat1", "libssl3", "libzstd1", "liblzma5", "libuuid1", "libffi8",
     "shim-signed", "grub-efi-amd64-signed",
 )  # fmt: skip
+# In Debian's non-free-firmware; of them only the files that the ramdisk's own NIC drivers ask for are taken.
+FIRMWARE_PACKAGES = ("firmware-bnx2", "firmware-bnx2x", "firmware-misc-nonfree", "firmware-netronome", "firmware-qlogic", "firmware-realtek")
 _KERNEL_META = "linux-image-amd64"  # generic: the cloud kernel has no SATA and few NICs
 
 # What the agent may import of ours (import-linter keeps it so); the rest of the package stays out of the ramdisk.
@@ -51,19 +53,20 @@ class BootFiles:
     grub: Path  # gcdx64, signed by Debian
 
 
-def build_ramdisk(cache: Path, *, progress: Callable[[str], None]) -> BootFiles:
+def build_ramdisk(cache: Path, *, progress: Callable[[str], None], nic_firmware: bool = False) -> BootFiles:
     """Packages come from the machine's own apt sources. Repeatable: what is in `cache` already is not made again.
 
+    The same packages and code give the same bytes. `nic_firmware`: with the NICs that need firmware files, and those files.
     Raises: RunFailed where apt has no such package or a tool fails.
     """
     (cache / "debs").mkdir(parents=True, exist_ok=True)
-    debs = _fetch_packages(cache / "debs", progress)
+    debs = fetch_packages(cache / "debs", FIRMWARE_PACKAGES if nic_firmware else (), progress)
     key = _recipe_key(debs)
     folder = cache / f"ramdisk-{key}"
     with (cache / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builders of one cache: the second finds what the first made
         if not folder.is_dir():
-            _build_base(folder, debs, progress)
+            _build_base(folder, debs, nic_firmware, progress)
     agent = render_agent_archive()
     initramfs = folder / f"initramfs-{hashlib.sha256(agent).hexdigest()[:16]}"
     if not initramfs.exists():
@@ -76,8 +79,17 @@ def build_ramdisk(cache: Path, *, progress: Callable[[str], None]) -> BootFiles:
     return files
 
 
+def render_contents(files: BootFiles) -> str:
+    """All that the boot media hold, as `contents` renders it; beside it on the disc are only grub.cfg and a run's two places."""
+    return (files.kernel.parent / "contents.txt").read_text() + contents.render("initramfs", _collect_agent(), {})
+
+
 def render_agent_archive() -> bytes:
     """/init, the DHCP script and our own modules, as a cpio archive. Bytecode where this Python is the ramdisk's, else source."""
+    return cpio.render_archive(_collect_agent())
+
+
+def _collect_agent() -> dict[str, cpio.Entry]:
     entries = {
         "init": cpio.file((_HERE / "init").read_bytes(), mode=0o755),
         "etc/udhcpc.script": cpio.file((_HERE / "udhcpc.script").read_bytes(), mode=0o755),
@@ -89,7 +101,7 @@ def render_agent_archive() -> bytes:
             entries[f"{name}c"] = cpio.file(_compile(source, f"/{name}"))
         else:
             entries[name] = cpio.file(source.read_bytes())
-    return cpio.render_archive(entries)
+    return entries
 
 
 def _compile(source: Path, name: str) -> bytes:
@@ -98,14 +110,18 @@ def _compile(source: Path, name: str) -> bytes:
     return importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8) + marshal.dumps(code)
 
 
-def _fetch_packages(debs: Path, progress: Callable[[str], None]) -> list[Path]:
+def fetch_packages(debs: Path, firmware: Sequence[str], progress: Callable[[str], None]) -> list[Path]:
     """The newest versions that apt knows, downloaded where they are missing. apt checks their digests."""
-    shown = _run(["apt-cache", "show", "--no-all-versions", _KERNEL_META])
+    if firmware:
+        known = {line.split("|")[0].strip() for line in run(["apt-cache", "madison", *firmware]).splitlines()}
+        if unknown := [name for name in firmware if name not in known]:
+            raise RunFailed("internal", f"apt knows no {', '.join(unknown)}: add Debian's non-free-firmware to its sources, then run apt-get update.")
+    shown = run(["apt-cache", "show", "--no-all-versions", _KERNEL_META])
     kernel = re.search(r"^Depends:.*?\b(linux-image-[0-9][^ ,]*)", shown, re.MULTILINE)
     if kernel is None:
         raise RunFailed("internal", f"apt knows no {_KERNEL_META}: run apt-get update.")
-    wanted = (kernel.group(1), *PACKAGES)
-    uris = _run(["apt-get", "download", "--print-uris", *(f"{name}:amd64" for name in wanted)])
+    wanted = (kernel.group(1), *PACKAGES, *firmware)
+    uris = run(["apt-get", "download", "--print-uris", *(f"{name}:amd64" for name in wanted)])
     names = re.findall(r"^'[^']*' (\S+\.deb) \d+", uris, re.MULTILINE)
     by_package = {name.split("_")[0]: name for name in names}
     missing = [name for name in wanted if name not in by_package]
@@ -116,7 +132,7 @@ def _fetch_packages(debs: Path, progress: Callable[[str], None]) -> list[Path]:
         progress(f"fetching {len(to_fetch)} Debian packages")
         with tempfile.TemporaryDirectory(dir=debs) as folder:
             # As root apt would drop to its own user, who may not be able to enter our folder, and warn.
-            _run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *(f"{name}:amd64" for name in to_fetch)], cwd=Path(folder))
+            run(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *(f"{name}:amd64" for name in to_fetch)], cwd=Path(folder))
             for deb in Path(folder).iterdir():
                 deb.replace(debs / deb.name)
     return [debs / by_package[name] for name in wanted]
@@ -127,35 +143,51 @@ def _recipe_key(debs: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for deb in debs:
         digest.update(deb.name.encode())
-    for part in ("base.py", "build.py", "cpio.py", "modules.txt"):
+    for part in ("base.py", "build.py", "contents.py", "cpio.py", "modules.txt"):
         digest.update((_HERE / part).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build_base(folder: Path, debs: Sequence[Path], progress: Callable[[str], None]) -> None:
-    """`folder` holds base.cpio.zst, vmlinuz, shimx64.efi, gcdx64.efi; whole or not at all."""
+def _build_base(folder: Path, debs: Sequence[Path], nic_firmware: bool, progress: Callable[[str], None]) -> None:
+    """`folder` holds base.cpio.zst, vmlinuz, shimx64.efi, gcdx64.efi and contents.txt; whole or not at all."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unpacked-") as scratch:
         tree, new = Path(scratch) / "tree", Path(scratch) / "new"
         new.mkdir()
         progress("unpacking")
-        for deb in debs:
-            _run(["dpkg-deb", "-x", str(deb), str(tree)])
-        archive = cpio.render_archive(base.collect(tree, run=_run))
+        packages = unpack(debs, tree)
+        disc = {
+            "vmlinuz": next((tree / "boot").glob("vmlinuz-*")),
+            "shimx64.efi": tree / "usr/lib/shim/shimx64.efi.signed",
+            "gcdx64.efi": tree / "usr/lib/grub/x86_64-efi-signed/gcdx64.efi.signed",
+        }
+        for name, source in disc.items():
+            shutil.copyfile(source, new / name)
+        entries = base.collect(tree, run=run, nic_firmware=nic_firmware)
+        on_disc = {name: cpio.file(source.read_bytes()) for name, source in disc.items()}
+        origins = {name: packages[str(source.relative_to(tree))] for name, source in disc.items()}
+        (new / "contents.txt").write_text(contents.render("disc", on_disc, origins) + contents.render("initramfs", entries, packages))
+        archive = cpio.render_archive(entries)
         progress(f"packing {len(archive) / 1e6:.1f} MB with zstd -19 (half a minute)")
         (new / "base.cpio.zst").write_bytes(_compress(archive))
-        shutil.copyfile(next((tree / "boot").glob("vmlinuz-*")), new / "vmlinuz")
-        shutil.copyfile(tree / "usr/lib/shim/shimx64.efi.signed", new / "shimx64.efi")
-        shutil.copyfile(tree / "usr/lib/grub/x86_64-efi-signed/gcdx64.efi.signed", new / "gcdx64.efi")
         new.replace(folder)
     progress(f"base made in {time.monotonic() - started:.0f} s")
+
+
+def unpack(debs: Sequence[Path], tree: Path) -> dict[str, str]:
+    """The packages are unpacked in `tree`. Returns the package of each file."""
+    packages: dict[str, str] = {}
+    for deb in debs:
+        run(["dpkg-deb", "-x", str(deb), str(tree)])
+        packages |= dict.fromkeys(contents.list_files(tree) - packages.keys(), contents.package_of(deb))
+    return packages
 
 
 def _compress(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=19, threads=2, write_checksum=True).compress(data)
 
 
-def _run(command: Sequence[str], *, cwd: Path | None = None) -> str:
+def run(command: Sequence[str], *, cwd: Path | None = None) -> str:
     """Its standard output. Raises RunFailed with its last line where it fails."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:

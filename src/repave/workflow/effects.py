@@ -282,8 +282,9 @@ class ServerEffects:
             FirstBoot(
                 hostname=instance.name,
                 instance_id=run.id,  # a new id a run: cloud-init must see another instance than the old OS's
+                os_type=image.os_type,
                 user=user_for(image.os_type),
-                password_hash=secret["password"],
+                **{"password" if image.os_type == "Windows" else "password_hash": secret["password"]},
                 ssh_keys=run.ssh_keys,
                 user_data=secret["user_data"],
                 network=server.network,

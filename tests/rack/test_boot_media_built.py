@@ -1,0 +1,66 @@
+"""The real boot media as they were built: their size, that the same packages give the same bytes, and that the list of their contents is whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from repave.ramdisk import base, cpio
+from repave.ramdisk.build import BootFiles, build_ramdisk, fetch_packages, render_agent_archive, render_contents, run, unpack
+from repave.ramdisk.media import build_iso
+
+CACHE = Path(os.environ.get("REPAVE_CACHE", ".repave/cache"))
+
+
+@pytest.fixture(scope="module")
+def files() -> BootFiles:
+    return build_ramdisk(CACHE, progress=print)
+
+
+def test_kernel_and_ramdisk_have_25_mb_and_the_whole_iso_32(files: BootFiles, tmp_path: Path) -> None:
+    build_iso(files, tmp_path / "boot.iso")
+    ramdisk, iso = files.kernel.stat().st_size + files.initramfs.stat().st_size, (tmp_path / "boot.iso").stat().st_size
+    print(f"kernel and ramdisk {ramdisk / 1e6:.1f} MB, ISO {iso / 1e6:.1f} MB")
+    assert ramdisk <= 25e6 and iso <= 32e6
+
+
+def test_made_again_in_another_folder_they_are_bit_for_bit_the_same(files: BootFiles, tmp_path: Path) -> None:
+    """All but zstd's own work, half a minute; `python -m repave.ramdisk verify` does that too."""
+    debs = fetch_packages(CACHE / "debs", (), print)
+    unpack(debs, tmp_path / "tree")
+    again = cpio.render_archive(base.collect(tmp_path / "tree", run=run))
+    assert again == read_archives(files)[0]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        build_iso(files, tmp_path / name / "boot.iso")
+    assert (tmp_path / "one/boot.iso").read_bytes() == (tmp_path / "two/boot.iso").read_bytes()
+
+
+def test_the_list_names_every_file_of_the_ramdisk_and_where_it_is_from(files: BootFiles) -> None:
+    lines = [line for line in render_contents(files).splitlines() if " initramfs:/" in line]
+    listed = {line.split("initramfs:/")[1].split("  ")[0].split(" -> ")[0] for line in lines}
+    held = set()
+    for archive in read_archives(files):
+        shown = subprocess.run(["cpio", "-tv", "--quiet"], input=archive, capture_output=True, check=True).stdout.decode().splitlines()
+        held |= {line.split(maxsplit=8)[8].split(" -> ")[0] for line in shown if line[0] in "-l"}
+    assert listed == held
+    packages = {line.split("  ")[-1].split()[0] for line in lines}
+    assert {"libssl3", "python3.11-minimal", "libpython3.11-stdlib", "python3-zstandard", "busybox-static", "kmod"} <= packages
+    unknown = [line for line in lines if line.endswith("made by Repave") and re.search(r"\.ko\b|\.so\b|lib/python3", line)]
+    assert unknown == []
+
+
+def read_archives(files: BootFiles) -> list[bytes]:
+    """The base and the agent, each a zstd frame; zeros between them."""
+    packed = zstandard.ZstdDecompressor().decompressobj()
+    whole = files.initramfs.read_bytes()
+    base_archive = packed.decompress(whole)
+    rest = packed.unused_data.lstrip(b"\0")
+    agent = zstandard.ZstdDecompressor().decompress(rest)
+    assert agent == render_agent_archive()
+    return [base_archive, agent]
