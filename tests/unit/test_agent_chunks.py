@@ -125,7 +125,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_come_from_the_cache_over_one_connection_and_the_origin_is_not_asked(cache: Place, origin: Place) -> None:
     source = ChunkSource([cache.url, origin.url], token="expiry.run.mac")
-    assert [source.fetch(name) for name in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
     assert (cache.asked, origin.asked, cache.connections) == (NAMES, [], 1)
     assert cache.tokens == {"Bearer expiry.run.mac"}
 
@@ -141,7 +141,7 @@ def test_a_bad_cache_costs_one_request_and_is_left_alone(cache: Place, origin: P
     cache.spoil = spoil
     source = ChunkSource([cache.url, origin.url])
     began = time.monotonic()
-    assert [source.fetch(name) for name in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
     assert (cache.asked, origin.asked) == (NAMES[:1], NAMES)
     assert time.monotonic() - began < 3
 
@@ -150,7 +150,7 @@ def test_a_bad_cache_costs_one_request_and_is_left_alone(cache: Place, origin: P
 def test_a_cache_that_refuses_is_left_alone(cache: Place, origin: Place, status: int) -> None:
     cache.status = status
     source = ChunkSource([cache.url, origin.url])
-    assert [source.fetch(name) for name in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
     assert (cache.asked, origin.asked) == (NAMES[:1], NAMES)
 
 
@@ -158,7 +158,7 @@ def test_a_dead_cache_costs_one_try(origin: Place) -> None:
     with serving() as dead:
         url = dead.url
     source = ChunkSource([url, origin.url])
-    assert [source.fetch(name) for name in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
     assert origin.asked == NAMES
 
 
@@ -183,7 +183,7 @@ def test_a_cache_that_does_well_again_is_asked_again_by_one_thread_first(cache: 
     assert len(cache.asked) == 2
     cache.spoil = ""
     time.sleep(0.25)
-    assert [source.fetch(n) for n in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(n)) for n in NAMES] == list(FILES.values())
     assert cache.asked[2:] == NAMES
 
 
@@ -197,14 +197,14 @@ def test_the_second_cache_is_asked_where_the_first_fails(cache: Place, origin: P
 def test_a_chunk_without_a_length_is_whole(origin: Place) -> None:
     origin.spoil = "chunked"
     source = ChunkSource([origin.url])
-    assert [source.fetch(n) for n in NAMES] == list(FILES.values())
+    assert [bytes(source.fetch(n)) for n in NAMES] == list(FILES.values())
     assert origin.connections == 1
 
 
 def test_a_kept_connection_that_was_closed_meanwhile_is_no_failure(origin: Place) -> None:
     origin.spoil = "closing"
     source = ChunkSource([origin.url])
-    assert [source.fetch(n) for n in NAMES[:3]] == [FILES[n] for n in NAMES[:3]]
+    assert [bytes(source.fetch(n)) for n in NAMES[:3]] == [FILES[n] for n in NAMES[:3]]
     assert origin.connections == 3
 
 

@@ -234,7 +234,7 @@ def test_a_write_that_was_killed_half_way_goes_on_with_what_is_on_the_disk(case:
     result = case.write(resume=True)
     assert_holds_the_image(case, old)
     assert list(result.stages_s) == ["compare", *(s for s in STAGES if s != "boot-entry")]
-    assert 0 < result.bytes_fetched < 0.7 * whole and result.bytes_kept > case.manifest.data_bytes // 3
+    assert 0 < result.bytes_fetched < whole and 0 < result.bytes_kept < case.manifest.data_bytes
 
 
 def test_without_a_config_drive_the_disk_becomes_the_image_bit_for_bit_and_a_second_time_nothing_is_fetched_or_written(case: Case) -> None:

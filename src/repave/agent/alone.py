@@ -57,7 +57,7 @@ def write_alone(
     source = ChunkSource([*caches, chunks_url])
     last_good = [time.monotonic()]
 
-    def fetch(chunk: str) -> bytearray:
+    def fetch(chunk: str) -> memoryview:
         try:
             found = source.fetch(chunk, while_true=lambda: time.monotonic() - last_good[0] < give_up_s)
         except Refused as refused:

@@ -40,8 +40,8 @@ class ChunkSource:
         self._origin = _Place(origin, tls, TIMEOUT_S)
         self.token = token
 
-    def fetch(self, sha256: str, *, while_true: Callable[[], bool] = lambda: False) -> bytearray:
-        """The chunk's bytes: verified where a cache gave them, to be verified where the origin did.
+    def fetch(self, sha256: str, *, while_true: Callable[[], bool] = lambda: False) -> memoryview:
+        """The chunk's bytes, until this thread fetches the next: verified where a cache gave them, to be verified where the origin did.
 
         Asks all places again while none has an answer and `while_true()`. Raises: Refused where the origin answers 4xx; Unreachable where nobody has
         an answer; ValueError where the origin's is too long.
@@ -68,7 +68,7 @@ class _Cache:
         self._rests_until = 0.0  # 0 = it does well
         self._lock = threading.Lock()
 
-    def find(self, sha256: str, token: str) -> bytearray | None:
+    def find(self, sha256: str, token: str) -> memoryview | None:
         """The chunk, which has this digest; None where the cache rests or has just failed."""
         if not self._may_ask():
             return None
@@ -102,7 +102,7 @@ class _Place:
         self._path, self._tls, self._timeout_s = parts.path.rstrip("/"), tls, timeout_s
         self._local = threading.local()
 
-    def get(self, sha256: str, token: str, *, until: float | None = None) -> bytearray:
+    def get(self, sha256: str, token: str, *, until: float | None = None) -> memoryview:
         """One try, and one more where a kept connection turns out to be closed.
 
         Raises: Refused on 4xx; Unreachable on no whole answer (`until` is a time.monotonic()), 3xx and 5xx; ValueError on one that is too long.
@@ -115,14 +115,14 @@ class _Place:
                 raise
             return self._exchange(sha256, token, until)
 
-    def _exchange(self, sha256: str, token: str, until: float | None) -> bytearray:
+    def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
         path = f"{self._path}/{sha256[:2]}/{sha256}"
         connection, answered = self._connection(), False
         try:
             connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
             response = connection.getresponse()
             answered = True
-            body = _read(response, until)
+            body = self._read(response, until)
             if response.will_close:
                 self._drop()
         except (OSError, http.client.HTTPException) as error:
@@ -137,6 +137,25 @@ class _Place:
         if response.status != 200:
             raise Unreachable(f"{path} was answered with {response.status}")
         return body
+
+    def _read(self, response: http.client.HTTPResponse, until: float | None) -> memoryview:
+        """The body, whole, in this thread's buffer: new memory for each megabyte costs as much as receiving it (measured).
+
+        Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
+        """
+        buffer, size = getattr(self._local, "buffer", None) or bytearray(), 0
+        while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
+            if size + len(piece) > CHUNK_CAP_BYTES:
+                raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
+            buffer[size : size + len(piece)] = piece
+            size += len(piece)
+            if until is not None and time.monotonic() > until:
+                raise Unreachable("the answer comes too slowly")
+        if response.length:
+            raise Unreachable("the answer ended early")
+        response.read()  # lets the connection be used again
+        self._local.buffer = buffer
+        return memoryview(buffer)[:size]
 
     def _connection(self) -> http.client.HTTPConnection:
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -155,18 +174,3 @@ class _Place:
 
 class _Closed(Unreachable):
     """Not even a first byte of an answer."""
-
-
-def _read(response: http.client.HTTPResponse, until: float | None) -> bytearray:
-    """The body, whole. Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be."""
-    body = bytearray()
-    while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
-        body += piece
-        if len(body) > CHUNK_CAP_BYTES:
-            raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-        if until is not None and time.monotonic() > until:
-            raise Unreachable("the answer comes too slowly")
-    if response.length:
-        raise Unreachable("the answer ended early")
-    response.read()  # lets the connection be used again
-    return body

@@ -260,7 +260,7 @@ class Agent:
                 read_back_all=plan.read_back == "all",
             )
 
-    def _fetch_chunk(self, chunks: ChunkSource, sha256: str, lease: Lease) -> bytearray:
+    def _fetch_chunk(self, chunks: ChunkSource, sha256: str, lease: Lease) -> memoryview:
         try:
             return chunks.fetch(sha256, while_true=lease.is_valid)
         except Refused as refused:

@@ -83,7 +83,7 @@ def write_image(
     Repeatable: from the start. Until the last write, the first sector is zero.
 
     Args:
-        fetch: SHA-256 of a chunk -> its bytes (bytes, bytearray or memoryview). Called from up to 4 threads at once; what it raises ends the write.
+        fetch: SHA-256 of a chunk -> its bytes, anything with a buffer, until the same thread asks again. Called from up to 4 threads; what it raises ends the write.
         config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk. None: see the module's docstring.
         keep_writing: False = the lease or the run is over. Asked before each chunk and each stage, from several threads; must be quick.
         progress: (stage, bytes done, bytes total); never two calls at once. Stages as in the module's docstring.
@@ -239,7 +239,7 @@ class _Write:
             if index in self._kept:
                 self.disk.read_into(offset, buffer[:length])
             else:
-                self._held[index] = self._fetch_chunk(index)
+                self._held[index] = bytes(self._fetch_chunk(index))
                 _decode(m, index, self._held[index], buffer[:length])
             first[offset : offset + length] = buffer[: min(length, MIB - offset)]
         return bytes(first)
@@ -316,7 +316,7 @@ class _Write:
         self._samples.extend(self._samples_of(index, view, [p for p in pieces if p.is_data]))
         self.report(sum(size for _, size in chunk.extents))
 
-    def _fetch_chunk(self, index: int) -> bytes:
+    def _fetch_chunk(self, index: int) -> Any:
         """The chunk's compressed bytes, as the manifest names them."""
         chunk = self.manifest.chunks[index]
         for _ in range(TRIES):
@@ -324,7 +324,7 @@ class _Write:
             with self._lock:
                 self.bytes_fetched += len(data)
             if len(data) == chunk.compressed_bytes and hashlib.sha256(data).hexdigest() == chunk.sha256:
-                return data  # type: ignore[no-any-return]
+                return data
         raise RunFailed("image-damaged", f"Chunk {index} came {TRIES} times with another digest than its manifest names.", chunk=index)
 
     def _pieces(self, index: int) -> list[_Piece]:
