@@ -83,7 +83,7 @@ def write_image(
     Repeatable: from the start. Until the last write, the first sector is zero.
 
     Args:
-        fetch: SHA-256 of a chunk -> its bytes, anything with a buffer, until the same thread asks again. Called from up to 4 threads; what it raises ends the write.
+        fetch: SHA-256 of a chunk -> its bytes in any buffer, good until this thread asks again. Called from up to 4 threads; what it raises ends the write.
         config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk. None: see the module's docstring.
         keep_writing: False = the lease or the run is over. Asked before each chunk and each stage, from several threads; must be quick.
         progress: (stage, bytes done, bytes total); never two calls at once. Stages as in the module's docstring.
