@@ -183,6 +183,7 @@ def writers(files: Files, url: str, ipa: Path, ram: Path, *, large: bool = False
     def agent(device: str) -> list[str]:
         return [*AGENT, f"{url}/pack/manifests/{files.manifest_name}", device, "--json"]
 
+    apart = ("unshare", "--pid", "--fork", "--mount-proc")  # it asks fuser who holds the disk, which may not look at every process here
     found: dict[str, Callable[[str], list[str]]] = {
         "agent": agent,
         "curl-zstd-dd": shell(f"curl -sf {url}/disk.raw.zst | zstd -dc -q | dd of=DEV bs=4M iflag=fullblock oflag=direct conv=fsync status=none"),
@@ -190,12 +191,12 @@ def writers(files: Files, url: str, ipa: Path, ram: Path, *, large: bool = False
         "curl-qemu": shell(
             f"curl -sf -o {ram}/got.qcow2 {url}/disk.qcow2; qemu-img convert -n -t none -f qcow2 -O raw {ram}/got.qcow2 DEV; rm {ram}/got.qcow2"
         ),
-        "ipa-qcow2": lambda device: [str(ipa), str(HERE / "ipa_write.py"), "qcow2", f"{url}/disk.qcow2", files.qcow2_sha256, device],
+        "ipa-qcow2": lambda device: [*apart, str(ipa), str(HERE / "ipa_write.py"), "qcow2", f"{url}/disk.qcow2", files.qcow2_sha256, device],
     }
     if large:
         return found
     return found | {
-        "ipa-raw": lambda device: [str(ipa), str(HERE / "ipa_write.py"), "raw", f"{url}/disk.raw", files.raw_sha256, device],
+        "ipa-raw": lambda device: [*apart, str(ipa), str(HERE / "ipa_write.py"), "raw", f"{url}/disk.raw", files.raw_sha256, device],
         "wget-zcat-dd": shell(f"wget -q -O - {url}/disk.raw.gz | zcat | dd of=DEV bs=4M iflag=fullblock oflag=direct conv=fsync status=none"),
         "partclone": shell(
             f"part=$(losetup -f --show -o {files.root_offset} --sizelimit {files.root_bytes} DEV); trap 'losetup -d $part' EXIT; "
