@@ -1,16 +1,16 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
-COUNT: machines; repetitions of `rack`, kills of `takeover`, rounds of `serving`, reinstalls of `simulated`, minutes of `soak`.
+COUNT: machines (agents of `spread`); repetitions of `rack`, kills of `takeover`, rounds of `serving`, reinstalls of `simulated`, minutes of `soak`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from bench import fifty, fleet, pair, rack, scripted_batch, serving, simulated, soak, takeover
+from bench import fifty, fleet, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover
 
 BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main, "serving": serving.main}
-LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main}
+LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "spread": spread.main}
 
 if __name__ == "__main__":
     name, *counts = sys.argv[1:] or ["all"]
