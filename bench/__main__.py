@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from bench import fifty, fleet, importing, pair, rack, scripted_batch, serving, simulated, soak, takeover, write
+from bench import fifty, fleet, importing, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
 
 BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
 LONG = {
-    "fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "importing": importing.main, "serving": serving.main, "write": write.main,
+    "fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "importing": importing.main, "serving": serving.main,
+    "spread": spread.main, "write": write.main,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Serving chunks: what a GB costs the chunk server beside nginx with the same files, and whether the API's answers wait while 50 agents fetch.
 
-CPU is that of the server's processes; those who fetch are the same for all. In the second part agents are niced: they stand for other machines, but
-share this one's cores. Both parts are taken in turns, round after round.
+CPU is that of the server's processes; those who fetch are the same for all. In the second part agents run only where nothing else wants to: they stand
+for other machines, but share this one's cores and its loopback. They fetch as fast as a link of 1 and of 2.5 Gbit/s gives it, and without any limit:
+then all that this machine can do is done. What is compared is taken in turns, round after round.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CHUNKS, CHUNK_BYTES = 200, 1_200_000  # as of a Debian image
 ROUND_BYTES = 1e9
 CONNECTIONS = 8
 AGENTS, AGENT_CONNECTIONS, PROCESSES = 50, 4, 5
+LINKS = {"1 Gbit/s": 117e6, "2.5 Gbit/s": 294e6, "no limit": 0.0}  # bytes a second of all agents together
 API_S, API_PAUSE_S = 6.0, 0.025  # under the limit of 50 a second
 KEY = b"the bench's chunk key"
 
@@ -166,23 +168,27 @@ def compare_answers(folder: Path, rounds: int) -> None:
         expires_at = datetime.now(UTC) + timedelta(hours=1)
         tokens = [render_chunk_token(key, f"run-{n}", expires_at) for n in range(AGENTS) for _ in range(AGENT_CONNECTIONS)]
         url = f"{lab['endpoint']}/v1/{lab['project_id']}/instances/{lab['instances'][0]['id']}/status"
-        idle, busy, rates = [], [], []
+        idle: dict[str, list[float]] = {link: [] for link in LINKS}
+        busy: dict[str, list[float]] = {link: [] for link in LINKS}
+        rates: dict[str, list[float]] = {link: [] for link in LINKS}
         read_answers(url, lab["token"], 3)
         for number in range(rounds):
-            idle.append(read_answers(url, lab["token"], API_S))
-            with fetching(("127.0.0.1", port), site / "secret/ca.pem", tokens, paths) as count:
-                time.sleep(2)
-                began, before = time.monotonic(), count()
-                busy.append(read_answers(url, lab["token"], API_S))
-                rates.append((count() - before) / (time.monotonic() - began))
-            print(f"round {number + 1}/{rounds}: p99 {1000 * percentile(idle[-1], 99):.1f} ms idle, {1000 * percentile(busy[-1], 99):.1f} ms", flush=True)
+            for link, limit in LINKS.items():
+                idle[link] += read_answers(url, lab["token"], API_S)
+                with fetching(("127.0.0.1", port), site / "secret/ca.pem", tokens, paths, limit) as count:
+                    time.sleep(2)
+                    began, before = time.monotonic(), count()
+                    busy[link] += read_answers(url, lab["token"], API_S)
+                    rates[link].append((count() - before) / (time.monotonic() - began))
+            print(f"round {number + 1}/{rounds}", flush=True)
     finally:
         rack_down(folder)
-    print(f"\nGET status, {rounds} rounds of {API_S:.0f} s each, while {AGENTS} agents fetch at {statistics.median(rates) / 1e6:.0f} MB/s together: ms\n")
-    for share in (50, 99):
-        quiet, loud = ([1000 * percentile(times, share) for times in of] for of in (idle, busy))
-        ratio = statistics.median(loud) / statistics.median(quiet)
-        print(f"  p{share}, median of rounds   idle {statistics.median(quiet):.1f}   fetching {statistics.median(loud):.1f}   {ratio:.2f} x", flush=True)
+    print(f"\nGET status while {AGENTS} agents fetch, {rounds} rounds of {API_S:.0f} s and as many idle ones, ms\n")
+    for link in LINKS:
+        print(f"  {link}, {statistics.median(rates[link]) / 1e6:.0f} MB/s together")
+        for share in (50, 99):
+            quiet, loud = (1000 * percentile(of[link], share) for of in (idle, busy))
+            print(f"    p{share:<4} idle {quiet:7.1f}   fetching {loud:7.1f}   {loud / quiet:.2f} x", flush=True)
 
 
 def read_answers(url: str, token: str, seconds: float) -> list[float]:
@@ -200,12 +206,13 @@ def read_answers(url: str, token: str, seconds: float) -> list[float]:
 
 
 @contextlib.contextmanager
-def fetching(address: tuple[str, int], ca: Path, tokens: Sequence[str], paths: Sequence[str]) -> Iterator[Callable[[], int]]:
-    """The agents fetch for as long as the block runs; gives the bytes they have so far."""
+def fetching(address: tuple[str, int], ca: Path, tokens: Sequence[str], paths: Sequence[str], limit: float) -> Iterator[Callable[[], int]]:
+    """The agents fetch for as long as the block runs, together so many bytes a second (0 = no limit); gives the bytes they have so far."""
     context = multiprocessing.get_context("spawn")
     over, counters = context.Event(), [context.Value("q", 0) for _ in range(PROCESSES)]
     processes = [
-        context.Process(target=_fetch_until, args=(over, counter, address, ca, list(tokens[n::PROCESSES]), list(paths))) for n, counter in enumerate(counters)
+        context.Process(target=_fetch_until, args=(over, counter, address, ca, list(tokens[n::PROCESSES]), list(paths), limit / PROCESSES))
+        for n, counter in enumerate(counters)
     ]
     for process in processes:
         process.start()
@@ -217,11 +224,15 @@ def fetching(address: tuple[str, int], ca: Path, tokens: Sequence[str], paths: S
             process.join()
 
 
-def _fetch_until(over, counter, address, ca, tokens, paths) -> None:  # type: ignore[no-untyped-def]
+def _fetch_until(over, counter, address, ca, tokens, paths, limit) -> None:  # type: ignore[no-untyped-def]
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+    began = time.monotonic()
 
     def go_on(fetched: int) -> bool:
         counter.value = fetched
+        while limit and not over.is_set() and fetched > limit * (time.monotonic() - began):
+            time.sleep(0.02)
         return not over.is_set()
 
     fetch_all(address, ca, tokens, paths, go_on)

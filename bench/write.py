@@ -40,7 +40,7 @@ from repave.lab.processes import find_free_ports
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "bmaptool": "bmap-tools", "partclone.restore": "partclone", "curl": "curl", "wget": "wget", "nginx": "nginx-light", "sgdisk": "gdisk",
+    "bmaptool": "bmap-tools", "partclone.restore": "partclone", "curl": "curl", "wget": "wget", "nginx": "nginx-light", "sgdisk": "gdisk", "partprobe": "parted",
     "/usr/bin/time": "time",
 }  # fmt: skip
 IMAGE_BYTES = 2 << 30
@@ -81,6 +81,8 @@ def main(rounds: int = 5) -> None:
     ipa = prepare_tools()
     with ExitStack() as stack:
         ram = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repave-bench-", dir="/dev/shm")))
+        (ram / "bin").mkdir()
+        (ram / "bin/udevadm").symlink_to("/bin/true")  # ironic-python-agent waits for udev, which runs in its ramdisk and not here
         files = make_files(ram / "origin")
         url = stack.enter_context(start_origin(ram, files.folder))
         print(f"write; {describe_machine()}; {datetime.now():%Y-%m-%d %H:%M}; {rounds} rounds; nginx on loopback", flush=True)
@@ -245,7 +247,7 @@ def measure(disk: Path, disk_bytes: int, files: Files, command: Callable[[str], 
     with loop_device(disk) as device:
         rss = ram / "rss"
         argv = ["/usr/bin/time", "-f", "%M", "-o", str(rss), *command(device)]  # getrusage's peak counts what started a process, too
-        env = os.environ | {"TMPDIR": str(ram), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        env = os.environ | {"TMPDIR": str(ram), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin:{ram / 'bin'}"}
         began = time.monotonic()
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(argv, env=env, stdout=out, stderr=err)

@@ -101,8 +101,14 @@ class FaultRig(Lab):
 
     def _name_caller(self, path: str, bearer: str) -> str:
         """The server whose run this is: by the run in the path, or by its token, which only the run's own key gives."""
-        part = path.split("/")[2] if path.startswith(("/media/", "/home/")) else ""
-        key = {"/media/": part, "/home/v": path.rpartition("/")[2], "/chunks": bearer.split(".")[1]}.get(path[:7], bearer)
+        if path.startswith("/media/"):
+            key = path.split("/")[2]
+        elif path.startswith("/home/"):
+            key = path.rpartition("/")[2]
+        elif path.startswith("/chunks/"):
+            key = bearer.partition(".")[2].partition(".")[0]  # images/chunk_token.py
+        else:
+            key = bearer
         if key not in self._callers:
             with contextlib.closing(sqlite3.connect(f"file:{self.folder}/site/repave-data/repave.db?mode=ro", uri=True, timeout=10)) as db:
                 live = db.execute("SELECT r.id, s.name FROM runs r JOIN servers s ON s.id = r.server_id WHERE r.ended_at IS NULL").fetchall()

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 # lost-answer: passed on, hung up · ignored: not passed on, answered 204 · elsewhere: passed on to `other_url` · slow: `bytes_per_s`
 FAULTS = ("latency", "black-hole", "reset", "status", "truncated", "twice", "stale", "lost-answer", "ignored", "elsewhere", "slow")
 _UPSTREAM_S = 120.0
-_ID = re.compile("[0-9a-f-]{32,}")  # in a path: whose it is, not what is asked
+_ID = re.compile("(?:\\b[0-9a-f]{2}/)?[0-9a-f-]{32,}")  # in a path: whose it is, not what is asked; of a chunk, its folder too
 _HOP = ("connection", "keep-alive", "transfer-encoding", "content-length", "te", "trailer", "upgrade", "proxy-connection")  # RFC 9110, 7.6.1
 
 
