@@ -83,7 +83,7 @@ class Site:
         return image
 
     def files(self) -> list[str]:
-        return sorted(p.name for p in self.images.folder.rglob("*") if p.is_file() and p.name != "lock")
+        return sorted(p.name for p in self.images.folder.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != "lock")
 
 
 @contextlib.contextmanager

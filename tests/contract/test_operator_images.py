@@ -7,13 +7,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import requests
-from operator_site import Site, start_site
+from operator_site import NEW_PASSWORD, Site, start_site
 
 from repave.images.fetch import ImageSources
 from repave.images.importer import RESERVE_BYTES
@@ -202,3 +204,65 @@ def test_how_far_an_import_is_can_be_asked_while_it_goes_on(site: Site) -> None:
     while site.ask("GET", "/imports").json()["items"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def changed(disk: Path, path: Path, at: int) -> Path:
+    """The same disk with one window of other data."""
+    shutil.copy(disk, path)
+    with path.open("r+b") as f:
+        f.seek(at)
+        f.write(os.urandom(MIB))
+    return path
+
+
+def test_what_a_live_run_needs_is_never_collected_whatever_else_is_imported_removed_or_dies(site: Site, disk: Path, tmp_path: Path) -> None:
+    site.images.quota_bytes = 1 << 30
+    needed = site.ask("POST", "/images?name=needed", data=disk.read_bytes()).json()
+    site.add_server("web01", root_disk="serial=S1")
+    run = site.ask("POST", "/reinstall", json={"servers": ["web01"], "image": "needed", "password": NEW_PASSWORD})
+    assert run.status_code == 202, run.text
+    store = site.images.store
+    manifest = store.read_manifest(needed["manifest_sha256"])
+
+    assert site.ask("DELETE", "/images/needed").status_code == 409
+    # An import that died after its manifest was written and before its row was, and one that died half-way.
+    orphan = site.images.add(
+        changed(disk, tmp_path / "orphan", 9 * MIB), name="orphan", os_type="Linux", arch="amd64", project_id=site.project.id, image_id="x",
+        created_at=datetime.now(UTC), progress=lambda done, total: None,
+    )  # fmt: skip
+    (store.tmp / "half").write_bytes(b"half a chunk")
+    others = [changed(disk, tmp_path / f"other{n}", (5 + n) * MIB).read_bytes() for n in range(3)]
+
+    def come_and_go(n: int) -> None:
+        for _ in range(3):
+            assert site.ask("POST", f"/images?name=other{n}", data=others[n]).status_code == 201
+            store.verify(store.read_manifest(site.ask("GET", f"/images/other{n}").json()["manifest_sha256"]), deep=True)
+            store.verify(manifest, deep=True)
+            assert site.ask("DELETE", f"/images/other{n}").status_code == 204
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(come_and_go, range(3)))
+    store.verify(manifest, deep=True)
+    assert orphan.manifest_sha256 not in store.list_manifests()
+    chunks = {c.sha256 for c in manifest.chunks}
+    assert set(site.files()) == chunks | {f"{needed['manifest_sha256']}.json"}, "and nothing that is not needed takes room"
+
+
+def test_an_image_whose_row_is_not_there_yet_is_not_collected_by_another_worker(site: Site, disk: Path) -> None:
+    other = site.ask("POST", "/images?name=other", data=disk.read_bytes()).json()
+    release, held = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # another worker, between the manifest and its row
+        with site.images.store.catalogue_lock():
+            os.write(held[1], b"x")
+            os.read(release[0], 1)
+        os._exit(0)
+    os.read(held[0], 1)
+    with ThreadPoolExecutor(1) as pool:
+        removed = pool.submit(site.ask, "DELETE", "/images/other")
+        time.sleep(0.3)
+        assert not removed.done() and other["manifest_sha256"] in site.images.store.list_manifests()
+        os.write(release[1], b"x")
+        assert removed.result().status_code == 204
+    os.waitpid(child, 0)
+    assert site.files() == []

@@ -30,7 +30,7 @@ def take(source: Path, store: ImageStore, **changes: Any) -> ImportedImage:
 
 
 def files(store: ImageStore) -> dict[str, int]:
-    return {str(p.relative_to(store.root)): p.stat().st_size for p in store.root.rglob("*") if p.is_file() and p.name != "lock"}
+    return {str(p.relative_to(store.root)): p.stat().st_size for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != "lock"}
 
 
 def restored(store: ImageStore, sha256: str) -> bytes:
