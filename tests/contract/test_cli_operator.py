@@ -298,6 +298,8 @@ def test_an_image_is_imported_from_the_services_machine_and_a_url_needs_its_dige
         cli = Cli(site, tmp_path)
         assert cli.run("image", "import", "deb.raw", "--on-service").returncode == 0
         assert [i["name"] for i in cli.items("image", "ls")] == ["deb"]
+        elsewhere = cli.run("image", "verify", "deb", "--boot")
+        assert elsewhere.returncode == 2 and "on the service's machine" in elsewhere.stderr
         assert cli.run("image", "import", "http://127.0.0.1/x.raw").returncode == 2
         refused = cli.run("image", "import", "http://127.0.0.1/x.raw", "--sha256", "0" * 64)
         assert refused.returncode == 3 and "import_local_addresses" in refused.stderr
