@@ -40,8 +40,8 @@ from repave.lab.processes import find_free_ports
 
 HERE = Path(__file__).parent
 TOOLS = {
-    "bmaptool": "bmap-tools", "partclone.restore": "partclone", "curl": "curl", "wget": "wget", "nginx": "nginx-light", "sgdisk": "gdisk", "partprobe": "parted",
-    "/usr/bin/time": "time",
+    "bmaptool": "bmap-tools", "partclone.restore": "partclone", "curl": "curl", "wget": "wget", "nginx": "nginx-light", "sgdisk": "gdisk",
+    "partprobe": "parted", "/usr/bin/time": "time",
 }  # fmt: skip
 IMAGE_BYTES = 2 << 30
 LARGE_BYTES = 10 << 30

@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,6 +109,9 @@ class ImageDesk:
             image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, made.size_bytes, made.sector_bytes,
             made.stored_bytes, made.data_bytes, created_at,
         )  # fmt: skip
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self.store.catalogue_lock()
 
     def verify(self, manifest_sha256: str) -> None:
         self.store.verify(self.store.read_manifest(manifest_sha256), deep=True)

@@ -98,7 +98,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("3112", "second-agent", Who.SERVER, True, "Its ramdisk was started twice.", "Another boot showed this run's token: the server reset itself, or something else has its boot media.", "Look at the console, and at who can read its boot media; then retry.", _DISK),
     ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
     # 4: image
-    ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Not raw or qcow2, or it refers to other files, or it is too large.", "Convert it: qemu-img convert -O qcow2.", "everything"),
+    ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Of a format that image_formats does not allow, or it refers to other files, is damaged or too large, or is not what was announced.", "Read the detail; convert it: qemu-img convert -O qcow2.", "everything"),
     ("4102", "image-damaged", Who.IMAGE, False, "The stored image is damaged.", "A chunk is missing or has another digest than its manifest.", "Import the image again.", "see the run: found before or after the line"),
     ("4103", "image-missing", Who.IMAGE, False, "The image is not there.", "It was removed, or never imported.", "repave image ls; repave image import FILE.", _NOTHING),
     ("4104", "image-quota", Who.IMAGE, False, "The image store is full.", "The quota or the disk would be passed.", "repave image rm IMAGE, or raise images_quota_bytes.", "everything"),

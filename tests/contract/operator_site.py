@@ -25,6 +25,7 @@ from repave.bmc import BmcAddress, BmcFacts, Power
 from repave.domain.model import Image, Project, Role
 from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
+from repave.images.fetch import ImageSources
 from repave.images.store import ImageStore
 from repave.secrets import Sealer
 from repave.store import Store, new_id
@@ -82,11 +83,11 @@ class Site:
         return image
 
     def files(self) -> list[str]:
-        return sorted(p.name for p in self.images.folder.rglob("*") if p.is_file() and p.name != "lock")
+        return sorted(p.name for p in self.images.folder.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != "lock")
 
 
 @contextlib.contextmanager
-def start_site(folder: Path, *, media_url: str = "http://media.invalid") -> Iterator[Site]:
+def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources: ImageSources | None = None) -> Iterator[Site]:
     folder.mkdir(exist_ok=True)
 
     def now() -> datetime:
@@ -96,7 +97,8 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid") -> Iter
     project, other = store.access.add_project("default"), store.access.add_project("other")
     tokens = {role.value: store.access.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
     tokens["other"] = store.access.add_credential(other.id, "elsewhere", Role.ADMIN)[2]
-    images, bmcs, authenticator = ImageDesk(ImageStore(folder / "images"), folder / "images", 2**26), Bmcs(), Authenticator(store.access, now=now)
+    images = ImageDesk(ImageStore(folder / "images"), folder / "images", 2**26, sources=sources)
+    bmcs, authenticator = Bmcs(), Authenticator(store.access, now=now)
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

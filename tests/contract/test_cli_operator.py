@@ -24,6 +24,7 @@ from repave.cli import docs
 from repave.domain.model import Step
 from repave.domain.states import Ending
 from repave.errors import CATALOGUE, CLOUDDC, RepaveError
+from repave.images.fetch import ImageSources
 
 REPAVE = [sys.executable, "-m", "repave.cli.main"]
 
@@ -286,6 +287,22 @@ def test_an_image_is_sent_and_checked_against_the_sums_file(cli: Cli) -> None:
     assert again.returncode == 3 and "Repave.1003" in again.stderr
     assert cli.run("image", "rm", "deb", "--yes").returncode == 0
     assert cli.items("image", "ls") == []
+
+
+def test_an_image_is_imported_from_the_services_machine_and_a_url_needs_its_digest(tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "deb.raw").write_bytes(bytes(8 << 20))
+    subprocess.run(["sfdisk", "-q", shelf / "deb.raw"], input=b"label: gpt\nstart=1MiB, size=4MiB, type=uefi\n", check=True)
+    with start_site(tmp_path / "site", sources=ImageSources(shelf)) as site:
+        cli = Cli(site, tmp_path)
+        assert cli.run("image", "import", "deb.raw", "--on-service").returncode == 0
+        assert [i["name"] for i in cli.items("image", "ls")] == ["deb"]
+        elsewhere = cli.run("image", "verify", "deb", "--boot")
+        assert elsewhere.returncode == 2 and "on the service's machine" in elsewhere.stderr
+        assert cli.run("image", "import", "http://127.0.0.1/x.raw").returncode == 2
+        refused = cli.run("image", "import", "http://127.0.0.1/x.raw", "--sha256", "0" * 64)
+        assert refused.returncode == 3 and "import_local_addresses" in refused.stderr
 
 
 def test_an_image_is_packed_into_a_folder_for_any_web_server_and_nothing_else_there_is_touched(tmp_path: Path) -> None:

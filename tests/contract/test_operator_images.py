@@ -1,15 +1,23 @@
+import functools
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from operator_site import Site, start_site
+import requests
+from operator_site import NEW_PASSWORD, Site, start_site
 
+from repave.images.fetch import ImageSources
 from repave.images.importer import RESERVE_BYTES
 
 MIB = 1024 * 1024
@@ -108,3 +116,153 @@ def test_an_upload_broken_half_way_leaves_nothing(site: Site) -> None:
         time.sleep(0.01)
     assert site.files() == []
     assert site.ask("GET", "/images").json()["items"] == []
+
+
+@pytest.fixture
+def open_site(tmp_path: Path) -> Iterator[Site]:
+    """A site whose folder of images to import is `tmp_path`/shelf, and that may fetch from this machine."""
+    (tmp_path / "shelf").mkdir()
+    with start_site(tmp_path / "site", sources=ImageSources(tmp_path / "shelf", None, True)) as site:
+        yield site
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def order(site: Site, name: str, as_: str = "operator", **source: str) -> requests.Response:
+    return site.ask("POST", f"/images?name={name}", json={"source": source}, as_=as_)
+
+
+def test_a_file_of_the_services_machine_and_one_from_a_url_are_the_image_that_an_upload_is(open_site: Site, disk: Path, tmp_path: Path, web: str) -> None:
+    shutil.copy(disk, tmp_path / "shelf" / "tiny.raw")
+    sha256 = hashlib.sha256(disk.read_bytes()).hexdigest()
+    answers = [
+        open_site.ask("POST", "/images?name=sent", data=disk.read_bytes()),
+        order(open_site, "shelf", path="tiny.raw"),
+        order(open_site, "summed", path="tiny.raw", sha256=sha256),
+        order(open_site, "web", url=f"{web}/disk.raw", sha256=sha256),
+    ]
+    assert [a.status_code for a in answers] == [201] * 4, [a.text for a in answers]
+    assert len({a.json()["manifest_sha256"] for a in answers}) == 1
+    assert open_site.ask("GET", "/imports").json()["items"] == []
+    assert not any((open_site.images.folder / "uploads").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "slug"),
+    [
+        ({}, 400, "bad-request"),
+        ({"path": "tiny.raw", "url": "http://x/"}, 400, "bad-request"),
+        ({"url": "http://x/disk.raw"}, 400, "bad-request"),
+        ({"path": "tiny.raw", "other": "x"}, 400, "bad-request"),
+        ({"path": "../disk.raw"}, 422, "image-refused"),
+        ({"path": "/etc/passwd"}, 422, "image-refused"),
+        ({"path": "link"}, 422, "image-refused"),
+        ({"path": "none"}, 422, "image-refused"),
+        ({"path": "tiny.raw", "sha256": "0" * 64}, 422, "image-refused"),
+        ({"url": "{web}/disk.raw", "sha256": "0" * 64}, 422, "image-refused"),
+        ({"url": "{web}/none", "sha256": "0" * 64}, 422, "image-refused"),
+        ({"url": "{web}/disk.raw", "signature_url": "{web}/sig"}, 403, "not-allowed"),
+    ],
+)
+def test_a_refused_source_leaves_nothing(open_site: Site, disk: Path, tmp_path: Path, web: str, source: dict[str, str], status: int, slug: str) -> None:
+    shutil.copy(disk, tmp_path / "shelf" / "tiny.raw")
+    (tmp_path / "shelf" / "link").symlink_to(disk)
+    answer = order(open_site, "x", **{k: v.replace("{web}", web) for k, v in source.items()})
+    assert (answer.status_code, answer.json()["class"]) == (status, slug), answer.text
+    assert open_site.files() == [] and open_site.ask("GET", "/images").json()["items"] == []
+    assert str(tmp_path) not in answer.text
+
+
+def test_without_a_setting_no_file_of_the_machine_and_nothing_on_it_is_imported(site: Site, web: str) -> None:
+    assert order(site, "x", path="tiny.raw").status_code == 403
+    local = order(site, "x", url=f"{web}/disk.raw", sha256="0" * 64)
+    assert local.status_code == 422 and "import_local_addresses" in local.text
+    assert order(site, "x", as_="viewer", path="tiny.raw").status_code == 403
+
+
+def test_how_far_an_import_is_can_be_asked_while_it_goes_on(site: Site) -> None:
+    at = urlsplit(site.url)
+    head = f"POST /repave/v1/images?name=half HTTP/1.1\r\nHost: x\r\nX-Auth-Token: {site.tokens['admin']}\r\nContent-Length: {8 * MIB}\r\n\r\n"
+    with socket.create_connection((at.hostname or "", at.port or 0)) as sock:
+        sock.sendall(head.encode() + bytes(3 * MIB))
+        deadline = time.monotonic() + 10
+        while not (found := site.ask("GET", "/imports").json()["items"]) or found[0]["done_bytes"] < 2 * MIB:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert (found[0]["name"], found[0]["stage"], found[0]["total_bytes"]) == ("half", "receive", 8 * MIB)
+        assert site.ask("GET", "/imports", as_="other").json()["items"] == []
+    while site.ask("GET", "/imports").json()["items"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def changed(disk: Path, path: Path, at: int) -> Path:
+    """The same disk with one window of other data."""
+    shutil.copy(disk, path)
+    with path.open("r+b") as f:
+        f.seek(at)
+        f.write(os.urandom(MIB))
+    return path
+
+
+def test_what_a_live_run_needs_is_never_collected_whatever_else_is_imported_removed_or_dies(site: Site, disk: Path, tmp_path: Path) -> None:
+    site.images.quota_bytes = 1 << 30
+    needed = site.ask("POST", "/images?name=needed", data=disk.read_bytes()).json()
+    site.add_server("web01", root_disk="serial=S1")
+    run = site.ask("POST", "/reinstall", json={"servers": ["web01"], "image": "needed", "password": NEW_PASSWORD})
+    assert run.status_code == 202, run.text
+    store = site.images.store
+    manifest = store.read_manifest(needed["manifest_sha256"])
+
+    assert site.ask("DELETE", "/images/needed").status_code == 409
+    # An import that died after its manifest was written and before its row was, and one that died half-way.
+    orphan = site.images.add(
+        changed(disk, tmp_path / "orphan", 9 * MIB), name="orphan", os_type="Linux", arch="amd64", project_id=site.project.id, image_id="x",
+        created_at=datetime.now(UTC), progress=lambda done, total: None,
+    )  # fmt: skip
+    (store.tmp / "half").write_bytes(b"half a chunk")
+    others = [changed(disk, tmp_path / f"other{n}", (5 + n) * MIB).read_bytes() for n in range(3)]
+
+    def come_and_go(n: int) -> None:
+        for _ in range(3):
+            assert site.ask("POST", f"/images?name=other{n}", data=others[n]).status_code == 201
+            store.verify(store.read_manifest(site.ask("GET", f"/images/other{n}").json()["manifest_sha256"]), deep=True)
+            store.verify(manifest, deep=True)
+            assert site.ask("DELETE", f"/images/other{n}").status_code == 204
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(come_and_go, range(3)))
+    store.verify(manifest, deep=True)
+    assert orphan.manifest_sha256 not in store.list_manifests()
+    chunks = {c.sha256 for c in manifest.chunks}
+    assert set(site.files()) == chunks | {f"{needed['manifest_sha256']}.json"}, "and nothing that is not needed takes room"
+
+
+def test_an_image_whose_row_is_not_there_yet_is_not_collected_by_another_worker(site: Site, disk: Path) -> None:
+    other = site.ask("POST", "/images?name=other", data=disk.read_bytes()).json()
+    release, held = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # another worker, between the manifest and its row
+        with site.images.store.catalogue_lock():
+            os.write(held[1], b"x")
+            os.read(release[0], 1)
+        os._exit(0)
+    os.read(held[0], 1)
+    with ThreadPoolExecutor(1) as pool:
+        removed = pool.submit(site.ask, "DELETE", "/images/other")
+        time.sleep(0.3)
+        assert not removed.done() and other["manifest_sha256"] in site.images.store.list_manifests()
+        os.write(release[1], b"x")
+        assert removed.result().status_code == 204
+    os.waitpid(child, 0)
+    assert site.files() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def take(source: Path, store: ImageStore, **changes: Any) -> ImportedImage:
 
 
 def files(store: ImageStore) -> dict[str, int]:
-    return {str(p.relative_to(store.root)): p.stat().st_size for p in store.root.rglob("*") if p.is_file() and p.name != "lock"}
+    return {str(p.relative_to(store.root)): p.stat().st_size for p in store.root.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != "lock"}
 
 
 def restored(store: ImageStore, sha256: str) -> bytes:
@@ -57,6 +58,60 @@ def test_raw_and_qcow2_of_one_disk_are_one_image_and_the_second_adds_nothing(tmp
     assert seen[-1] == (SIZE, SIZE) and seen == sorted(seen)
     assert (first.size_bytes, first.sector_bytes, first.boot, first.notes) == (SIZE, 512, "uefi", ())
     store.verify(store.read_manifest(first.manifest_sha256), deep=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "driver", "options"),
+    [
+        ("vmdk", "vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "vmdk", "subformat=streamOptimized"),
+        ("vhd", "vpc", "force_size=on"),
+        ("vhd", "vpc", "subformat=fixed,force_size=on"),
+        ("vhdx", "vhdx", "subformat=dynamic"),
+    ],
+)
+def test_a_disk_in_a_foreign_format_is_the_same_image_and_cut_off_it_is_refused(
+    tmp_path: Path, store: ImageStore, kind: str, driver: str, options: str
+) -> None:
+    source = make_disk(tmp_path / "disk", SIZE, seed=1)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", driver, "-o", options, source, tmp_path / "d"], check=True)
+    assert take(tmp_path / "d", store, formats=[kind]).manifest_sha256 == take(source, store).manifest_sha256
+    os.truncate(tmp_path / "d", (tmp_path / "d").stat().st_size * 3 // 4 // 512 * 512)
+    with pytest.raises(ImageError):
+        take(tmp_path / "d", store, formats=[kind])
+
+
+def test_nothing_of_an_import_lives_on_when_the_importer_is_killed(tmp_path: Path, store: ImageStore) -> None:
+    source = qcow2(make_disk(tmp_path / "disk", SIZE, seed=4))
+    child = os.fork()
+    if child == 0:
+        take(source, store, progress=lambda done, total: time.sleep(60))
+        os._exit(0)
+
+    def readers() -> list[str]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == child and b"qemu-nbd" in (process / "cmdline").read_bytes():
+                    found.append(process.name)
+        return found
+
+    deadline = time.monotonic() + 20
+    while not (alive := readers()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+
+    def lives(pid: str) -> bool:
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return False
+
+    while any(map(lives, alive)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline
 
 
 def test_extents_are_exactly_the_grains_that_are_not_zero(tmp_path: Path, store: ImageStore) -> None:

@@ -5,8 +5,8 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 (the site's admin), the one that ?project= names.
 """
 
-import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -57,6 +57,9 @@ class Images(Protocol):
     ) -> Image:  # fmt: skip
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Nobody else imports or removes, on any worker: an image whose row is not there yet must not be swept. Blocks while an import runs."""
+
     def verify(self, manifest_sha256: str) -> None:
         """Every chunk has its digest. Blocks 0.8 s per GB. Raises ImageError."""
 
@@ -93,7 +96,6 @@ class Desk:
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
-    images_lock: threading.Lock = field(default_factory=threading.Lock)  # an image whose row is not there yet must not be swept
 
 
 @dataclass(frozen=True)

@@ -253,8 +253,9 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, room_bytes: int, pr
 def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress) -> Json:
     scope, store, images = wanted.scope, wanted.scope.store, wanted.scope.desk.images
     progress.begin("wait")
-    with scope.desk.images_lock:
+    with images.alone():
         progress.begin("store")
+        images.sweep(_manifests_in_use(scope))  # one whose import died before its row was there
         image = images.add(
             file, name=wanted.name, os_type=wanted.os_type, arch=wanted.arch, project_id=scope.project_id, image_id=new_id(), created_at=store.now(),
             progress=progress.tell,
@@ -262,9 +263,13 @@ def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress) ->
         try:
             store.images.add_image(image, actor=scope.actor)
         except RequestError:  # the name was taken meanwhile
-            images.sweep([i.manifest_sha256 for p in store.access.list_projects() for i in store.images.list_images(p.id)])
+            images.sweep(_manifests_in_use(scope))
             raise
     return asdict(image)
+
+
+def _manifests_in_use(scope: Scope) -> list[str]:
+    return [i.manifest_sha256 for p in scope.store.access.list_projects() for i in scope.store.images.list_images(p.id)]
 
 
 @router.post("/{reference}/verify")
@@ -283,5 +288,5 @@ def verify_image(scope: Operator, reference: str) -> Json:
 @router.delete("/{reference}", status_code=204)
 def remove_image(scope: Operator, reference: str) -> None:
     """Chunks that no other image has are removed too. Refused while a live run needs the image. Blocks while an import runs."""
-    with scope.desk.images_lock:
+    with scope.desk.images.alone():
         scope.desk.images.sweep(scope.store.images.remove_image(get_image(scope, reference), actor=scope.actor))

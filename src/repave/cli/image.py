@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import threading
@@ -10,14 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
+from repave.cli.output import Exit, Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
 from repave.errors import RepaveError, RequestError
+
+if TYPE_CHECKING:
+    from repave.images.store import ImageStore
 
 app = App(name="image")
 _SAY_EVERY_S = 10.0
@@ -218,14 +222,51 @@ def show_image(image: str, /, *, project: str | None = None, json: bool = False)
 
 
 @app.command(name="verify")
-def verify_image(image: str, /, *, project: str | None = None, json: bool = False) -> None:
-    """Read every piece of an image (name or id) and compare it with its digest. What a run found damaged is trusted again where all are right."""
+def verify_image(image: str, /, *, boot: bool = False, project: str | None = None, json: bool = False) -> int:
+    """Read every piece of an image (name or id) and compare it with its digest. What a run found damaged is trusted again where all are right.
+
+    Parameters
+    ----------
+    boot
+        Then reinstall a machine of the virtual rack with it, and say whether it comes up and proves itself. Only on the service's machine, in its site's
+        folder (or REPAVE_SITE); takes a minute and more.
+    """
     client = Client(project)
     found = client.post(f"/images/{image}/verify", {})
+    if not boot:
+        if json:
+            show_json(found)
+        else:
+            show(f"{found['name']} is whole: {size(found['stored_bytes'])} read, every piece has its digest.")
+        return Exit.OK
+    from repave.lab.boot_check import boot_image, find_hindrance
+
+    if hindrance := find_hindrance(found):
+        raise Usage(f"The virtual rack can not boot {found['name']}: {hindrance}.")
+    cache = Path(os.environ.get("REPAVE_CACHE", ".repave/cache")).resolve()
+    checked = boot_image(_find_store(found["manifest_sha256"]), found["manifest_sha256"], cache=cache, say=say)
+    run = checked.run
     if json:
-        show_json(found)
+        show_json(found | {"boot": {"proved": checked.is_proved, "error": run["error"], "durations_s": run["durations_s"], "console": checked.console}})
+    elif checked.is_proved:
+        show(f"{found['name']} is whole, came up and proved itself: {sum(run['durations_s'].values()):.0f} s on a machine of the virtual rack.")
     else:
-        show(f"{found['name']} is whole: {size(found['stored_bytes'])} read, every piece has its digest.")
+        show(f"{found['name']} is whole, but did not prove itself: it ended at {run['step']}, {(run['error'] or {}).get('detail', 'too late')}")
+        say(f"The last of its console:\n{checked.console}")
+    return Exit.OK if checked.is_proved else Exit.FAILED
+
+
+def _find_store(manifest_sha256: str) -> ImageStore:
+    """The image store of the site here, which must be the one that was asked about."""
+    from repave.config import SETTINGS_FILE, load_settings
+    from repave.images.store import ImageStore
+
+    for folder in (Path(os.environ.get("REPAVE_SITE", ".")), Path(".repave/site")):
+        if (folder / SETTINGS_FILE).is_file() and (images := load_settings(folder).images_dir) and images.is_dir():
+            store = ImageStore(images)
+            if store.manifest_path(manifest_sha256).is_file():
+                return store
+    raise Usage("The image's pieces are not here: --boot works on the service's machine, in its site's folder (or REPAVE_SITE).")
 
 
 @app.command(name="rm")

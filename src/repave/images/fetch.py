@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import ssl
+import stat
 import subprocess
 import tempfile
 import time
@@ -59,7 +60,10 @@ def open_beneath(folder: Path, name: str) -> int:
             here = inner
     except OSError as e:
         os.close(here)
-        raise ImageError("image-missing", f"{name} can not be opened in the folder of images to import: {e.strerror}.") from e
+        raise ImageError("image-refused", f"{name} can not be opened in the folder of images to import: {e.strerror}.") from e
+    if not stat.S_ISREG(os.fstat(here).st_mode):
+        os.close(here)
+        raise ImageError("image-refused", f"{name} is not a regular file.")
     return here
 
 

@@ -4,6 +4,7 @@ ROOT/chunks/ab/abcd...            one window, compressed (manifest.py)
 ROOT/manifests/SHA256.json        one image; written last, so that an image that is listed is whole
 ROOT/tmp/                         files being made; emptied by whoever holds the lock next
 ROOT/lock                         imports and removals, one at a time, also across processes
+ROOT/catalogue.lock               the same, and what a catalogue says of them: where one names the images, its rows and the files change together
 """
 
 from __future__ import annotations
@@ -111,7 +112,18 @@ class ImageStore:
     @contextmanager
     def lock(self, *, wait: bool = True) -> Iterator[None]:
         """Alone with the folder. Blocks: while another import or removal runs; without `wait` it raises BlockingIOError then."""
-        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._alone("lock", wait=wait):
+            yield
+
+    @contextmanager
+    def catalogue_lock(self) -> Iterator[None]:
+        """Nobody else imports or removes, here or in another process, until files and rows say the same again. Taken before `lock`. Blocks: as that does."""
+        with self._alone("catalogue.lock", wait=True):
+            yield
+
+    @contextmanager
+    def _alone(self, name: str, *, wait: bool) -> Iterator[None]:
+        fd = os.open(self.root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
