@@ -1,6 +1,7 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
-COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`, rounds of `importing`, `serving` and `write`.
+COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`, rounds of
+`importing`, `serving` and `write`, agents of `spread`.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
-        with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths) as bmc:
+        with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc:
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)

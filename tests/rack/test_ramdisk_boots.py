@@ -11,6 +11,7 @@ import queue
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +78,18 @@ def test_a_live_disc_brings_the_agents_hello(media: BootMedia, tmp_path: Path, n
     assert ("10.0.2.77/24" in shown) is (network is not None)
     assert shown.count("the agent was killed by signal 9") == (not secure_boot)
     assert ("SecureBoot = 1" in shown) is secure_boot
+
+
+@pytest.mark.timeout(600)
+def test_the_firmware_boots_the_disc_by_http_as_a_bmc_would_tell_it_to(media: BootMedia, tmp_path: Path) -> None:
+    """UEFI HTTP boot under Secure Boot, from the boot option that a BMC makes of HttpBootUri. Nothing is in the drive."""
+    with provisioning_listener(tmp_path) as (url, ca_pem, hellos):
+        iso = media.read(0, media.size, render_slot(Slot("run-1", url, TOKEN, ca_pem, None)))
+        with media_listener(iso) as iso_url:
+            disk = make_local_disk(tmp_path / "disk.img")
+            with machine(tmp_path, None, disk, secure_boot=True, http_boot=iso_url) as console:
+                path, authorization, _ = wait_for(hellos, console)
+    assert (path, authorization) == ("/agent/v1/hello", f"Bearer {TOKEN}")
 
 
 @pytest.mark.timeout(600)
@@ -153,24 +166,36 @@ def test_an_inert_disc_without_a_bootable_disk_says_so_and_powers_off(media: Boo
 
 @contextlib.contextmanager
 def machine(
-    folder: Path, iso: bytes, disk: Path, *, secure_boot: bool = False, must_end: bool = False, may_reboot: bool = False, dump: Path | None = None
+    folder: Path,
+    iso: bytes | None,
+    disk: Path,
+    *,
+    secure_boot: bool = False,
+    must_end: bool = False,
+    may_reboot: bool = False,
+    dump: Path | None = None,
+    http_boot: str = "",
 ) -> Iterator[Path]:
     """A running machine; gives its console's file. `must_end`: it powers itself off before the context ends; `may_reboot`: else a reboot ends it.
-    `dump`: its frames, as pcap."""
+    `dump`: its frames, as pcap. `http_boot`: its firmware boots from there, once; then it needs memory for the disc too."""
     console = folder / "console"
     console.touch()
-    (folder / "boot.iso").write_bytes(iso)
     shutil.copyfile("/usr/share/OVMF/OVMF_VARS_4M.ms.fd" if secure_boot else "/usr/share/OVMF/OVMF_VARS_4M.fd", folder / "vars.fd")
+    if http_boot:
+        make_boot_option = [Path(sys.executable).with_name("virt-fw-vars"), "--inplace", folder / "vars.fd", "--set-boot-uri", http_boot]
+        subprocess.run(make_boot_option, check=True, capture_output=True)
     code = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd" if secure_boot else "/usr/share/OVMF/OVMF_CODE_4M.fd"
     smm = ["-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
     command = [
-        "qemu-system-x86_64", *(smm if secure_boot else ["-machine", "q35"]), "-accel", "tcg", "-cpu", CPU, "-m", "512",
+        "qemu-system-x86_64", *(smm if secure_boot else ["-machine", "q35"]), "-accel", "tcg", "-cpu", CPU, "-m", "768" if http_boot else "512",
         "-display", "none", *([] if may_reboot else ["-no-reboot"]), "-serial", f"file:{console}",
         "-drive", f"if=pflash,format=raw,readonly=on,file={code}", "-drive", f"if=pflash,format=raw,file={folder / 'vars.fd'}",
-        "-drive", f"if=none,id=cd,media=cdrom,readonly=on,file={folder / 'boot.iso'}", "-device", "ide-cd,drive=cd,bootindex=0",
         "-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", f"virtio-blk-pci,drive=disk,serial={DISK_SERIAL},bootindex=10",
         "-nic", "none", "-netdev", "user,id=net", "-device", f"virtio-net-pci,netdev=net,mac={MAC},bootindex=20",
     ]  # fmt: skip
+    if iso is not None:
+        (folder / "boot.iso").write_bytes(iso)
+        command += ["-drive", f"if=none,id=cd,media=cdrom,readonly=on,file={folder / 'boot.iso'}", "-device", "ide-cd,drive=cd,bootindex=0"]
     if dump is not None:
         command += ["-object", f"filter-dump,id=dump,netdev=net,file={dump}"]
     process = subprocess.Popen(command)
@@ -225,6 +250,36 @@ def provisioning_listener(folder: Path) -> Iterator[tuple[str, str, queue.Queue[
     thread.start()
     try:
         yield f"https://10.0.2.2:{server.server_port}", (folder / "ca.pem").read_text(), hellos
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def media_listener(iso: bytes) -> Iterator[str]:
+    """A plain HTTP server with one disc, answered as `api/media.py` does. Gives its URL as machines see it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # OVMF takes no other
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(iso)))
+            self.send_header("Content-Type", "application/octet-stream")  # that it is an ISO the firmware takes from the URL's end
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(iso)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://10.0.2.2:{server.server_port}/media/run-1/key/boot.iso"
     finally:
         server.shutdown()
         thread.join()

@@ -139,6 +139,11 @@ def cd_target(manufacturer: str, allowed: Sequence[str]) -> str | None:
     return "Cd" if "Cd" in allowed or not allowed else None
 
 
+def http_uri(boot: dict[str, Any]) -> str:
+    """The URL that UEFI HTTP boot would fetch, or ""."""
+    return as_text(boot.get("HttpBootUri"))
+
+
 def arch_of(*described: dict[str, Any]) -> str:
     """ "amd64", "arm64" or "" from a ProcessorSummary or Processors."""
     text = " ".join(str(d.get(key)) for d in described for key in ("InstructionSet", "ProcessorArchitecture", "Model", "Manufacturer")).lower()

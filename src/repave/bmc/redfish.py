@@ -54,6 +54,7 @@ class Paths:
 
     system: str | None = None
     slots: list[str] | None = None
+    way: str = ""  # how media get into the first slot; "" where no way is offered
 
     def forget(self) -> None:
         self.system = self.slots = None
@@ -64,14 +65,16 @@ class RedfishBmc(Bmc):
 
     `recognize` is given serial and UUID with each reading of the system, so before each call changes anything; what it raises is the answer.
     `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
+    Where no CD slot takes media, or `http_boot` says so, and the BMC has HttpBootUri, "media" below are what the firmware fetches itself (UEFI HTTP boot).
     """
 
     def __init__(
         self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None,
         before_write: Callable[[], None] = lambda: None, recognize: Callable[[str, str], None] = lambda serial, uuid: None, paths: Paths | None = None,
+        http_boot: bool = False,
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
-        self._recognize = recognize
+        self._recognize, self._http_boot = recognize, http_boot
         self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
@@ -111,13 +114,17 @@ class RedfishBmc(Bmc):
             )
 
     def check_media(self, urls: Sequence[str]) -> None:
-        """What can be known without touching anything: a slot is there, it takes one of `urls`, and its CD can be booted.
+        """What can be known without touching anything: a slot is there, it takes one of `urls`, and its CD can be booted; or HTTP boot can be.
 
         Raises: no_virtual_media, media_protocol, boot_override_rejected.
         """
         with self._call():
+            system = self._read_system()
+            if self._comes_by_http(system):
+                _order_for_firmware(urls)
+                return
             self._choose_slot(urls)
-            self._cd_target(self._read_system())
+            self._cd_target(system)
 
     def read_power(self) -> Power:
         with self._call():
@@ -143,7 +150,9 @@ class RedfishBmc(Bmc):
 
     def insert_media(self, urls: Sequence[str]) -> str:
         with self._call():
-            self._read_system()  # nothing goes into another server's drive
+            system = self._read_system()  # nothing goes into another server's drive
+            if self._comes_by_http(system):
+                return self._insert_by_http(system, urls)
             slot_uri, way, usable = self._choose_slot(urls)
             self._eject_all(must=slot_uri)
             refused: list[BmcError] = []
@@ -158,45 +167,37 @@ class RedfishBmc(Bmc):
 
     def eject_media(self) -> None:
         with self._call():
-            self._read_system()  # as for insert_media
+            system = self._read_system()  # as for insert_media
+            if self._comes_by_http(system):
+                self._forget_http_uri(system)
             self._eject_all(must=None)
 
     def withdraw_media(self, folder: str) -> bool:
         with self._call():
-            self._read_system()  # as for insert_media: another server's empty drive says nothing of ours
+            system = self._read_system()  # as for insert_media: another server's empty drive says nothing of ours
+            by_http = folder.casefold() in quirks.http_uri(self._boot(system)[1]).casefold()
             is_ours = {uri: quirks.shows_image_under(self._get(uri)[0], folder) for uri in self._find_slots()}
-            if not is_ours:
+            if not is_ours and not self._has_http_boot(system):
                 raise BmcError("no_virtual_media")  # a BMC that has just come back may show none yet
-            if any(is_ours.values()):
+            if by_http or any(is_ours.values()):
                 self._reach_boot_from_disk()  # first: while the media are in, it is known whose override it is
+            if by_http:
+                self._forget_http_uri(system)
             for uri in (uri for uri, ours in is_ours.items() if ours):
                 self._eject(uri)
             if None in is_ours.values() and not any(is_ours.values()):
                 raise BmcError("protocol", "A CD slot holds an image and does not tell its path.")
-            return any(is_ours.values())
+            return by_http or any(is_ours.values())
 
     def boot_from_media_once(self) -> None:
         with self._call():
             system = self._read_system()
-            target = self._cd_target(system)
-            uri, boot, _ = self._boot(system)
-            wanted = {"BootSourceOverrideTarget": target, "BootSourceOverrideEnabled": "Once"}
-            mode = as_text(boot.get("BootSourceOverrideMode"))
-            # All three together, as AMI wants them (N); the mode shown while Disabled may not be the one in use (iBMC; N).
-            # But not when it is known to be right: OpenStack's emulator rewrites the firmware settings each time.
-            sets_mode = mode and (mode != "UEFI" or boot.get("BootSourceOverrideEnabled") == "Disabled")
-
-            def reached(now: dict[str, Any]) -> bool:
-                once = now.get("BootSourceOverrideEnabled") in ("Once", "Continuous")
-                uefi = not mode or now.get("BootSourceOverrideMode") == "UEFI"
-                return once and uefi and now.get("BootSourceOverrideTarget") == target
-
-            try:
-                self._reach_override(uri, wanted | ({"BootSourceOverrideMode": "UEFI"} if sets_mode else {}), reached)
-            except BmcError as e:
-                if e.slug != "boot_override_rejected" or not sets_mode or mode != "UEFI":
-                    raise
-                self._reach_override(uri, wanted, reached)  # the mode is right, and may be read-only
+            if not self._comes_by_http(system):
+                self._reach_boot_once(system, {"BootSourceOverrideTarget": self._cd_target(system)})
+            elif uri := quirks.http_uri(self._boot(system)[1]):
+                self._reach_boot_once(system, {"BootSourceOverrideTarget": "UefiHttp", "HttpBootUri": uri})
+            else:
+                raise BmcError("media_not_inserted")
 
     def boot_from_disk(self) -> None:
         with self._call():
@@ -423,6 +424,7 @@ class RedfishBmc(Bmc):
                     slot, headers = self._get(uri)
                     if quirks.takes_cd(slot):
                         found[uri] = quirks.insert_way(slot, headers.get("Allow"))
+            self._paths.way = next((way for way in ("action", "patch") if way in found.values()), "")
             self._paths.slots = sorted(found, key=lambda uri: ("action", "patch", "").index(found[uri]))
         return self._paths.slots
 
@@ -559,6 +561,61 @@ class RedfishBmc(Bmc):
             raise BmcError("boot_override_rejected", "A CD is not among the boot targets.")
         return target
 
+    def _reach_boot_once(self, system: dict[str, Any], source: dict[str, str]) -> None:
+        """The next boot is from `source`, read back."""
+        uri, boot, _ = self._boot(system)
+        wanted = source | {"BootSourceOverrideEnabled": "Once"}
+        mode = as_text(boot.get("BootSourceOverrideMode"))
+        # All together, as AMI wants them (N); the mode shown while Disabled may not be the one in use (iBMC; N).
+        # But not when it is known to be right: OpenStack's emulator rewrites the firmware settings each time.
+        sets_mode = mode and (mode != "UEFI" or boot.get("BootSourceOverrideEnabled") == "Disabled")
+
+        def reached(now: dict[str, Any]) -> bool:
+            once = now.get("BootSourceOverrideEnabled") in ("Once", "Continuous")
+            uefi = not mode or now.get("BootSourceOverrideMode") == "UEFI"
+            return once and uefi and source.items() <= now.items()
+
+        try:
+            self._reach_override(uri, wanted | ({"BootSourceOverrideMode": "UEFI"} if sets_mode else {}), reached)
+        except BmcError as e:
+            if e.slug != "boot_override_rejected" or not sets_mode or mode != "UEFI":
+                raise
+            self._reach_override(uri, wanted, reached)  # the mode is right, and may be read-only
+
+    # UEFI HTTP boot
+
+    def _has_http_boot(self, system: dict[str, Any]) -> bool:
+        """Both are needed: Supermicro offers the target without a place for the URL, and then only DHCP could tell it (D)."""
+        _, boot, allowed = self._boot(system)
+        return "HttpBootUri" in boot and "UefiHttp" in allowed
+
+    def _comes_by_http(self, system: dict[str, Any]) -> bool:
+        if not self._has_http_boot(system):
+            return False
+        return self._http_boot or not (self._find_slots() and self._paths.way)
+
+    def _insert_by_http(self, system: dict[str, Any], urls: Sequence[str]) -> str:
+        """The next boot fetches the image at the URL returned. Target and URL in one request: alone, some BMCs ignore the URL (S)."""
+        refused: BmcError | None = None
+        for url in _order_for_firmware(urls):
+            try:
+                self._reach_boot_once(system, {"BootSourceOverrideTarget": "UefiHttp", "HttpBootUri": url})
+                return url
+            except BmcError as e:
+                if e.slug != "boot_override_rejected":
+                    raise BmcError(e.slug, _hide(e.detail, url)) from None
+                refused = BmcError("media_rejected", _hide(e.detail, url))
+        assert refused is not None
+        raise refused
+
+    def _forget_http_uri(self, system: dict[str, Any]) -> None:
+        """No URL is set; or it was not let go, and does nothing: the boot target is another by then."""
+        uri, boot, _ = self._boot(system)
+        if quirks.http_uri(boot):
+            with contextlib.suppress(sushy_errors.HTTPError, LostAnswer):
+                _, headers = self._get(uri)
+                self._connector.patch(uri, data={"Boot": {"HttpBootUri": None}}, etag=headers.get("ETag"))
+
     def _reach_boot_from_disk(self) -> None:
         system = self._read_system()
         uri, boot, allowed = self._boot(system)
@@ -598,6 +655,14 @@ def _power_of(system: dict[str, Any]) -> Power:
 
 def _boots_disk(boot: dict[str, Any]) -> bool:
     return boot.get("BootSourceOverrideEnabled") == "Disabled" or boot.get("BootSourceOverrideTarget") in (None, "None", "Hdd")
+
+
+def _order_for_firmware(urls: Sequence[str]) -> list[str]:
+    """Plain HTTP first: for HTTPS the firmware would have to know our certificate. Raises media_protocol where there is neither."""
+    usable = [url for scheme in ("http", "https") for url in urls if urlsplit(url).scheme == scheme]
+    if not usable:
+        raise BmcError("media_protocol", "UEFI HTTP boot takes URLs of http and https.")
+    return usable
 
 
 def _refused(error: Any, otherwise: str) -> BmcError:
