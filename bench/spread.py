@@ -1,7 +1,7 @@
 """48 agents fetch the same image over links that are shaped: from the origin alone, through one cache a rack of 12, and one agent alone.
 
-Each agent is a process in a network namespace with a link of its own, and fetches with the agent's own code (four threads; nothing is
-written). All of it is on one machine, so the links are slow enough for its cores. Needs root.
+Each agent is a process in a network namespace with a link of its own, and fetches with the agent's own code (four threads; nothing is written). All
+of it is on one machine, so the links are slow enough for its cores. Needs root.
 
     origin ══ 240 Mbit/s ══ core ── rack 1..4 (nginx as in docs/nginx/cache.conf) ══ 48 Mbit/s each ══ agents 1..12
 """

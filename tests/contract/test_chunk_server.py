@@ -146,6 +146,10 @@ def test_what_is_not_asked_for_properly_ends_the_connection(site: Site, request_
     assert answer.startswith(begin) and (begin or not answer)
 
 
+def fetch_all(pool: ThreadPoolExecutor, source: ChunkSource) -> list[bytes]:
+    return list(pool.map(lambda name: bytes(source.fetch(name)), NAMES))
+
+
 def test_an_agent_with_many_connections_has_no_more_than_its_share(site: Site) -> None:
     """It opens twenty and takes nothing: as many answers as its share are under way, the others have not begun. Another agent has all it asks for."""
     asked = f"GET /chunks/{LARGE[:2]}/{LARGE} HTTP/1.1\r\nAuthorization: Bearer {token(run='greedy')}\r\n\r\n".encode()
@@ -159,11 +163,11 @@ def test_an_agent_with_many_connections_has_no_more_than_its_share(site: Site) -
             begun += bool(connection.recv(1))
     assert begun == AT_ONCE
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        assert [bytes(data) for data in pool.map(site.source(token(run="modest")).fetch, NAMES)] == list(CHUNKS.values())
+        assert fetch_all(pool, site.source(token(run="modest"))) == list(CHUNKS.values())
     for connection in greedy:  # those that waited have hung up when their turn comes
         connection.close()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        assert [bytes(data) for data in pool.map(site.source(token(run="greedy")).fetch, NAMES)] == list(CHUNKS.values())
+        assert fetch_all(pool, site.source(token(run="greedy"))) == list(CHUNKS.values())
 
 
 def test_a_chunk_server_that_dies_is_there_again_and_one_without_its_service_ends(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def origin() -> Iterator[Place]:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CACHE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(chunks, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(chunks, "CACHE_CHUNK_S", 0.5)
 
 

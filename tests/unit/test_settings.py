@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from repave.config import OTHER_VARIABLES, SETTINGS_FILE, load_settings, refuse_unknown_variables
+from repave.api.agent import ChunkPlaces
+from repave.config import OTHER_VARIABLES, SETTINGS_FILE, load_settings, refuse_unknown_variables, split_caches
 from repave.errors import RepaveError
 
 
@@ -26,6 +27,10 @@ from repave.errors import RepaveError
         ('agent_url = "https://"', "agent_url"),
         ('agent_url = "https://[::1"', "agent_url"),
         ('agent_url = "https://canary:8471/repave"', "agent_url"),
+        ('chunks_url = "http://canary:8473/chunks"', "chunks_url"),
+        ('chunks_listen = ""', "chunks_url"),
+        ('chunk_caches = "rack-1=canary:8475"', "chunk_caches"),
+        ('chunk_caches = "http://a:1/chunks ftp://canary/"', "chunk_caches"),
     ],
 )
 def test_a_mistake_in_the_settings_names_the_setting(tmp_path, text, named):
@@ -34,6 +39,29 @@ def test_a_mistake_in_the_settings_names_the_setting(tmp_path, text, named):
         load_settings(tmp_path)
     assert refused.value.slug == "bad-request"
     assert named in str(refused.value) and "canary" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("", "https://127.0.0.1:8473/chunks"),
+        ('agent_url = "https://10.9.0.5:8471"\nchunks_listen = "10.9.0.5:9000"', "https://10.9.0.5:9000/chunks"),
+        ('agent_url = "https://[fd00::5]:8471"', "https://[fd00::5]:8473/chunks"),
+        ('chunks_url = "https://nginx:8474/chunks"\nchunks_listen = ""', "https://nginx:8474/chunks"),
+    ],
+)
+def test_chunks_are_where_agents_are_unless_it_is_said(tmp_path, text, url):
+    (tmp_path / SETTINGS_FILE).write_text(text)
+    assert load_settings(tmp_path).chunks_url == url
+
+
+def test_a_server_is_told_its_racks_caches_then_everybodys_then_the_origin():
+    caches = split_caches("http://all:1/chunks rack-7=http://seven:1/chunks row%201=http://row:1/a=b http://c/a=b")
+    places = ChunkPlaces(b"", "https://origin/chunks", tuple(caches))
+    everybody = ["http://all:1/chunks", "http://c/a=b", "https://origin/chunks"]
+    assert places.list_urls("rack-7") == ["http://seven:1/chunks", *everybody]
+    assert places.list_urls("row 1") == ["http://row:1/a=b", *everybody]
+    assert places.list_urls("") == places.list_urls("rack-8") == everybody
 
 
 def test_a_mistyped_variable_is_refused_with_the_name_that_was_meant(tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from repave.agent.client import BACKOFF_S, TIMEOUT_S, Refused, Unreachable, trust_only
 
 CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
-REST_S = 60.0
-CACHE_TIMEOUT_S = 3.0  # to connect to a cache, and for each read: it is near, and there is another place to ask
-CACHE_CHUNK_S = 20.0  # for a whole chunk from a cache: one that drips is no cache. 1.2 MB in that time is 60 kB/s
+REST_S = 20.0
+CACHE_CONNECT_S = 3.0  # it is near, and there is another place to ask
+CACHE_CHUNK_S = 30.0  # for a whole chunk from a cache: one that drips is no cache. 1.2 MB in that time is 40 kB/s
 _PIECE_BYTES = 256 * 1024
 
 
@@ -36,7 +36,7 @@ class ChunkSource:
             raise ValueError("no place to fetch chunks from")
         tls = trust_only(ca_pem) if ca_pem else ssl.create_default_context() if any(u.startswith("https:") for u in base_urls) else None
         *caches, origin = base_urls
-        self._caches = [_Cache(_Place(url, tls, CACHE_TIMEOUT_S)) for url in caches]
+        self._caches = [_Cache(_Place(url, tls, CACHE_CONNECT_S)) for url in caches]
         self._origin = _Place(origin, tls, TIMEOUT_S)
         self.token = token
 
@@ -94,12 +94,12 @@ class _Cache:
 class _Place:
     """One web server, with one connection a thread that is kept open. No redirects, no proxies."""
 
-    def __init__(self, base_url: str, tls: ssl.SSLContext | None, timeout_s: float) -> None:
+    def __init__(self, base_url: str, tls: ssl.SSLContext | None, connect_s: float) -> None:
         parts = urllib.parse.urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
             raise ValueError(f"{base_url} is not http(s)://HOST[:PORT][/PATH]")
         self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
-        self._path, self._tls, self._timeout_s = parts.path.rstrip("/"), tls, timeout_s
+        self._path, self._tls, self._connect_s = parts.path.rstrip("/"), tls, connect_s
         self._local = threading.local()
 
     def get(self, sha256: str, token: str, *, until: float | None = None) -> memoryview:
@@ -117,8 +117,9 @@ class _Place:
 
     def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
         path = f"{self._path}/{sha256[:2]}/{sha256}"
-        connection, answered = self._connection(), False
+        answered = False
         try:
+            connection = self._connection()
             connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
             response = connection.getresponse()
             answered = True
@@ -143,12 +144,15 @@ class _Place:
 
         Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
         """
-        buffer, size = getattr(self._local, "buffer", None) or bytearray(), 0
+        buffer, size = getattr(self._local, "buffer", bytearray()), 0
         while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
-            if size + len(piece) > CHUNK_CAP_BYTES:
+            end = size + len(piece)
+            if end > CHUNK_CAP_BYTES:
                 raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-            buffer[size : size + len(piece)] = piece
-            size += len(piece)
+            if end > len(buffer):  # a new one: the one before may still be looked at, and such a one can not grow
+                buffer = bytearray(buffer).ljust(max(end, 2 * len(buffer)), b"\0")
+            buffer[size:end] = piece
+            size = end
             if until is not None and time.monotonic() > until:
                 raise Unreachable("the answer comes too slowly")
         if response.length:
@@ -161,10 +165,12 @@ class _Place:
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
         if connection is None:
             if self._scheme == "https":
-                connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
+                connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_s, context=self._tls)
             else:
-                connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_s)
             self._local.connection = connection
+            connection.connect()
+            connection.sock.settimeout(TIMEOUT_S)  # one that is cold waits for the origin
         return connection
 
     def _drop(self) -> None:
