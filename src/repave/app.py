@@ -165,7 +165,7 @@ def render_settings(changes: dict[str, Any]) -> str:
     for name, field in Settings.model_fields.items():
         value = changes.get(name, field.default)
         lines.append(f"# {field.description}")
-        text = f'"{value or ""}"' if not isinstance(value, int | float) else str(value)
+        text = f'"{value or ""}"' if not isinstance(value, int | float) else str(value).lower()  # TOML's true and false
         lines.append(f"{name} = {text}" if name in changes else f"#{name} = {text}")
         lines.append("")
     unknown = changes.keys() - Settings.model_fields.keys()

@@ -129,6 +129,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"each {fault}")
         return value
 
+    @field_validator("import_dir", "import_keyring", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return value or None  # an empty path would be the site's own folder
+
     @field_validator("image_formats")
     @classmethod
     def _formats(cls, value: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -112,6 +113,14 @@ def test_nothing_of_an_import_lives_on_when_the_importer_is_killed(tmp_path: Pat
     while any(map(lives, alive)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert time.monotonic() < deadline
+
+
+def test_the_way_out_is_cat_and_the_distributions_zstd(tmp_path: Path, store: ImageStore) -> None:
+    source = make_disk(tmp_path / "disk", SIZE, seed=12)
+    manifest = json.loads(store.manifest_path(take(qcow2(source), store).manifest_sha256).read_bytes())
+    files = " ".join(f"chunks/{chunk[0][:2]}/{chunk[0]}" for chunk in manifest["chunks"])
+    subprocess.run(f"cat {files} | /usr/bin/zstd -dq >{tmp_path}/out", shell=True, check=True, cwd=store.root)
+    subprocess.run(["cmp", source, tmp_path / "out"], check=True)
 
 
 def test_extents_are_exactly_the_grains_that_are_not_zero(tmp_path: Path, store: ImageStore) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from repave.api.agent import ChunkPlaces
-from repave.config import OTHER_VARIABLES, SETTINGS_FILE, load_settings, refuse_unknown_variables, split_caches
+from repave.app import render_settings
+from repave.config import OTHER_VARIABLES, SETTINGS_FILE, Settings, load_settings, refuse_unknown_variables, split_caches
 from repave.errors import RepaveError
 
 
@@ -23,6 +25,8 @@ from repave.errors import RepaveError
         ('media_url = ""', "media_url"),
         ('media_url = "https://canary:8472 10.9.0.5:8472"', "media_url"),
         ('media_url = "http://canary:99999"', "media_url"),
+        ('image_formats = "qcow2 canary"', "image_formats"),
+        ('image_formats = ""', "image_formats"),
         ('agent_url = "http://canary:8471"', "agent_url"),
         ('agent_url = "https://"', "agent_url"),
         ('agent_url = "https://[::1"', "agent_url"),
@@ -62,6 +66,20 @@ def test_a_server_is_told_its_racks_caches_then_everybodys_then_the_origin():
     assert places.list_urls("rack-7") == ["http://seven:1/chunks", *everybody]
     assert places.list_urls("row 1") == ["http://row:1/a=b", *everybody]
     assert places.list_urls("") == places.list_urls("rack-8") == everybody
+
+
+def test_no_folder_to_import_from_is_none_and_not_the_sites_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPAVE_IMPORT_KEYRING", "")
+    (tmp_path / SETTINGS_FILE).write_text('import_dir = ""\nimage_formats = "vmdk raw"\n')
+    settings = load_settings(tmp_path)
+    assert (settings.import_dir, settings.import_keyring, settings.image_formats.split()) == (None, None, ["vmdk", "raw"])
+    (tmp_path / SETTINGS_FILE).write_text('import_dir = "shelf"\n')
+    assert load_settings(tmp_path).import_dir == tmp_path / "shelf"
+
+
+def test_every_line_of_a_new_settings_file_can_be_taken_as_it_is(tmp_path):
+    text = "\n".join(line.removeprefix("#") if line.startswith("#") and not line.startswith("# ") else line for line in render_settings({}).splitlines())
+    assert set(tomllib.loads(text)) == set(Settings.model_fields)
 
 
 def test_a_mistyped_variable_is_refused_with_the_name_that_was_meant(tmp_path, monkeypatch):

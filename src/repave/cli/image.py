@@ -251,7 +251,8 @@ def verify_image(image: str, /, *, boot: bool = False, project: str | None = Non
     elif checked.is_proved:
         show(f"{found['name']} is whole, came up and proved itself: {sum(run['durations_s'].values()):.0f} s on a machine of the virtual rack.")
     else:
-        show(f"{found['name']} is whole, but did not prove itself: it ended at {run['step']}, {(run['error'] or {}).get('detail', 'too late')}")
+        why = f"{run['error']['title']} {run['error']['cause']}" if run["error"] else "It did not end in time."
+        show(f"{found['name']} is whole, but did not prove itself; it ended at {run['step']}. {why}")
         say(f"The last of its console:\n{checked.console}")
     return Exit.OK if checked.is_proved else Exit.FAILED
 

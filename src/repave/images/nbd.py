@@ -34,6 +34,7 @@ class NbdConnection:
     def __init__(self, path: Path, *, timeout_s: float) -> None:
         """Raises OSError or NbdError."""
         self._socket = socket.socket(socket.AF_UNIX)
+        self._cookie = 0  # of the last request; its answer repeats it
         self._extents = deque[tuple[int, bool]]()  # what next_data was told and has not passed
         try:
             self._socket.settimeout(timeout_s)
@@ -72,7 +73,7 @@ class NbdConnection:
         return window
 
     def next_data(self, offset: int) -> int:
-        """Where the next bytes that may not be zero begin, at or after `offset`; the disk's size where there are none. Quick where `offset` only grows."""
+        """Where the next bytes that may not be zero begin, at or after `offset`; the disk's size where there are none. `offset` must not become smaller."""
         while True:
             while self._extents:
                 end, is_zero = self._extents[0]
@@ -136,12 +137,13 @@ class NbdConnection:
                 answers[kind] = answer
 
     def _ask(self, command: int, offset: int, length: int) -> None:
-        self._socket.sendall(struct.pack(">IHHQQI", _REQUEST, 0, command, 0, offset, length))
+        self._cookie += 1
+        self._socket.sendall(struct.pack(">IHHQQI", _REQUEST, 0, command, self._cookie, offset, length))
 
     def _reply(self) -> tuple[int, int, int]:
         """Flags, kind and length of the next part of an answer."""
-        magic, flags, kind, _, length = struct.unpack(">IHHQI", self._receive(20))
-        if magic != _STRUCTURED_REPLY:
+        magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self._receive(20))
+        if magic != _STRUCTURED_REPLY or cookie != self._cookie:
             raise NbdError("an answer that is no answer")
         return flags, kind, length
 
