@@ -1,15 +1,15 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
-COUNT: machines; repetitions of `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`.
+COUNT: machines; repetitions of `boot` and `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from bench import fifty, fleet, pair, rack, scripted_batch, simulated, soak, takeover
+from bench import boot, fifty, fleet, pair, rack, scripted_batch, simulated, soak, takeover
 
-BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
+BENCHES = {"boot": boot.main, "rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
 LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main}
 
 if __name__ == "__main__":
