@@ -74,7 +74,9 @@ class Settings(BaseSettings):
         description="HTTP caches of chunks_url, separated by blanks, asked before it: URL for all servers, RACK=URL for those of one rack (%20 for a blank).",
     )
     boot_iso: Path | None = Field(default=None, description="The boot media's ISO; empty = data_dir/boot.iso, built when missing.")
-    uefi_http_boot: bool = Field(default=False, description="UEFI HTTP boot also where a BMC has virtual media; firmware must reach media_url.")
+    uefi_http_boot: Literal["never", "where-needed", "always"] = Field(
+        default="never", description="UEFI HTTP boot where a BMC has no virtual media, or always; firmware must reach media_url (docs/operations.md: the risk)."
+    )
     nic_firmware: bool = Field(default=False, description="Boot media with NICs that need firmware files; apt must know Debian's non-free-firmware.")
     cache_dir: Path | None = Field(default=None, description="Where packages for the ramdisk are kept; empty = data_dir/cache.")
     graceful_s: float = Field(default=60, ge=0, le=3600, description="Seconds an OS gets to shut down before power is cut.")

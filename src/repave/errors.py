@@ -74,7 +74,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("2105", "not_redfish", Who.BMC, False, "The address does not speak Redfish.", "The answer is not a Redfish service root.", "Check the address; enable Redfish in the BMC.", _NOTHING),
     ("2106", "no_system", Who.BMC, False, "The BMC names no server.", "No ComputerSystem of the kind we reinstall.", "Check the address: is it a chassis manager?", _NOTHING),
     ("2107", "ambiguous_system", Who.BMC, False, "The BMC names several servers.", "More than one ComputerSystem could be the host.", "repave server set NAME --system URI.", _NOTHING),
-    ("2108", "no_virtual_media", Who.BMC, False, "The BMC has no virtual CD.", "No virtual media slot that takes a CD, or no licence.", "Enable virtual media; a licence may be needed.", _NOTHING),
+    ("2108", "no_virtual_media", Who.BMC, False, "The BMC has no virtual CD.", "No virtual media slot that takes a CD, or no licence.", "Enable virtual media; a licence may be needed. Or uefi_http_boot in the settings.", _NOTHING),
     ("2109", "media_protocol", Who.BMC, False, "The BMC can not fetch our media by this protocol.", "None of the URLs has a protocol that it takes.", "Set media_https_listen and name it in media_url, or name another protocol there.", _DISK),
     ("2111", "media_rejected", Who.BMC, True, "The BMC refused our media.", "InsertMedia was answered with an error.", "Read the detail; can the BMC reach media_url?", _DISK),
     ("2112", "media_not_inserted", Who.BMC, True, "The media are not in the drive.", "InsertMedia was accepted, but reading back shows an empty or another drive.", "Can the BMC reach media_url? Then retry.", _DISK),

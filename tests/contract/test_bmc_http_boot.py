@@ -25,6 +25,7 @@ def with_http_boot(boot: dict[str, Any], targets: tuple[str, ...] = ("None", "Hd
 
 @contextmanager
 def bmc_with(fake: FakeBmc, **options: Any) -> Iterator[RedfishBmc]:
+    options = {"http_boot": "where-needed"} | options
     with start_bmc(fake), RedfishBmc(BmcAddress(fake.url, "admin", "secret"), deadline_s=10, **options) as bmc:
         yield bmc
 
@@ -65,6 +66,12 @@ def test_without_a_cd_slot_the_firmware_is_given_the_url_and_at_the_end_nothing_
         assert (boot["BootSourceOverrideEnabled"], boot["HttpBootUri"]) == ("Disabled", None)
 
 
+def test_it_is_not_done_where_the_site_does_not_say_so(slotless: FakeBmc) -> None:
+    with bmc_with(slotless, http_boot="never") as bmc:
+        assert slug_of(lambda: bmc.check_media([HTTP])) == slug_of(lambda: bmc.insert_media([HTTP])) == "no_virtual_media"
+    assert not slotless.sent("PATCH")
+
+
 def test_a_bmc_with_both_gets_virtual_media_unless_the_site_says_http(both: FakeBmc) -> None:
     with bmc_with(both) as bmc:
         bmc.insert_media([HTTP])
@@ -73,7 +80,7 @@ def test_a_bmc_with_both_gets_virtual_media_unless_the_site_says_http(both: Fake
         assert both.get(SYSTEM)["Boot"]["BootSourceOverrideTarget"] == "Cd" and both.get(SYSTEM)["Boot"]["HttpBootUri"] is None
         bmc.eject_media()
         bmc.boot_from_disk()
-    with bmc_with(both, http_boot=True) as bmc:
+    with bmc_with(both, http_boot="always") as bmc:
         bmc.insert_media([HTTP])
         bmc.boot_from_media_once()
         assert both.get(f"{SYSTEM}/VirtualMedia/CD")["Image"] is None
@@ -88,7 +95,7 @@ def test_the_target_without_a_place_for_the_url_is_not_http_boot_nor_the_place_w
         del boot["HttpBootUri"]
     else:
         boot["BootSourceOverrideTarget@Redfish.AllowableValues"].remove("UefiHttp")
-    with bmc_with(slotless, http_boot=True) as bmc:
+    with bmc_with(slotless, http_boot="always") as bmc:
         assert slug_of(lambda: bmc.check_media([HTTP])) == slug_of(lambda: bmc.insert_media([HTTP])) == "no_virtual_media"
     assert not slotless.sent("PATCH")
 
@@ -146,7 +153,7 @@ def test_machines_of_the_corpus_that_offer_the_target_boot_by_http_once_they_hav
     assert len(offering) >= 3
     for machine in offering:
         fake = FakeBmc(machine)
-        with bmc_with(fake, http_boot=True) as bmc:
+        with bmc_with(fake, http_boot="always") as bmc:
             facts = bmc.probe()
             assert "UefiHttp" in facts.boot_targets
             at = facts.system_uri + ("/Settings" if "nvidia" in machine else "")

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from sushy import exceptions as sushy_errors
@@ -65,13 +65,14 @@ class RedfishBmc(Bmc):
 
     `recognize` is given serial and UUID with each reading of the system, so before each call changes anything; what it raises is the answer.
     `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
-    Where no CD slot takes media, or `http_boot` says so, and the BMC has HttpBootUri, "media" below are what the firmware fetches itself (UEFI HTTP boot).
+    Where the BMC has HttpBootUri and `http_boot` is `always`, or `where-needed` and no CD slot takes media, "media" below are what the firmware
+    fetches itself (UEFI HTTP boot).
     """
 
     def __init__(
         self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None,
         before_write: Callable[[], None] = lambda: None, recognize: Callable[[str, str], None] = lambda serial, uuid: None, paths: Paths | None = None,
-        http_boot: bool = False,
+        http_boot: Literal["never", "where-needed", "always"] = "never",
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
         self._recognize, self._http_boot = recognize, http_boot
@@ -177,7 +178,7 @@ class RedfishBmc(Bmc):
             system = self._read_system()  # as for insert_media: another server's empty drive says nothing of ours
             by_http = folder.casefold() in quirks.http_uri(self._boot(system)[1]).casefold()
             is_ours = {uri: quirks.shows_image_under(self._get(uri)[0], folder) for uri in self._find_slots()}
-            if not is_ours and not self._has_http_boot(system):
+            if not is_ours and not (self._http_boot != "never" and self._has_http_boot(system)):
                 raise BmcError("no_virtual_media")  # a BMC that has just come back may show none yet
             if by_http or any(is_ours.values()):
                 self._reach_boot_from_disk()  # first: while the media are in, it is known whose override it is
@@ -590,9 +591,9 @@ class RedfishBmc(Bmc):
         return "HttpBootUri" in boot and "UefiHttp" in allowed
 
     def _comes_by_http(self, system: dict[str, Any]) -> bool:
-        if not self._has_http_boot(system):
+        if self._http_boot == "never" or not self._has_http_boot(system):
             return False
-        return self._http_boot or not (self._find_slots() and self._paths.way)
+        return self._http_boot == "always" or not (self._find_slots() and self._paths.way)
 
     def _insert_by_http(self, system: dict[str, Any], urls: Sequence[str]) -> str:
         """The next boot fetches the image at the URL returned. Target and URL in one request: alone, some BMCs ignore the URL (S)."""
