@@ -15,6 +15,7 @@ kind, url, sha256, device = sys.argv[1:]
 cfg.CONF([], project="ironic-python-agent")
 info = {"id": "bench", "urls": [url], "os_hash_algo": "sha256", "os_hash_value": sha256, "disk_format": kind, "image_type": "whole-disk"}
 extension = standby.StandbyExtension()
+extension.partition_uuids = {}  # its caller sets it
 if kind == "raw":
     extension._stream_raw_image_onto_device(info, device)
 else:

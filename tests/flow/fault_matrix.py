@@ -171,7 +171,7 @@ MACHINES: tuple[Row, ...] = (
         "flow/test_batches.py::test_a_new_os_that_never_calls_home_is_an_error_and_its_late_proof_ends_it",
     )),
     Row(33, True, "The agent dies while it writes",
-        "It is started again in the same boot and keeps what is verifiably on the disk; meanwhile the disk can not boot. One that stays away ends the run in error.", (
+        "Started again in the same boot, it keeps what is verifiably on the disk; meanwhile that can not boot. One that stays away ends the run in error.", (
         "flow/test_agent_killed.py::test_an_agent_killed_before_the_line_and_again_while_it_writes_is_started_again_and_the_run_ends_running",
         "unit/test_agent_writer.py::test_killed_at_any_stage_the_disk_can_not_boot_and_the_next_write_repairs_it",
         "flow/test_reinstall_workflow.py::test_an_agent_that_falls_silent_after_the_line_ends_in_error_powered_off",
