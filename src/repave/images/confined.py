@@ -71,12 +71,13 @@ def open_qemu_disk(fd: int, header: ImageHeader, *, readers: int) -> Iterator[tu
         said = stack.enter_context(tempfile.TemporaryFile())
         if header.format != "vhd":  # no check for it; foreign.py did what one would
             _check(confined, name, fd, said)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repave-nbd-")))
-        server = _start([*confined, _tool("qemu-nbd"), "--read-only", f"--shared={readers + 1}", f"--socket={folder / 's'}", name], fd, said)
-        stack.callback(server.wait)
-        stack.callback(server.kill)
         try:
-            connections = _connect(folder / "s", server, readers + 1, stack)
+            with tempfile.TemporaryDirectory(prefix="repave-nbd-") as folder:  # gone when all are connected, so that nobody's death leaves it
+                path = Path(folder) / "s"
+                server = _start([*confined, _tool("qemu-nbd"), "--read-only", f"--shared={readers + 1}", f"--socket={path}", name], fd, said)
+                stack.callback(server.wait)
+                stack.callback(server.kill)
+                connections = _connect(path, server, readers + 1, stack)
             yield QemuDisk(connections), notes
         except (NbdError, TimeoutError, ConnectionError) as e:
             raise _refused(f"qemu-nbd can not read it: {e}", said, name) from e
