@@ -9,8 +9,8 @@ import sys
 
 from bench import fifty, fleet, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover
 
-BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main, "serving": serving.main}
-LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "spread": spread.main}
+BENCHES = {"rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
+LONG = {"fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "serving": serving.main, "spread": spread.main}
 
 if __name__ == "__main__":
     name, *counts = sys.argv[1:] or ["all"]
