@@ -44,7 +44,7 @@ KEY = b"the bench's chunk key"
 
 
 def main(rounds: int = ROUNDS) -> None:
-    """Prints two tables. 3 minutes on 2 cores."""
+    """Prints two tables. 6 minutes on 2 cores."""
     folder = Path(tempfile.mkdtemp(prefix="rpc-", dir="/tmp"))
     folder.chmod(0o755)
     try:

@@ -38,7 +38,7 @@ from repave.workflow.reinstall import DEFAULT_WAITS, Effects, Waits, reinstall
 from repave.workflow.run import Json, Run, open_message
 
 QUEUE = "reinstalls"
-APPLICATION_VERSION = "2"  # changes with the order or names of the workflow's steps, and with which errors (errors.py) it tries again after
+APPLICATION_VERSION = "3"  # changes with the order or names of the workflow's steps, and with which errors (errors.py) it tries again after
 CONCURRENT_RUNS = 200
 RECONCILE_S = 15.0
 SILENCE_S = 120.0  # past the lease: the agent renews every few seconds, so this is no slow network
