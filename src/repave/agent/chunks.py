@@ -145,11 +145,13 @@ class _Place:
         Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
         """
         buffer, size = getattr(self._local, "buffer", bytearray()), 0
+        if len(buffer) < (said := min(response.length or 0, CHUNK_CAP_BYTES)):
+            buffer = bytearray(said)
         while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
             end = size + len(piece)
             if end > CHUNK_CAP_BYTES:
                 raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-            if end > len(buffer):  # a new one: the one before may still be looked at, and such a one can not grow
+            if end > len(buffer):  # no length was said. A new one: the one before may still be looked at, and such a one can not grow
                 buffer = bytearray(buffer).ljust(max(end, 2 * len(buffer)), b"\0")
             buffer[size:end] = piece
             size = end

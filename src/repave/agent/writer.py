@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import mmap
 import os
 import threading
@@ -159,7 +158,8 @@ class _Write:
         self._lock = threading.Lock()
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
         self._kept: set[int] = set()  # windows that the disk held already
-        self._samples: list[_Sample] = []
+        self._samples: list[_Sample] = []  # of what was written
+        self._gaps: list[_Sample] = []  # the first of each window
         self._body = (MIB, manifest.size_bytes)  # bytes of the disk that stage "write" fills
 
     @contextmanager
@@ -314,6 +314,8 @@ class _Write:
             else:
                 self.disk.make_zero(offset + piece.start, piece.end - piece.start)
         self._samples.extend(self._samples_of(index, view, [p for p in pieces if p.is_data]))
+        if (gap := next((p for p in pieces if not p.is_data), None)) is not None:
+            self._gaps.append(_Sample(f"a gap of chunk {index}", offset + gap.start, min(gap.end - gap.start, SAMPLE_BYTES), None))
         self.report(sum(size for _, size in chunk.extents))
 
     def _fetch_chunk(self, index: int) -> Any:
@@ -331,12 +333,13 @@ class _Write:
         """The window's data and gaps in order, as far as they belong to the body."""
         offset, length = self.manifest.window(index)
         low, high = (min(max(edge - offset, 0), length) for edge in self._body)
-        edges = [e for start, size in self.manifest.chunks[index].extents for e in (start, start + size)]
-        found = []
-        for is_data, (start, end) in zip(itertools.cycle((False, True)), itertools.pairwise([0, *edges, length])):
-            start, end = max(start, low), min(end, high)
-            if start < end:
-                found.append(_Piece(is_data, start, end))
+        found, end = [], low
+        for start, size in (*self.manifest.chunks[index].extents, (length, 0)):
+            if end < (gap_end := min(start, high)):
+                found.append(_Piece(False, end, gap_end))
+            start, end = max(start, low), max(end, min(start + size, high))
+            if start < end and size:
+                found.append(_Piece(True, start, end))
         return found
 
     def _is_whole(self, index: int) -> bool:
@@ -360,14 +363,7 @@ class _Write:
         return [_Sample(f"chunk {i}", *m.window(i), bytes.fromhex(m.chunks[i].raw_sha256)) for i in whole[:: 1 if all_of_it else WHOLE_EVERY]]
 
     def _zero_probes(self) -> list[_Sample]:
-        gaps = [
-            _Sample(f"a gap of chunk {i}", self.manifest.window(i)[0] + p.start, min(p.end - p.start, SAMPLE_BYTES), None)
-            for i in range(len(self.manifest.chunks))
-            if i not in self._kept
-            for p in self._pieces(i)[:2]
-            if not p.is_data
-        ]
-        return gaps[:: max(1, len(gaps) // ZERO_PROBES)]
+        return self._gaps[:: max(1, len(self._gaps) // ZERO_PROBES)]
 
     def _verify(self, sample: _Sample, buffer: memoryview) -> None:
         self.may_go_on()
