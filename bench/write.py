@@ -92,18 +92,22 @@ def main(rounds: int = 5) -> None:
         link(rounds, ram, files)
 
 
-def prepare_tools() -> Path:
-    """The peers, from the registries; returns ironic-python-agent's Python."""
-    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-    if missing:
+def install(tools: dict[str, str]) -> None:
+    """Debian's packages of the tools that are missing."""
+    if missing := [package for tool, package in tools.items() if shutil.which(tool) is None]:
         print(f"installing {' '.join(missing)}", flush=True)
         subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare_tools() -> Path:
+    """The peers, from the registries; returns ironic-python-agent's Python."""
+    install(TOOLS)
     venv = default_cache() / "bench-ironic-python-agent"
     if not (venv / "ready").exists():
         print("installing ironic-python-agent", flush=True)
         subprocess.run(["/usr/bin/python3", "-m", "venv", "--clear", venv], check=True)
-        install = [venv / "bin/pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "-r", HERE / "ironic-python-agent.txt"]
-        subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+        command = [venv / "bin/pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "-r", HERE / "ironic-python-agent.txt"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         (venv / "ready").touch()
     return venv / "bin/python"
 

@@ -185,7 +185,7 @@ def _packed_windows(disk: _Disk, size: int, pool: ThreadPoolExecutor) -> Iterato
         if data_at < offset:
             data_at = disk.next_data(offset)
         if data_at < offset + length:
-            pending.append(pool.submit(_pack, disk, offset, length).result)
+            pending.append(pool.submit(lambda at, size: pack_window(disk.read(at, size)), offset, length).result)
         else:
             pending.append(functools.partial(_zero_window, length))
         if len(pending) > 2 * THREADS:
@@ -194,16 +194,16 @@ def _packed_windows(disk: _Disk, size: int, pool: ThreadPoolExecutor) -> Iterato
         yield pending.popleft()()
 
 
-def _pack(disk: _Disk, offset: int, length: int) -> tuple[Chunk, bytes]:
-    window = disk.read(offset, length)
+def pack_window(window: bytes | bytearray) -> tuple[Chunk, bytes]:
+    """The window's chunk, and its compressed bytes."""
     extents: list[tuple[int, int]] = []
-    for at in range(0, length, ZERO_BYTES):
+    for at in range(0, len(window), ZERO_BYTES):
         grain = window[at : at + ZERO_BYTES]
         if grain == _ZERO_GRAIN[: len(grain)]:
             continue
         start, size = extents.pop() if extents and sum(extents[-1]) == at else (at, 0)
         extents.append((start, size + len(grain)))
-    return _compress(window, tuple(extents)) if extents else _zero_window(length)
+    return _compress(window, tuple(extents)) if extents else _zero_window(len(window))
 
 
 @functools.lru_cache(maxsize=4)
