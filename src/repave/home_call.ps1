@@ -92,6 +92,8 @@ public static class RepaveHome
         request.Method = "POST";
         request.ContentType = "application/json";
         request.Headers["Authorization"] = "Bearer " + nonce;
+        string asked = Guid.NewGuid().ToString("N");
+        request.Headers["X-Repave-Ask"] = asked;
         request.Proxy = null;
         request.Timeout = 10000;
         request.AllowAutoRedirect = false;
@@ -103,12 +105,18 @@ public static class RepaveHome
         try
         {
             using (Stream stream = request.GetRequestStream()) stream.Write(data, 0, data.Length);
-            using (HttpWebResponse response = (HttpWebResponse)request.GetResponse()) return (int)response.StatusCode;
+            using (HttpWebResponse response = (HttpWebResponse)request.GetResponse()) return StatusOf(response, asked);
         }
         catch (WebException error)
         {
-            using (HttpWebResponse response = error.Response as HttpWebResponse) return response == null ? 0 : (int)response.StatusCode;
+            using (HttpWebResponse response = error.Response as HttpWebResponse) return StatusOf(response, asked);
         }
+    }
+
+    // An answer repeats what was asked with, or it is another run's.
+    static int StatusOf(HttpWebResponse response, string asked)
+    {
+        return response != null && response.Headers["X-Repave-Ask"] == asked ? (int)response.StatusCode : 0;
     }
 
     static bool IsSignedBy(X509Certificate2 ca, X509Certificate2 shown)

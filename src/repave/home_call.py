@@ -167,14 +167,17 @@ def call_home(home: dict[str, Any], home_url: str, nonce: str, ca_pem: str, *, r
     url = urllib.parse.urlsplit(home_url)
     context = ssl.create_default_context(cadata=ca_pem)
     headers = {"Authorization": "Bearer " + nonce, "Content-Type": "application/json"}
+    asked = "X-Repave-Ask"  # as repave.agent.protocol has it: an answer repeats it, or it is another run's
     end = time.monotonic() + give_up_s
     said = ""
     while True:
         connection = http.client.HTTPSConnection(url.hostname or "", url.port, timeout=10, context=context)
         try:
-            connection.request("POST", url.path, json.dumps(home), headers)
-            status = connection.getresponse().status
-            outcome = "the server answered %d" % status  # noqa: UP031
+            value = os.urandom(8).hex()
+            connection.request("POST", url.path, json.dumps(home), dict(headers, **{asked: value}))
+            response = connection.getresponse()
+            status = response.status if response.getheader(asked) == value else 0
+            outcome = "the server answered %d" % response.status if status else "an answer to another request"  # noqa: UP031
         except (OSError, http.client.HTTPException) as error:
             status, outcome = 0, "no answer: %s" % error  # noqa: UP031
         finally:

@@ -237,7 +237,6 @@ ENDINGS = {
     "stopped-whole": "after the line: `error`, off; the image is whole, but nobody heard it",
     "stopped-clean": "`error`, off: counted as crossed, though nothing was written",
     "unproved": "`error`, on: the image is whole; the proof, once it is heard, makes it `running`",
-    "unheard": "the same, and no proof will come: reinstall it",
 }
 FAULTS = {
     "latency": "answered late", "black-hole": "never answered", "reset": "connection reset", "status": "answered 503", "truncated": "half an answer",

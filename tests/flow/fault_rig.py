@@ -274,18 +274,14 @@ def _judge_stopped_clean(rig: FaultRig, cell: Cell, name: str, run: Json, before
     return _judge_off(rig, name, run) or _differ(disk=(rig.disk_digest(name) == before.digest, True))
 
 
-def _judge_unheard(rig: FaultRig, cell: Cell, name: str, run: Json, before: Before) -> str:
+def _judge_unproved(rig: FaultRig, cell: Cell, name: str, run: Json, before: Before) -> str:
     status = rig.status(name)
-    return _differ(
+    wrong = _differ(
         outcome=(run["outcome"], "unproved"),
         state=((status["state"], status["operation_state"]), ("error", "reinstall-failed")),
         bmc=(rig.bmc(name), AT_REST | {"power": "On"}),
         differences=(rig.differences(name, rig.folder / f"{cell.image}.raw"), []),
     )
-
-
-def _judge_unproved(rig: FaultRig, cell: Cell, name: str, run: Json, before: Before) -> str:
-    wrong = _judge_unheard(rig, cell, name, run, before)
     rig.set_cell(None, name)
     if not wrong:  # the new OS goes on calling
         wait_until(lambda: rig.status(name)["state"] == "running", deadline_s=60, what=lambda: f"the late proof of {name} did not count")
@@ -303,7 +299,7 @@ def _judge_return_failed(rig: FaultRig, cell: Cell, name: str, run: Json, before
 
 JUDGES: dict[str, Callable[[FaultRig, Cell, str, Json, Before], str]] = {
     "running": _judge_running, "returned": _judge_returned, "stopped": _judge_stopped, "stopped-whole": _judge_stopped_whole,
-    "stopped-clean": _judge_stopped_clean, "unproved": _judge_unproved, "unheard": _judge_unheard, "return-failed": _judge_return_failed,
+    "stopped-clean": _judge_stopped_clean, "unproved": _judge_unproved, "return-failed": _judge_return_failed,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ All requests go to the provisioning listener over TLS verified with our CA alone
     POST /agent/v1/report        session       Report -> {"then": "power-off"}
     POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
 
-Each request of the agent's carries a random value in `ASK_HEADER`; its answer, a refusal too, repeats it. Any other answer counts as none.
+Each request, the new OS's too, carries a random value in `ASK_HEADER`; its answer, a refusal too, repeats it. Any other answer counts as none.
 
 Chunks come from the plan's `chunk_urls` (agent/chunks.py), by a token that expires with the run's deadline (images/chunk_token.py):
 
