@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 from conftest import wait_until
@@ -31,9 +30,8 @@ def test_an_agent_killed_before_the_line_and_again_while_it_writes_is_started_ag
     lab.reinstall(["lab01"], "heavy")
     batch = lab.newest_batch()
     kill_agent(lab, "lab01")
-    for part in (0.1, 0.5):
-        wait_until(lambda: lab.runs(batch)["lab01"]["past_the_line"], deadline_s=60, what=lambda: lab.describe(batch))
-        time.sleep(part)
+    for said in ("stage write", "stage compare"):  # the second agent looks what the first one wrote
+        wait_until(lambda said=said: said in lab.console("lab01"), deadline_s=60, what=lambda: lab.describe(batch))
         kill_agent(lab, "lab01")
     runs = lab.wait_for_end(batch)
     assert runs["lab01"]["state"] == "running" and runs["lab01"]["error"] is None, lab.describe(batch)
