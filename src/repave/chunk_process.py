@@ -40,7 +40,8 @@ def start_chunk_process(listener: socket.socket, images_dir: Path, key_path: Pat
             with lock:
                 if over.is_set():
                     return
-                started.append(start())
+                with contextlib.suppress(OSError):  # no memory, no process: tried again after another AGAIN_S
+                    started.append(start())
                 del started[:-1]
 
     lock = threading.Lock()

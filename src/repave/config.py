@@ -191,6 +191,9 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         if not settings.chunks_listen:
             raise RepaveError("bad-request", "chunks_listen is empty: chunks_url is needed.", field="chunks_url")
         host = urlsplit(settings.agent_url).hostname or ""
+        if _is_here_alone(settings.chunks_listen) and not _is_here_alone(settings.provisioning_listen):
+            said = f"chunks_listen {settings.chunks_listen} is this machine alone, and servers ask elsewhere for all else: give it provisioning_listen's host."
+            raise RepaveError("bad-request", said, field="chunks_listen")
         settings.chunks_url = f"https://{f'[{host}]' if ':' in host else host}:{split_listen(settings.chunks_listen)[1]}/chunks"
     if not 2 * settings.worker_beat_s <= settings.worker_fence_s < settings.worker_lease_s:
         raise RepaveError("bad-request", "worker_beat_s, worker_fence_s, worker_lease_s: twice the first at most the second, that less than the third.")
@@ -198,6 +201,11 @@ def load_settings(folder: Path, file: Path | None = None) -> Settings:
         if (path := getattr(settings, name)) is not None:
             setattr(settings, name, (folder / path).resolve())
     return settings
+
+
+def _is_here_alone(listen: str) -> bool:
+    host, _ = split_listen(listen)
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def refuse_unknown_variables(environment: Iterable[str]) -> None:

@@ -107,6 +107,10 @@ public static class RepaveHome
             using (Stream stream = request.GetRequestStream()) stream.Write(data, 0, data.Length);
             using (HttpWebResponse response = (HttpWebResponse)request.GetResponse()) return StatusOf(response, asked);
         }
+        catch (IOException)  // a connection that broke while it was written to
+        {
+            return 0;
+        }
         catch (WebException error)
         {
             using (HttpWebResponse response = error.Response as HttpWebResponse) return StatusOf(response, asked);
@@ -151,7 +155,8 @@ function Register-AfterSetup {
 # The partition that is this run's config drive: disk, offset, size, and its text. An ISO 9660 volume (ECMA-119, 8.4) with our nonce in it.
 function Find-ConfigDrive {
     foreach ($partition in Get-Partition | Where-Object { $_.Size -ge $MiB / 16 -and $_.Size -le 256 * $MiB }) {
-        $data = [RepaveHome]::ReadDisk($partition.DiskNumber, $partition.Offset, [int] [Math]::Min([uint64] $partition.Size, [uint64] (8 * $MiB)))
+        $count = [int] [Math]::Min([uint64] $partition.Size, [uint64] (8 * $MiB))
+        try { $data = [RepaveHome]::ReadDisk($partition.DiskNumber, $partition.Offset, $count) } catch { continue }  # offline, or an empty card reader
         $text = [Text.Encoding]::GetEncoding(28591).GetString($data)  # a character for each byte
         if ($text.Substring(32769, 5) -ceq 'CD001' -and $text.Substring(32808, 8) -eq 'config-2' -and $text.Contains($Config.nonce)) {
             return @{ Disk = $partition.DiskNumber; Offset = $partition.Offset; Size = $partition.Size; Text = $text }

@@ -123,7 +123,7 @@ def _always() -> list[Cell]:
         "manifest": dict.fromkeys(ALWAYS, "returned"),
         "cross": dict.fromkeys(NEVER_HEARD, "returned") | dict.fromkeys(("truncated", "lost-answer"), "stopped-clean"),
         "config-drive": dict.fromkeys(ALWAYS, "stopped-clean"),
-        "chunk": dict.fromkeys(ALWAYS, "stopped-clean"),  # the first is fetched before anything is cleared
+        "chunk": dict.fromkeys(ALWAYS, "returned"),  # the first is fetched before the line
         "later-chunk": dict.fromkeys((*ALWAYS, "stale"), "stopped"),
         "progress": dict.fromkeys((*ALWAYS, "stale"), "running"),
         "report": dict.fromkeys(NEVER_HEARD, "stopped-whole") | dict.fromkeys(("truncated", "lost-answer"), "running"),

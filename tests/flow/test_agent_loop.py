@@ -409,10 +409,13 @@ def test_a_dead_cache_and_a_lying_one_do_not_keep_an_agent_from_its_chunks(rack:
     assert rack.end.reports[-1]["verified"]
 
 
-def test_an_agent_that_is_refused_its_chunks_stops(rack: Rack) -> None:
-    rack.end.chunk_status = 401
+@pytest.mark.parametrize("status", [401, 404])
+def test_an_agent_that_can_not_have_chunks_finds_out_before_the_line(rack: Rack, status: int) -> None:
+    """The bug: the chunk server was first asked past the line, so that a wrong chunks_url cost the server its OS."""
+    rack.end.chunk_status = status
     assert rack.run() == 1
-    assert [r["error"]["class"] for r in rack.end.reports] == ["stale-run"] and rack.state["ended"] == "power-off"
+    assert [r["error"]["class"] for r in rack.end.reports] == ["chunks-unreachable"] and rack.untouched()
+    assert "/agent/v1/cross" not in rack.end.bodies
 
 
 def test_a_damaged_chunk_ends_the_run_and_the_disk_cannot_boot(rack: Rack) -> None:

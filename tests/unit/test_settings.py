@@ -59,6 +59,16 @@ def test_chunks_are_where_agents_are_unless_it_is_said(tmp_path, text, url):
     assert load_settings(tmp_path).chunks_url == url
 
 
+def test_a_site_that_is_asked_from_elsewhere_does_not_serve_chunks_to_itself_alone(tmp_path):
+    """The bug: after an upgrade `chunks_listen` was loopback, and servers were told this host's outer address: each run ended past the line."""
+    (tmp_path / SETTINGS_FILE).write_text('provisioning_listen = "10.9.0.5:8471"\nagent_url = "https://10.9.0.5:8471"\n')
+    with pytest.raises(RepaveError, match="chunks_listen"):
+        load_settings(tmp_path)
+    with (tmp_path / SETTINGS_FILE).open("a") as f:
+        f.write('chunks_listen = "0.0.0.0:8473"\n')
+    assert load_settings(tmp_path).chunks_url == "https://10.9.0.5:8473/chunks"
+
+
 def test_a_server_is_told_its_racks_caches_then_everybodys_then_the_origin():
     caches = split_caches("http://all:1/chunks rack-7=http://seven:1/chunks row%201=http://row:1/a=b http://c/a=b")
     places = ChunkPlaces(b"", "https://origin/chunks", tuple(caches))

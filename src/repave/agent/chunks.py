@@ -40,15 +40,22 @@ class ChunkSource:
         self._origin = _Place(origin, tls, TIMEOUT_S)
         self.token = token
 
+    def prove(self, sha256: str, *, while_true: Callable[[], bool]) -> bytes:
+        """A chunk of the origin's, by which it is known that it can be had when caches fail. To be verified. Raises as `fetch` does."""
+        return bytes(self._insist(sha256, (), while_true))
+
     def fetch(self, sha256: str, *, while_true: Callable[[], bool] = lambda: False) -> memoryview:
         """The chunk's bytes, until this thread fetches the next: verified where a cache gave them, to be verified where the origin did.
 
         Asks all places again while none has an answer and `while_true()`. Raises: Refused where the origin answers 4xx; Unreachable where nobody has
         an answer; ValueError where the origin's is too long.
         """
+        return self._insist(sha256, self._caches, while_true)
+
+    def _insist(self, sha256: str, caches: Sequence[_Cache], while_true: Callable[[], bool]) -> memoryview:
         tries = 0
         while True:
-            for cache in self._caches:
+            for cache in caches:
                 if (found := cache.find(sha256, self.token)) is not None:
                     return found
             try:

@@ -127,6 +127,7 @@ class Agent:
         self._client = Client(slot.agent_url, ca_pem=slot.ca_pem, token=slot.token)
         self._epoch = 0
         self._wrote = wrote
+        self._proved: dict[str, bytes] = {}  # the chunk that was fetched before the line
         self._writing = wrote.exists()
 
     def run(self) -> int:
@@ -142,6 +143,8 @@ class Agent:
                 manifest = self._fetch_manifest(plan, disk, inventory)
                 for note in self._machine.protect_others(disk):
                     self._console.say(note)
+                if not self._writing:
+                    self._prove_chunks(manifest, chunks)
                 if plan.rehearse:
                     return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest, chunks)))
                 lease = self._cross(plan)
@@ -196,6 +199,21 @@ class Agent:
             raise RunFailed("arch-mismatch", seen)
         self._console.say(f"manifest: {len(manifest.chunks)} chunks, {manifest.data_bytes} bytes to write")
         return manifest
+
+    def _prove_chunks(self, manifest: Manifest, chunks: ChunkSource) -> None:
+        """Before the line: the first chunk that will be written is here. An origin that can not be reached then costs nothing but the run."""
+        first = next((c for c in manifest.chunks if c.extents), None)
+        for _ in range(TRIES if first else 0):
+            assert first is not None
+            try:
+                data = chunks.prove(first.sha256, while_true=self._patience())
+            except (Refused, Unreachable, ValueError) as reason:
+                raise RunFailed("chunks-unreachable", self._console.clean(f"{reason}.")) from None
+            if hashlib.sha256(data).hexdigest() == first.sha256:
+                self._proved = {first.sha256: data}
+                return
+        if first:
+            raise RunFailed("image-damaged", f"The first chunk came {TRIES} times with another digest than its manifest names.")
 
     def _measure(self, manifest: Manifest, chunks: ChunkSource) -> dict[str, Any]:
         """What a rehearsal learns: how much there is to fetch, and how fast its first chunks come. They are verified and thrown away."""
@@ -261,6 +279,8 @@ class Agent:
             )
 
     def _fetch_chunk(self, chunks: ChunkSource, sha256: str, lease: Lease) -> memoryview:
+        if (proved := self._proved.pop(sha256, None)) is not None:
+            return memoryview(proved)
         try:
             return chunks.fetch(sha256, while_true=lease.is_valid)
         except Refused as refused:

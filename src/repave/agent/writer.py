@@ -10,7 +10,8 @@ The order (design decision 12; reference: OVMF boots from a leftover backup GPT 
     boot-entry    the caller's `boot_entry`
     seal          LBA 1 onward, flush, read back; then LBA 0 alone, last, flush
 
-Without a config drive the disk becomes the image bit for bit (`repave.agent.alone`); its last MiB, behind the image, is zeroed all the same.
+Without a config drive the disk becomes the image bit for bit (`repave.agent.alone`); where anything is written, its last MiB, behind the image, is
+zeroed all the same.
 Imports nothing but the stdlib, zstandard and repave's image format and errors.
 """
 
@@ -76,7 +77,7 @@ def write_image(
     resume: bool = False,
     read_back_all: bool = False,
 ) -> WriteResult:
-    """Afterwards the disk boots the image, and every byte of it was verified.
+    """Afterwards the disk boots the image: every byte was verified before it was written, and what was written read back by samples, or all of it.
 
     Destroys: what is on `device`, a block device (opened with O_EXCL: the caller must not hold it so) or a plain file of `disk_bytes`.
     Repeatable: from the start. Until the last write, the first sector is zero.
@@ -100,6 +101,7 @@ def write_image(
         w = _Write(disk, manifest, fetch, keep_writing, progress, read_back_all)
         if resume:
             with w.stage("compare"):
+                disk.flush()  # what another program has just written is on the disk before it is looked at
                 w.compare()
         if config_drive is not None or not w.is_whole_image():
             tables = w.plan_tables(config_drive, partition_guid)
@@ -213,7 +215,7 @@ class _Write:
         m, disk = self.manifest, self.disk
         first = self._read_first_mib()
         if config_drive is None:
-            if m.size_bytes > disk.size_bytes:
+            if max(m.size_bytes, 2 * MIB) > disk.size_bytes:
                 raise RunFailed("disk-too-small", f"The image has {m.size_bytes} bytes, the disk {disk.size_bytes}.")
             tables = Tables(first[: m.sector_bytes], first[m.sector_bytes :], disk.size_bytes, b"", disk.size_bytes, 0, ())
         else:
@@ -302,20 +304,25 @@ class _Write:
         m = self.manifest
         offset, length = m.window(index)
         chunk, view = m.chunks[index], buffer[:length]
+        pieces = self._pieces(index)
+        if not pieces:
+            return
         if chunk.extents:
             _decode(m, index, self._held.pop(index, None) or self._fetch_chunk(index), view)
         elif chunk.raw_sha256 != _zeros_sha256(length):
             raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
         self.may_go_on()
-        pieces = self._pieces(index)
         for piece in pieces:
             if piece.is_data:
                 self.disk.write(offset + piece.start, view[piece.start : piece.end])
             else:
                 self.disk.make_zero(offset + piece.start, piece.end - piece.start)
         self._samples.extend(self._samples_of(index, view, [p for p in pieces if p.is_data]))
-        if (gap := next((p for p in pieces if not p.is_data), None)) is not None:
-            self._gaps.append(_Sample(f"a gap of chunk {index}", offset + gap.start, min(gap.end - gap.start, SAMPLE_BYTES), None))
+        gaps = [_Sample(f"a gap of chunk {index}", offset + p.start, p.end - p.start, None) for p in pieces if not p.is_data]
+        if self._read_back_all and not self._is_whole(index):  # which no digest of the manifest covers
+            self._samples.extend(gaps)
+        elif gaps:
+            self._gaps.append(gaps[0]._replace(length=min(gaps[0].length, SAMPLE_BYTES)))
         self.report(sum(size for _, size in chunk.extents))
 
     def _fetch_chunk(self, index: int) -> Any:
@@ -410,8 +417,13 @@ class _Write:
         workers = [threading.Thread(target=loop, name=f"writer-{n}") for n in range(WORKERS)]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
+        try:
+            for worker in workers:
+                worker.join()
+        finally:  # Ctrl-C too: none may go on when the disk is closed
+            stop.set()
+            for worker in workers:
+                worker.join()
         if errors:
             raise errors[0]
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import anyio
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.concurrency import run_in_threadpool
@@ -29,6 +30,7 @@ from repave.store import new_id
 
 router = APIRouter(route_class=ProblemRoute, prefix="/images")
 imports = APIRouter(route_class=ProblemRoute, prefix="/imports")
+_LIMIT = anyio.CapacityLimiter(4)  # imports that fetch or store; the others wait, and not in the threads that answer all else
 _PIECE_BYTES = 1 << 20  # written and hashed at once, in a thread: fewer hops, and the event loop stays free
 
 
@@ -111,7 +113,7 @@ async def add_image(
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         source = _parse_source(await _read_small(request))
         with _under_way(wanted) as progress:
-            return await run_in_threadpool(_import_path if source.path else _import_url, wanted, source, progress)
+            return await anyio.to_thread.run_sync(_import_path if source.path else _import_url, wanted, source, progress, limiter=_LIMIT)
     with _under_way(wanted) as progress:
         file, room_bytes = await run_in_threadpool(_make_room, scope, name, announced_bytes)
         try:
@@ -122,7 +124,7 @@ async def add_image(
             except OSError as error:  # whoever else writes to this disk was faster
                 raise _full(error) from None
             _compare(sha256, x_repave_sha256)
-            return await run_in_threadpool(_store_image, wanted, file, progress)
+            return await anyio.to_thread.run_sync(_store_image, wanted, file, progress, limiter=_LIMIT)
         finally:
             file.unlink(missing_ok=True)
 
@@ -208,6 +210,8 @@ def _full(error: OSError) -> Exception:
 def _refuse_taken(scope: Scope, name: str) -> None:
     if any(i.name == name for i in scope.store.images.list_images(scope.project_id)):
         raise RequestError("conflict", f"An image {name!r} exists already.", field="name")
+    if sum((i.project_id, i.name) == (scope.project_id, name) for i in scope.desk.imports) > 1:
+        raise RequestError("conflict", f"An image {name!r} is being imported.", field="name")
 
 
 def _make_room(scope: Scope, name: str, announced_bytes: int) -> tuple[Path, int]:

@@ -23,7 +23,7 @@ DEFAULT_ENDPOINT = "http://127.0.0.1:8470"
 LAB_FILE = Path(".repave/lab.json")
 ADMIN_FILE = "admin.json"
 _TIMEOUT_S = (5, 120)  # connecting; an answer (adding a server waits for its BMC)
-_UPLOAD_TIMEOUT_S = 3600  # the answer to an upload comes when the image is stored
+_UPLOAD_TIMEOUT_S = 8 * 3600  # the answer comes when the image is fetched (six hours at most) and stored; /imports tells how far it is
 
 
 @dataclass(frozen=True)

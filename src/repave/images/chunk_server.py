@@ -30,6 +30,7 @@ from repave.images.chunk_token import find_token_run
 AT_ONCE = 4  # as many as a writer has threads (agent/writer.py)
 QUIET_S = 60.0  # neither a request nor a byte taken for so long: hung up
 _CONNECTIONS_MAX = 8192
+_TURN = 8  # pieces or requests of one connection before the others'
 _HEAD_BYTES = 16 * 1024
 _PIECE_BYTES = 256 * 1024  # stays in a core's cache between the file, OpenSSL and the kernel
 _UNSENT_BYTES = 512 * 1024  # in the kernel for one connection: an answer is under way until all but this is taken
@@ -134,10 +135,11 @@ class _Loop:
                         os.eventfd_read(self._bell)
                 elif (connection := self._connections.get(descriptor)) is not None and not connection.waits:
                     self._advance(connection)
-            while self._woken:
+            for _ in range(len(self._woken)):
                 connection = self._woken.popleft()
-                connection.waits = False
-                self._advance(connection)
+                if connection.stream.fileno() >= 0:
+                    connection.waits = False
+                    self._advance(connection)
             if time.monotonic() > looked + 5:
                 looked = time.monotonic()
                 for connection in [c for c in self._connections.values() if not c.waits and c.touched < looked - QUIET_S]:
@@ -170,12 +172,15 @@ class _Loop:
         """As far as it goes without waiting."""
         connection.touched = time.monotonic()
         try:
-            while not connection.waits:
+            for _ in range(_TURN):
+                if connection.waits:
+                    self._await(connection, 0)
+                    return
                 if connection.total:
                     self._send(connection)
                 else:
                     self._receive(connection)
-            self._await(connection, 0)
+            self.wake(connection)  # the others' turn; it may have more in OpenSSL, of which epoll knows nothing
         except ssl.SSLWantReadError:
             self._await(connection, select.EPOLLIN)
         except ssl.SSLWantWriteError:
@@ -230,8 +235,10 @@ class _Loop:
         connection.asked += more
         if not more or len(connection.asked) > _HEAD_BYTES:
             raise OSError("hung up, or no end of headers")
-        if connection.asked.endswith(b"\r\n\r\n"):  # two requests at once are none: their first would end in the midst
+        if connection.asked.endswith(b"\r\n\r\n"):
             data, connection.asked = connection.asked, b""
+            if b"\r\n\r\n" in data[:-4]:
+                raise OSError("two requests at once")
             self._begin_answer(connection, *_parse_head(data))
 
     def _begin_answer(self, connection: _Connection, method: str, path: str, headers: dict[str, str]) -> None:

@@ -1,8 +1,8 @@
 """Image files that are not sent to us: from a web server, or from a folder of this machine that the operator named.
 
-What a URL can not do: change the scheme on its way, name this machine or a link-local address (cloud metadata) unless the setting allows it, send more than
-there is room for, take longer than FETCH_S. The address that was looked at is the one that is connected to. What comes has the digest or the signature
-that was asked for, or it is refused.
+What a URL can not do: change the scheme on its way, name this machine, a link-local address or one where clouds keep their metadata unless the setting
+allows it, send more than there is room for, take longer than FETCH_S. The address that was looked at is the one that is connected to.
+What comes has the digest or the signature that was asked for, or it is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ STILL_S = 60  # no byte for so long: the connection is given up
 MOST_SIGNATURE_BYTES = 64 * 1024
 _MOST_REDIRECTS = 5
 _PIECE_BYTES = 1 << 20
-_BROKEN = (OSError, http.client.HTTPException)
+_BROKEN = (OSError, http.client.HTTPException, UnicodeError)
+_METADATA = tuple(map(ipaddress.ip_network, ("100.64.0.0/10", "168.63.129.16/32", "fd00:ec2::/32")))  # Alibaba, Azure, AWS; the others' are link-local
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ def open_beneath(folder: Path, name: str) -> int:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ImageError("image-refused", "The path must be relative to the setting import_dir and stay in it.")
-    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise ImageError("image-refused", f"import_dir can not be opened: {e.strerror}.") from e
     try:
         for depth, part in enumerate(parts, 1):
             kind = os.O_DIRECTORY if depth < len(parts) else os.O_NONBLOCK  # a pipe must not hold us up
@@ -90,7 +94,8 @@ def fetch(url: str, out: IO[bytes], *, most_bytes: int, local_addresses: bool = 
                 if received and (answer.status != 206 or not (answer.getheader("Content-Range") or "").startswith(f"bytes {received}-")):
                     raise _refused("it broke off, and the server does not resume")
                 if not received:
-                    total, tag = int(answer.getheader("Content-Length") or 0), answer.getheader("ETag") or ""
+                    said = answer.getheader("Content-Length") or ""
+                    total, tag = int(said) if said.isdecimal() else 0, answer.getheader("ETag") or ""
                     if total > most_bytes:
                         raise ImageError("image-quota", f"The file has {total} bytes, there is room for {max(0, most_bytes)}.")
                 while piece := answer.read1(_PIECE_BYTES):
@@ -186,7 +191,20 @@ class _Connection(http.client.HTTPConnection):
 def _is_local(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved
+    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved:
+        return True
+    return any(address in network for network in _METADATA if network.version == address.version) or _is_ours(text)
+
+
+def _is_ours(address: str) -> bool:
+    """This machine has it: only then a socket can be bound to it."""
+    family, place = (socket.AF_INET6, (address, 0, 0, 0)) if ":" in address else (socket.AF_INET, (address, 0))
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(place)
+        except OSError:
+            return False
+    return True
 
 
 def _refused(sentence: str) -> ImageError:

@@ -128,6 +128,8 @@ class _RawFile:
         return window
 
     def next_data(self, offset: int) -> int:
+        if os.fstat(self._fd).st_size < self._size:
+            raise ImageError("image-refused", "The file became shorter while it was read.")
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA)
         except OSError as e:

@@ -42,7 +42,7 @@ class BootCheck:
 def find_hindrance(image: Json) -> str | None:
     """Why the virtual rack can not boot this image, as the API shows it; None where it can."""
     if image["os_type"] != "Linux":
-        return "a Windows image gets no config drive yet"
+        return "the virtual rack has no machine for Windows"
     if (image["arch"], image["boot"], image["sector_bytes"]) != ("amd64", "uefi", 512):
         return f"its machines are amd64 with UEFI and 512-byte sectors; the image is {image['arch']}/{image['boot']} with {image['sector_bytes']}"
     return None
