@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from conftest import wait_until
@@ -31,8 +32,13 @@ def test_an_agent_killed_before_the_line_and_again_while_it_writes_is_started_ag
     batch = lab.newest_batch()
     kill_agent(lab, "lab01")
     for said in ("stage write", "stage compare"):  # the second agent looks what the first one wrote
-        wait_until(lambda said=said: said in lab.console("lab01"), deadline_s=60, what=lambda: lab.describe(batch))
-        kill_agent(lab, "lab01")
+        pid = wait_until(lambda: find_agent(lab, "lab01"), deadline_s=60, what=lambda: lab.describe(batch))
+        until = time.monotonic() + 60
+        while said not in lab.console("lab01"):  # a write takes half a second: there is no time to look for the process then
+            assert time.monotonic() < until, lab.describe(batch)
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: find_agent(lab, "lab01") != pid, deadline_s=10, what=lambda: "it lives")
     runs = lab.wait_for_end(batch)
     assert runs["lab01"]["state"] == "running" and runs["lab01"]["error"] is None, lab.describe(batch)
     console = lab.console("lab01")
