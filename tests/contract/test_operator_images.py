@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import hashlib
 import os
@@ -102,11 +103,18 @@ def test_a_disk_that_fills_up_during_an_upload_leaves_nothing_and_gives_its_room
         subprocess.run(["umount", "-l", tmp_path / "site/images"], check=True)
 
 
-def test_an_upload_broken_half_way_leaves_nothing(site: Site) -> None:
+@contextlib.contextmanager
+def half_an_upload(site: Site) -> Iterator[None]:
+    """3 of 8 MiB are sent; then the connection is closed."""
     at = urlsplit(site.url)
     head = f"POST /repave/v1/images?name=half HTTP/1.1\r\nHost: x\r\nX-Auth-Token: {site.tokens['admin']}\r\nContent-Length: {8 * MIB}\r\n\r\n"
     with socket.create_connection((at.hostname or "", at.port or 0)) as sock:
         sock.sendall(head.encode() + bytes(3 * MIB))
+        yield
+
+
+def test_an_upload_broken_half_way_leaves_nothing(site: Site) -> None:
+    with half_an_upload(site):
         deadline = time.monotonic() + 10
         while not site.files() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -190,11 +198,34 @@ def test_without_a_setting_no_file_of_the_machine_and_nothing_on_it_is_imported(
     assert order(site, "x", as_="viewer", path="tiny.raw").status_code == 403
 
 
+def test_an_import_ends_with_the_service_and_leaves_nothing(open_site: Site, disk: Path, tmp_path: Path) -> None:
+    """The bug: a fetch that had begun kept a service that was told to end, for up to six hours."""
+    went_on, data = threading.Event(), disk.read_bytes()
+
+    class Slow(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:MIB])
+            went_on.wait(20)
+            self.wfile.write(data[MIB : 2 * MIB])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server, ThreadPoolExecutor(1) as pool:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        asked = pool.submit(order, open_site, "slow", url=f"http://127.0.0.1:{server.server_port}/x", sha256="0" * 64)
+        deadline = time.monotonic() + 10
+        while not (found := open_site.ask("GET", "/imports").json()["items"]) or found[0]["done_bytes"] < MIB // 2:
+            assert time.monotonic() < deadline
+        open_site.images.over.set()
+        went_on.set()
+        assert "ending" in asked.result(10).text
+        server.shutdown()
+    assert not any((open_site.images.folder / "uploads").iterdir())
+
+
 def test_how_far_an_import_is_can_be_asked_while_it_goes_on(site: Site) -> None:
-    at = urlsplit(site.url)
-    head = f"POST /repave/v1/images?name=half HTTP/1.1\r\nHost: x\r\nX-Auth-Token: {site.tokens['admin']}\r\nContent-Length: {8 * MIB}\r\n\r\n"
-    with socket.create_connection((at.hostname or "", at.port or 0)) as sock:
-        sock.sendall(head.encode() + bytes(3 * MIB))
+    with half_an_upload(site):
         deadline = time.monotonic() + 10
         while not (found := site.ask("GET", "/imports").json()["items"]) or found[0]["done_bytes"] < 2 * MIB:
             assert time.monotonic() < deadline

@@ -183,6 +183,17 @@ def test_lba_0_is_the_last_write_alone_behind_a_flush_and_zero_before(case: Case
     assert log[first_read - 1][0] == "flush" and all(n < first_read for n in earlier[:-1])
 
 
+def write_and_die(case: Case, die: Callable[[str, int, int], None]) -> None:
+    """In a process of its own, which `die`, told of the progress, kills."""
+    child = os.fork()
+    if child == 0:
+        try:
+            case.write(progress=die)
+        finally:
+            os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the stage was never reached"
+
+
 KILLS = {"clear": (0, 1), "write": (0, 2, 6), "config-drive": (0, 1), "read-back": (0, 5), "seal": (0, 1)}
 
 
@@ -197,14 +208,7 @@ def test_killed_at_any_stage_the_disk_can_not_boot_and_the_next_write_repairs_it
                 os.kill(os.getpid(), signal.SIGKILL)
             calls["n"] += 1
 
-    child = os.fork()
-    if child == 0:
-        try:
-            case.write(progress=die)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the stage was never reached"
+    write_and_die(case, die)
     if (stage, count) != ("clear", 0):
         assert case.first_sector_is_zero()
         if stage in ("clear", "write") and (stage, count) != ("clear", 1):
@@ -224,13 +228,7 @@ def test_a_write_that_was_killed_half_way_goes_on_with_what_is_on_the_disk(case:
         if stage == "write" and done > total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = os.fork()
-    if child == 0:
-        try:
-            case.write(progress=die)
-        finally:
-            os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    write_and_die(case, die)
     result = case.write(resume=True)
     assert_holds_the_image(case, old)
     assert list(result.stages_s) == ["compare", *(s for s in STAGES if s != "boot-entry")]

@@ -5,6 +5,7 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 (the site's admin), the one that ?project= names.
 """
 
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,7 @@ class Images(Protocol):
     """What these routes ask of the image store: room for a file, that file made into an image, and its chunks gone."""
 
     folder: Path
+    over: threading.Event  # the service ends: no import goes on
     sources: ImageSources
 
     def room_bytes(self) -> int:

@@ -184,7 +184,7 @@ def _import_url(wanted: _Wanted, source: Source, progress: ImportProgress) -> Js
         progress.begin("fetch")
         try:
             with file.open("wb") as out:
-                sha256 = fetch(source.url or "", out, most_bytes=room_bytes, local_addresses=sources.local_addresses, progress=progress.tell)
+                sha256 = fetch(source.url or "", out, most_bytes=room_bytes, local_addresses=sources.local_addresses, progress=_until_over(scope, progress))
         except OSError as error:
             raise _full(error) from None
         progress.begin("check")
@@ -196,6 +196,17 @@ def _import_url(wanted: _Wanted, source: Source, progress: ImportProgress) -> Js
         return _store_image(wanted, file, progress)
     finally:
         file.unlink(missing_ok=True)
+
+
+def _until_over(scope: Scope, progress: ImportProgress) -> Callable[[int, int], None]:
+    """Tells how far it is, and ends the import where the service ends: a fetch may take hours, and its thread would keep the process."""
+
+    def tell(done: int, total: int) -> None:
+        if scope.desk.images.over.is_set():
+            raise ImageError("image-refused", "The service is ending; nothing of it was kept.")
+        progress.tell(done, total)
+
+    return tell
 
 
 def _compare(sha256: str, wanted: str | None) -> None:
@@ -262,7 +273,7 @@ def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress) ->
         images.sweep(_manifests_in_use(scope))  # one whose import died before its row was there
         image = images.add(
             file, name=wanted.name, os_type=wanted.os_type, arch=wanted.arch, project_id=scope.project_id, image_id=new_id(), created_at=store.now(),
-            progress=progress.tell,
+            progress=_until_over(scope, progress),
         )  # fmt: skip
         try:
             store.images.add_image(image, actor=scope.actor)
