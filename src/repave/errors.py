@@ -95,6 +95,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("3108", "agent-silent", Who.SERVER, True, "The ramdisk stopped reporting.", "No word from the agent within its lease.", "Look at the console; retry.", _ERASED),
     ("3109", "read-back", Who.SERVER, True, "The disk gave back other bytes than were written.", "Read-back after the flush differs.", "Replace the disk, then retry.", _ERASED),
     ("3110", "disk-changed", Who.SERVER, False, "The disk is not the one in the plan.", "Serial or size changed between plan and write.", "Check the disks, then retry.", "all disks"),
+    ("3113", "kept-partition", Who.SERVER, False, "A partition that is to be kept can not be.", "The root disk has no such partition, or two, or it is in the image's way.", "Look: repave server show NAME; then repave server set NAME --keep-partitions NAMES, or '' to keep none.", "all disks"),
     ("3112", "second-agent", Who.SERVER, True, "Its ramdisk was started twice.", "Another boot showed this run's token: the server reset itself, or something else has its boot media.", "Look at the console, and at who can read its boot media; then retry.", _DISK),
     ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
     # 4: image

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from disk_images import MIB, make_disk, old_disk
 
+from repave.agent.gpt import parse_table
 from repave.images.importer import import_image
 from repave.images.store import ImageStore
 from repave.lab.os_images import default_cache
@@ -34,6 +35,7 @@ CONFIG = b"the config drive " * 4000
 CPU = "qemu64,+aes,+pclmulqdq,+sse4.1,+sse4.2,+ssse3,+popcnt"
 DEADLINE_S = 420  # 60 s on a quiet machine without KVM
 LAST = DISK_BYTES // 512 - 1
+KEPT = (34 * MIB, 38 * MIB)  # a partition of each disk that the owner wants to find again
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ OWNERS = ("OWNERS", "STICK")  # a data disk, and one that is removable and comes
 UNTOUCHED = ("EIO-LBA0",)  # where the very first write fails, nothing else is done
 
 IN_GUEST = """
-import fcntl, json, os, struct, subprocess, time, urllib.request
+import fcntl, json, os, struct, subprocess, time, urllib.request, uuid
 from repave.agent.chunks import ChunkSource
+from repave.agent.gpt import LINUX_DATA, Partition
 from repave.agent.inventory import Roots, read_disks
 from repave.agent.machine import RealMachine, BLKROSET
 from repave.agent.writer import write_image
@@ -108,6 +111,7 @@ def written(machine, serial, sector_bytes):
             opened.path, manifest, fetch=fetch, config_drive=CONFIG, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes,
             keep_writing=lambda: True, progress=lambda stage, done, total: None, partition_guid=bytes(range(16)), boot_entry=boot_entry,
             verify_identity=opened.verify,
+            keep=[Partition(5, LINUX_DATA, uuid.UUID(int=5), KEPT_START // sector_bytes, KEPT_END // sector_bytes - 1, "data")],
         )
     return {"ends": "written", "open_for_writing": open_for_writing, "zeroed_by": result.zeroed_by, "notes": notes, "stages_s": result.stages_s}
 
@@ -157,7 +161,7 @@ def done(images: tuple[ImageStore, dict[int, str], dict[int, bytes]], tmp_path_f
         (folder / name).write_bytes(old)
     with start_origin(store.root, folder / "qmp") as port:
         guest = IN_GUEST.replace("PORT", str(port)).replace("CASES_JSON", json.dumps([[c.serial, c.sector_bytes] for c in CASES]))
-        guest = guest.replace("MANIFESTS_JSON", json.dumps(manifests))
+        guest = guest.replace("KEPT_START", str(KEPT[0])).replace("KEPT_END", str(KEPT[1])).replace("MANIFESTS_JSON", json.dumps(manifests))
         overlay = cpio.render_archive({"usr/lib/repave/repave/agent/main.py": cpio.file(textwrap.dedent(guest).encode())})
         base = files.initramfs.read_bytes()
         (folder / "initramfs").write_bytes(base + bytes(-len(base) % 4) + overlay)
@@ -271,6 +275,7 @@ def test_each_disk_holds_the_image_whole_or_can_not_boot(case: Case, done: dict[
     if case.serial == "LIAR":
         return
     disk, image = (done["folder"] / case.serial).read_bytes(), images[2][case.sector_bytes]
+    assert disk[slice(*KEPT)] == done["old"][slice(*KEPT)], "a kept partition was written"
     if case.ends != "written":
         if case.serial in UNTOUCHED:
             assert disk == done["old"]
@@ -281,6 +286,7 @@ def test_each_disk_holds_the_image_whole_or_can_not_boot(case: Case, done: dict[
     config_at = disk.rindex(CONFIG)
     assert disk[MIB:IMAGE_BYTES] == image[MIB:] or disk[MIB : IMAGE_BYTES - MIB] == image[MIB:-MIB]
     assert disk[:446] == image[:446] and disk[case.sector_bytes : case.sector_bytes + 8] == b"EFI PART"
+    assert "data" in {p.name for p in parse_table(disk[:MIB], case.sector_bytes)}
     assert config_at > IMAGE_BYTES - MIB and disk[-case.sector_bytes :][:8] == b"EFI PART"
 
 

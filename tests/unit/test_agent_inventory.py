@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import uuid
+import zlib
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,16 @@ def add_disk(roots: Roots, name: str, place: str, files: dict[str, bytes], *, mi
 def add_esp(node: Path, guid: uuid.UUID, *, sector_bytes: int = 512) -> Partition:
     """A primary GPT with one EFI system partition as its second entry."""
     partition = Partition(2, ESP, guid, 2048, 4095, "")
-    entry = struct.pack("<16s16sQQQ72s", ESP.bytes_le, guid.bytes_le, partition.first_lba, partition.last_lba, 0, b"")
+    entries = bytearray(128 * 128)
+    struct.pack_into("<16s16sQQQ72s", entries, 128, ESP.bytes_le, guid.bytes_le, partition.first_lba, partition.last_lba, 0, b"")
+    fields = (1, 8191, 34, 8158, b"", 2, 128, 128, zlib.crc32(entries))
+    header = "<8sIIIIQQQQ16sQIII"
+    crc = zlib.crc32(struct.pack(header, b"EFI PART", 0x10000, 92, 0, 0, *fields))
     with open(node, "r+b") as disk:
         disk.seek(sector_bytes)
-        disk.write(struct.pack("<8sIIIIQQQQ16sQII", b"EFI PART", 0x10000, 92, 0, 0, 1, 8191, 34, 8158, b"", 2, 128, 128))
-        disk.seek(2 * sector_bytes + 128)
-        disk.write(entry)
+        disk.write(struct.pack(header, b"EFI PART", 0x10000, 92, crc, 0, *fields))
+        disk.seek(2 * sector_bytes)
+        disk.write(entries)
     return partition
 
 

@@ -1,9 +1,12 @@
 """The partition tables of an image, refitted to the disk it is written to. Stdlib only, no I/O.
 
 An image ends where its maker stopped; a disk is larger. So the backup table moves to the disk's real end, the primary header is corrected,
-and one partition, `config-2`, is added at the end of the disk for the config drive. Order on disk, in sectors:
+and one partition, `config-2`, is added for the config drive: at the end of the disk, or of the last room that kept partitions leave.
+Order on disk, in sectors:
 
     0 protective MBR | 1 primary header | 2.. entries | ... first usable ... config-2 | last usable | backup entries | backup header (last)
+
+Kept partitions, which the owner wants to find again, stay where they are: their entries are copied into the new table.
 
 Source: UEFI 2.10, 5.2.3 (protective MBR) and 5.3 (GPT).
 """
@@ -13,8 +16,9 @@ from __future__ import annotations
 import struct
 import uuid
 import zlib
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 MIB = 1024 * 1024
 ESP = uuid.UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
@@ -40,6 +44,18 @@ class Partition:
     first_lba: int
     last_lba: int
     name: str
+    attributes: int = 0  # UEFI 2.10, table 5-8
+
+    def span(self, sector_bytes: int) -> tuple[int, int]:
+        """First byte, and the one after the last."""
+        return self.first_lba * sector_bytes, (self.last_lba + 1) * sector_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"type_guid": str(self.type_guid), "guid": str(self.guid)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Partition:
+        return cls(**value | {"type_guid": uuid.UUID(value["type_guid"]), "guid": uuid.UUID(value["guid"])})
 
 
 class Tables(NamedTuple):
@@ -77,15 +93,17 @@ class _Header:
         return _HEADER.pack(_SIGNATURE, self.revision, _HEADER.size, crc, 0, *fields).ljust(sector_bytes, b"\0")
 
 
-def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_bytes: int, config_guid: bytes) -> Tables:
+def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_bytes: int, config_guid: bytes, keep: Sequence[Partition] = ()) -> Tables:
     """The tables for the real disk.
 
     Args:
         first_mib: the image's first MiB (protective MBR, primary header, entries).
         config_bytes: size of the config drive; its partition is rounded up to MiB, MiB-aligned, at the end of the disk.
         config_guid: that partition's unique GUID, 16 bytes as on disk (`uuid.UUID.bytes_le`).
+        keep: partitions of the disk that the new table has too, with their numbers where the image leaves these free.
 
-    Raises: ValueError, a sentence, where the image has no sound GPT for these sectors, no entry is free, or (DiskTooSmall) there is no room.
+    Raises: ValueError, a sentence, where the image has no sound GPT for these sectors, no entry is free, the image has a kept partition's name or GUID,
+        or (DiskTooSmall) there is no room.
     """
     header, entries = _read_primary(first_mib, sector_bytes)
     if first_mib[32769:32774] == b"CD001":  # ECMA-119, 8.1.2
@@ -94,14 +112,15 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
     sectors = disk_bytes // sector_bytes
     entry_sectors = -(-len(entries) // sector_bytes)
     last_usable = sectors - 2 - entry_sectors
-    config_offset = ((last_usable + 1) * sector_bytes - config_bytes) // MIB * MIB
     used = _parse_entries(entries, header.entry_bytes)
-    image_end = max([MIB, *((p.last_lba + 1) * sector_bytes for p in used)])
-    if config_offset < image_end:
-        raise DiskTooSmall(
-            f"the disk of {disk_bytes} bytes is too small: the image's partitions end at byte {image_end} and the config drive needs {config_bytes} more"
-        )
-    _add_entry(entries, header, config_guid, config_offset // sector_bytes, (config_offset + config_bytes) // sector_bytes - 1)
+    image_end = max([MIB, *(p.span(sector_bytes)[1] for p in used)])
+    config_offset = _find_room(image_end, (last_usable + 1) * sector_bytes, config_bytes, [p.span(sector_bytes) for p in keep])
+    for kept in keep:
+        if same := next((p for p in used if p.guid == kept.guid or (kept.name and p.name == kept.name)), None):
+            raise ValueError(f"the image's partition {same.number} has the name or GUID of {kept.name or kept.guid}, which is to be kept")
+        _add_entry(entries, header, kept)
+    first_lba, last_lba = config_offset // sector_bytes, (config_offset + config_bytes) // sector_bytes - 1
+    _add_entry(entries, header, Partition(0, LINUX_DATA, uuid.UUID(bytes_le=config_guid), first_lba, last_lba, CONFIG_NAME))
 
     primary = replace(header, alternate_lba=sectors - 1, last_usable=last_usable)
     backup = replace(primary, my_lba=sectors - 1, alternate_lba=1, entries_lba=sectors - 1 - entry_sectors)
@@ -117,9 +136,39 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
     )  # fmt: skip
 
 
+def _find_room(image_end: int, disk_end: int, config_bytes: int, kept: Sequence[tuple[int, int]]) -> int:
+    """Where the config drive begins: as far back as there is room behind the image. Raises DiskTooSmall."""
+    edges = sorted(kept)
+    if edges and (edges[0][0] < image_end or edges[-1][1] > disk_end):
+        raise DiskTooSmall(
+            f"the image's partitions end at byte {image_end} and the last that can be used is {disk_end - 1}: a kept partition"
+            f" at {edges[0][0]} to {edges[-1][1] - 1} is in the way"
+        )
+    gaps = zip([image_end, *(end for _, end in edges)], [*(start for start, _ in edges), disk_end], strict=True)
+    for start, end in reversed(list(gaps)):
+        if (offset := (end - config_bytes) // MIB * MIB) >= start:
+            return offset
+    raise DiskTooSmall(
+        f"the disk is too small: the image's partitions end at byte {image_end}, the config drive needs {config_bytes} more, and byte {disk_end - 1}"
+        " is the last that can be used" + (" beside what is kept" if edges else "")
+    )
+
+
 def minimum_disk_bytes(image_bytes: int, config_bytes: int) -> int:
     """A disk of this many bytes always holds the image, the config drive and the backup table (alignment included)."""
     return image_bytes + -(-config_bytes // MIB) * MIB + 2 * MIB
+
+
+def check_room(image_bytes: int, config_bytes: int, *, disk_bytes: int, sector_bytes: int, keep: Sequence[Partition]) -> None:
+    """The image, the config drive, both tables and what is kept find room on the disk, wherever the image's partitions end. Raises DiskTooSmall."""
+    last_table = -(-128 * 128 // sector_bytes) * sector_bytes + sector_bytes  # UEFI 2.10, 5.3: 128 entries at least
+    _find_room(image_bytes, disk_bytes - last_table, -(-config_bytes // MIB) * MIB, [p.span(sector_bytes) for p in keep])
+
+
+def parse_table(first_mib: bytes, sector_bytes: int) -> tuple[Partition, ...]:
+    """The partitions of a primary GPT. Raises ValueError, a sentence about "the image", where it is not sound."""
+    header, entries = _read_primary(first_mib, sector_bytes)
+    return _parse_entries(entries, header.entry_bytes)
 
 
 def _read_primary(first_mib: bytes, sector_bytes: int) -> tuple[_Header, bytearray]:
@@ -149,21 +198,23 @@ def _read_primary(first_mib: bytes, sector_bytes: int) -> tuple[_Header, bytearr
 def _parse_entries(entries: bytes | bytearray, entry_bytes: int) -> tuple[Partition, ...]:
     found = []
     for number, at in enumerate(range(0, len(entries), entry_bytes), start=1):
-        kind, guid, first, last, _, name = _ENTRY.unpack_from(entries, at)
+        kind, guid, first, last, attributes, name = _ENTRY.unpack_from(entries, at)
         if any(kind):
             text = name.decode("utf-16-le", "replace").split("\0")[0]
-            found.append(Partition(number, uuid.UUID(bytes_le=kind), uuid.UUID(bytes_le=guid), first, last, text))
+            found.append(Partition(number, uuid.UUID(bytes_le=kind), uuid.UUID(bytes_le=guid), first, last, text, attributes))
     return tuple(found)
 
 
-def _add_entry(entries: bytearray, header: _Header, guid: bytes, first_lba: int, last_lba: int) -> None:
-    free = (at for at in range(0, len(entries), header.entry_bytes) if not any(entries[at : at + 16]))
-    at = next(free, None)
-    if at is None:
-        raise ValueError(f"all {header.count} entries of the image's partition table are in use: none is free for {CONFIG_NAME}")
-    name = CONFIG_NAME.encode("utf-16-le").ljust(72, b"\0")
+def _add_entry(entries: bytearray, header: _Header, p: Partition) -> None:
+    """At its number where that is free, else at the first free one."""
+    free = [at for at in range(0, len(entries), header.entry_bytes) if not any(entries[at : at + 16])]
+    if not free:
+        raise ValueError(f"all {header.count} entries of the image's partition table are in use: none is free for {p.name or p.guid}")
+    wanted = (p.number - 1) * header.entry_bytes
+    at = wanted if wanted in free else free[0]
+    name = p.name.encode("utf-16-le").ljust(72, b"\0")
     entries[at : at + header.entry_bytes] = bytes(header.entry_bytes)
-    _ENTRY.pack_into(entries, at, LINUX_DATA.bytes_le, guid, first_lba, last_lba, 0, name)
+    _ENTRY.pack_into(entries, at, p.type_guid.bytes_le, p.guid.bytes_le, p.first_lba, p.last_lba, p.attributes, name)
 
 
 def _fit_protective_mbr(first: bytearray, sectors: int) -> None:

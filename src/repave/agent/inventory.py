@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from repave.agent.efi import BootVariables
-from repave.agent.gpt import Partition
+from repave.agent.gpt import MIB, Partition, parse_table
 from repave.agent.protocol import Disk, Inventory
 
 SECTOR_BYTES = 512  # sysfs `size` counts these, whatever the disk's sectors are
@@ -24,7 +22,6 @@ _NO_DISK = re.compile(r"(loop|ram|zram|dm-|md|nbd|drbd|fd|sr|mtdblock|mmcblk\d+(
 _BMC_MEDIA = re.compile(r"virtual|idrac|ilo\b|lcdrive|oemdrv", re.IGNORECASE)  # AMI Virtual HDisk0, Virtual Media, iDRAC OEMDRV
 _NO_VALUE = {"", "none", "not specified", "default string", "to be filled by o.e.m.", "0123456789", "system serial number"}
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
-_ENTRIES_CAP_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def find_booting_partition(roots: Roots, disks: list[Disk]) -> tuple[int, str, P
     entries = [e for e in BootVariables(roots.efivars).list_entries() if e.partition_guid is not None]
     if not entries:
         return None
-    where = {p.guid: (d.path, p) for d in disks if d.size_bytes for p in read_partitions(Path(d.path), d.sector_bytes)}
+    where = {p.guid: (d.path, p) for d in disks for p in map(Partition.from_json, d.partitions)}
     for entry in entries:
         if entry.partition_guid in where:
             return entry.number, *where[entry.partition_guid]
@@ -82,26 +79,12 @@ def find_booting_partition(roots: Roots, disks: list[Disk]) -> tuple[int, str, P
 
 
 def read_partitions(device: Path, sector_bytes: int) -> tuple[Partition, ...]:
-    """The partitions in the disk's primary GPT; () where it has none or can not be read. UEFI 2.10, 5.3."""
+    """The partitions in the disk's primary GPT; () where it has none, a damaged one, or can not be read."""
     try:
         with open(device, "rb") as disk:
-            disk.seek(sector_bytes)
-            header = disk.read(92)
-            if header[:8] != b"EFI PART":
-                return ()
-            entries_lba, count, entry_bytes = struct.unpack_from("<QII", header, 72)
-            if not 128 <= entry_bytes <= 4096 or count * entry_bytes > _ENTRIES_CAP_BYTES:
-                return ()
-            disk.seek(entries_lba * sector_bytes)
-            table = disk.read(count * entry_bytes)
-    except (OSError, OverflowError, struct.error):
+            return parse_table(disk.read(MIB), sector_bytes)
+    except (OSError, ValueError):
         return ()
-    found = []
-    for index in range(len(table) // entry_bytes):
-        kind, guid, first, last = struct.unpack_from("<16s16sQQ", table, index * entry_bytes)
-        if any(kind):
-            found.append(Partition(index + 1, uuid.UUID(bytes_le=kind), uuid.UUID(bytes_le=guid), first, last, ""))
-    return tuple(found)
 
 
 def _disks(roots: Roots) -> Iterator[Disk]:
@@ -113,13 +96,15 @@ def _disks(roots: Roots) -> Iterator[Disk]:
 def _read_disk(block: Path, dev: Path) -> Disk:
     device = block / "device"
     transport = _transport(block)
+    path, size_bytes = dev / block.name.replace("!", "/"), int(_text(block / "size") or 0) * SECTOR_BYTES
+    sector_bytes = int(_text(block / "queue/logical_block_size") or SECTOR_BYTES)
     model = " ".join(filter(None, (_text(device / "vendor"), _text(device / "model")))) if transport != "nvme" else _text(device / "model")
     if transport == "virtio":
         model = ""  # `vendor` is a PCI number there
     return Disk(
-        path=str(dev / block.name.replace("!", "/")),
-        size_bytes=int(_text(block / "size") or 0) * SECTOR_BYTES,
-        sector_bytes=int(_text(block / "queue/logical_block_size") or SECTOR_BYTES),
+        path=str(path),
+        size_bytes=size_bytes,
+        sector_bytes=sector_bytes,
         serial=_serial(block),
         wwn=_text(block / "wwid") or _text(device / "wwid"),
         model=model,
@@ -129,6 +114,7 @@ def _read_disk(block: Path, dev: Path) -> Disk:
         rotational=_text(block / "queue/rotational") == "1",
         virtual=transport == "usb" and bool(_BMC_MEDIA.search(model)),
         hctl=_hctl(device),
+        partitions=tuple(p.as_json() for p in read_partitions(path, sector_bytes)) if size_bytes else (),
     )
 
 

@@ -173,11 +173,17 @@ class FileMachine:
 
     def read_inventory(self) -> Inventory:
         value = self._value
-        disks = tuple(Disk(**({"sector_bytes": 512} | d | {"size_bytes": Path(d["path"]).stat().st_size})) for d in value["disks"])
+        disks = tuple(self._read_disk({"sector_bytes": 512} | d) for d in value["disks"])
         return Inventory(
             boot_id=self._boot_id, serial=value["serial"], uuid=value["uuid"], macs=tuple(value["macs"]), arch=value.get("arch", "amd64"),
             firmware=value.get("firmware", "uefi"), memory_bytes=value.get("memory_bytes", 2**30), disks=disks, uptime_s=1.0,
         )  # fmt: skip
+
+    @staticmethod
+    def _read_disk(value: dict[str, Any]) -> Disk:
+        file = Path(value["path"])
+        partitions = tuple(p.as_json() for p in read_partitions(file, value["sector_bytes"]))
+        return Disk(**value | {"size_bytes": file.stat().st_size, "partitions": partitions})
 
     @contextlib.contextmanager
     def open_disk(self, disk: Disk) -> Iterator[OpenDisk]:

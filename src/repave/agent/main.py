@@ -198,6 +198,8 @@ class Agent:
             seen = f"The image is for {manifest.arch} and {manifest.boot}, the server has {inventory.arch} and {inventory.firmware}."
             raise RunFailed("arch-mismatch", seen)
         self._console.say(f"manifest: {len(manifest.chunks)} chunks, {manifest.data_bytes} bytes to write")
+        for p in map(Partition.from_json, plan.keep):  # whoever has to repair the table by hand finds it in the console
+            self._console.say(f"keeps partition {p.number} {p.name}: sectors {p.first_lba} to {p.last_lba}, type {p.type_guid}, GUID {p.guid}")
         return manifest
 
     def _prove_chunks(self, manifest: Manifest, chunks: ChunkSource) -> None:
@@ -276,6 +278,7 @@ class Agent:
                 verify_identity=opened.verify,
                 resume=again,
                 read_back_all=plan.read_back == "all",
+                keep=[Partition.from_json(p) for p in plan.keep],
             )
 
     def _fetch_chunk(self, chunks: ChunkSource, sha256: str, lease: Lease) -> memoryview:

@@ -60,6 +60,7 @@ class Disk:
     hctl: str = ""
     by_path: str = ""
     boots: bool = False  # today's UEFI boot entry points to it
+    partitions: tuple[dict[str, Any], ...] = ()  # of a sound primary GPT: gpt.Partition.as_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the agent is told to do: one disk, named by its serial (or wwn), and nothing else."""
+    """What the agent is told to do: one disk, named by its serial (or wwn), and nothing else. `keep`: partitions of it that stay (gpt.Partition.as_json)."""
 
     plan_id: str
     disk_path: str
@@ -92,6 +93,7 @@ class Plan:
     boot_label: str = "repave"
     rehearse: bool = False  # check everything, measure, report, and stop before the line
     read_back: str = "sample"  # or "all": how much of what was written is read again
+    keep: tuple[dict[str, Any], ...] = ()
     chunk_urls: tuple[str, ...] = ()  # this and the next are told with the plan, and not part of what is recorded of it
     chunk_token: str = ""
 
@@ -143,7 +145,7 @@ def render(message: Any) -> dict[str, Any]:
 def render_plan(plan: Plan) -> dict[str, Any]:
     """What is recorded: what came later only where it is not the default, so that an agent of an earlier version reads a plain plan and refuses what it
     can not do; and nothing that is told only with the plan."""
-    later = {"rehearse": False, "read_back": "sample"}
+    later = {"rehearse": False, "read_back": "sample", "keep": ()}
     told = ("chunk_urls", "chunk_token")
     return {name: value for name, value in render(plan).items() if name not in told and (name not in later or value != later[name])}
 

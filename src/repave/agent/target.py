@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,15 +32,16 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class TargetDisk:
-    """One disk or disk file, open for writing; safe to use from several threads.
+    """One disk or disk file, open for writing but for the bytes in `keep` (first, end); safe to use from several threads.
 
     Raises: RunFailed: disk-changed where it can not be opened alone or has another size or sector size; disk-write; read-back.
     """
 
-    def __init__(self, path: Path, *, sector_bytes: int, size_bytes: int) -> None:
+    def __init__(self, path: Path, *, sector_bytes: int, size_bytes: int, keep: Sequence[tuple[int, int]] = ()) -> None:
         self.sector_bytes, self.size_bytes = sector_bytes, size_bytes
         self.bytes_written = 0
         self.bytes_zeroed = 0
+        self._keep = tuple(keep)
         self._lock = threading.Lock()
         self._direct: int | None = None
         try:
@@ -68,18 +69,21 @@ class TargetDisk:
         os.close(self._fd)
 
     def write(self, offset: int, data: memoryview) -> None:
+        self._refuse_kept(offset, len(data))
         self._each("disk-write", offset, lambda: self._pwrite(offset, data))
         with self._lock:
             self.bytes_written += len(data)
 
     def write_zeros(self, offset: int, length: int) -> None:
         """Zeros by writing them: for the tables, where nothing is left to what a device says of itself."""
+        self._refuse_kept(offset, length)
         self._each("disk-write", offset, lambda: self._write_zeros(offset, length))
         with self._lock:
             self.bytes_written += length
 
     def make_zero(self, offset: int, length: int) -> None:
         """The range reads as zeros afterwards, by the cheapest way that this device has."""
+        self._refuse_kept(offset, length)
         for name, way in tuple(self._zero_by.items()):
             try:
                 way(offset, length)
@@ -105,6 +109,11 @@ class TargetDisk:
 
     def drop_cache(self) -> None:
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _refuse_kept(self, offset: int, length: int) -> None:
+        """The writer goes around what is kept; should it ever not, this is where it ends."""
+        if any(offset < end and start < offset + length for start, end in self._keep):
+            raise RunFailed("agent-failed", f"A write of {length} bytes at byte {offset} would hit a partition that is to be kept.")
 
     def _verify_geometry(self) -> None:
         size = os.lseek(self._fd, 0, os.SEEK_END)

@@ -11,7 +11,7 @@ The order (design decision 12; reference: OVMF boots from a leftover backup GPT 
     seal          LBA 1 onward, flush, read back; then LBA 0 alone, last, flush
 
 Without a config drive the disk becomes the image bit for bit (`repave.agent.alone`); where anything is written, its last MiB, behind the image, is
-zeroed all the same.
+zeroed all the same. Kept partitions are gone around in every stage.
 Imports nothing but the stdlib, zstandard and repave's image format and errors.
 """
 
@@ -23,7 +23,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,7 @@ def write_image(
     verify_identity: Callable[[], None] = lambda: None,
     resume: bool = False,
     read_back_all: bool = False,
+    keep: Sequence[Partition] = (),
 ) -> WriteResult:
     """Afterwards the disk boots the image: every byte was verified before it was written, and what was written read back by samples, or all of it.
 
@@ -90,6 +91,7 @@ def write_image(
         partition_guid: 16 bytes, as on disk (`uuid.UUID.bytes_le`).
         boot_entry: called with the new partition table when the data are verified, before the disk can boot.
         verify_identity: raises where `device` does not lead to the right disk any more. Asked just before the first write, and before the last.
+        keep: partitions of the disk that stay bit for bit, and are in the new table; with a config drive only.
         resume: keep what of the image is on the disk already. Where that is all of it, nothing is written.
 
     Raises: RunFailed: disk-changed, sector-size, disk-too-small, image-refused (nothing was written);
@@ -97,14 +99,15 @@ def write_image(
     """
     if manifest.sector_bytes != sector_bytes:
         raise RunFailed("sector-size", f"The image is made for {manifest.sector_bytes}-byte sectors, the disk has {sector_bytes}.")
-    with TargetDisk(device, sector_bytes=sector_bytes, size_bytes=disk_bytes) as disk:
-        w = _Write(disk, manifest, fetch, keep_writing, progress, read_back_all)
+    kept = sorted(p.span(sector_bytes) for p in keep)
+    with TargetDisk(device, sector_bytes=sector_bytes, size_bytes=disk_bytes, keep=kept) as disk:
+        w = _Write(disk, manifest, fetch, keep_writing, progress, read_back_all, kept)
         if resume:
             with w.stage("compare"):
                 disk.flush()  # what another program has just written is on the disk before it is looked at
                 w.compare()
         if config_drive is not None or not w.is_whole_image():
-            tables = w.plan_tables(config_drive, partition_guid)
+            tables = w.plan_tables(config_drive, partition_guid, keep)
             with w.stage("clear"):
                 verify_identity()
                 w.clear(tables)
@@ -152,11 +155,12 @@ class _Write:
         keep_writing: Callable[[], bool],
         progress: Callable[[str, int, int], None],
         read_back_all: bool,
+        kept: Sequence[tuple[int, int]],
     ) -> None:
         self.disk, self.manifest = disk, manifest
         self.bytes_fetched = self.bytes_read_back = 0
         self.stages_s: dict[str, float] = {}
-        self._fetch, self._keep_writing, self._progress, self._read_back_all = fetch, keep_writing, progress, read_back_all
+        self._fetch, self._keep_writing, self._progress, self._read_back_all, self._keep = fetch, keep_writing, progress, read_back_all, kept
         self._lock = threading.Lock()
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
         self._kept: set[int] = set()  # windows that the disk held already
@@ -210,7 +214,7 @@ class _Write:
     def bytes_kept(self) -> int:
         return sum(size for i in self._kept for _, size in self.manifest.chunks[i].extents)
 
-    def plan_tables(self, config_drive: bytes | None, partition_guid: bytes) -> Tables:
+    def plan_tables(self, config_drive: bytes | None, partition_guid: bytes, keep: Sequence[Partition]) -> Tables:
         """The tables for this disk, from the image's first MiB, which stays in memory until `seal`."""
         m, disk = self.manifest, self.disk
         first = self._read_first_mib()
@@ -220,13 +224,15 @@ class _Write:
             tables = Tables(first[: m.sector_bytes], first[m.sector_bytes :], disk.size_bytes, b"", disk.size_bytes, 0, ())
         else:
             try:
-                tables = rebuild(first, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes, config_bytes=len(config_drive), config_guid=partition_guid)
+                tables = rebuild(
+                    first, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes, config_bytes=len(config_drive), config_guid=partition_guid, keep=keep
+                )
             except DiskTooSmall as e:
                 raise RunFailed("disk-too-small", f"{e}.") from e
             except ValueError as e:
                 raise RunFailed("image-refused", f"{e}.") from e
         # What the image has behind its last partition is its own backup table: not wanted where the config drive goes.
-        self._body = (MIB, min(m.size_bytes, tables.config_offset))
+        self._body = (MIB, min([m.size_bytes, tables.config_offset, *(start for start, _ in self._keep)]))
         return tables
 
     def _read_first_mib(self) -> bytes:
@@ -249,7 +255,8 @@ class _Write:
     def clear(self, tables: Tables) -> None:
         """First what firmware finds the old OS by, LBA 0 alone: while that may be there all else of it is whole."""
         size, sector = self.disk.size_bytes, self.disk.sector_bytes
-        tail = min(size - MIB, tables.config_offset + tables.config_bytes)
+        behind = tables.config_offset + tables.config_bytes
+        tail = size - MIB if any(end > behind for _, end in self._keep) else min(size - MIB, behind)
         self.expect(MIB + size - tail)
         self.disk.write_zeros(0, sector)
         self.disk.flush()
@@ -257,12 +264,21 @@ class _Write:
         for offset, length in ((sector, table), (CD_DESCRIPTOR, sector), (size - table, table)):
             self.disk.write_zeros(offset, length)
         self.disk.flush()
-        for offset, end in ((0, MIB), (tail, size)):
+        for offset, end in ((0, MIB), *self._beside_kept(tail, size)):
             self.disk.write_zeros(offset, end - offset)
             self.report(end - offset)
         self.disk.flush()
         cut = {i for i in self._kept if self.manifest.window(i)[0] + self.manifest.window(i)[1] > tail}
         self._kept -= cut  # what was just zeroed of them is not there any more
+
+    def _beside_kept(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """What of this range is not kept."""
+        for first, after in self._keep:
+            if start < min(first, end):
+                yield start, min(first, end)
+            start = max(start, after)
+        if start < end:
+            yield start, end
 
     def write_body(self) -> None:
         missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept]

@@ -106,11 +106,11 @@ def _plan(scope: Scope, target: Target) -> Json:
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "os_type": image.os_type if image else None,
-            "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
+            "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None, "keeps": server.keep_partitions,
             "usual_s": round(sum(usual[server.model].values())) or None,
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
-        facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])
+        facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk, server.keep_partitions])
     total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
     data_disks = sum(max(0, len([d for d in of if is_candidate(d)]) - 1) for of in disks.values())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.api.operator_images import get_image
 from repave.bmc import BmcAddress, BmcFacts
+from repave.domain.kept_partitions import parse_names
 from repave.domain.model import Instance, Role, Server
 from repave.domain.own_host import are_of_two
 from repave.domain.root_disk import parse_hints
@@ -30,6 +31,10 @@ def _bmc_url(url: str) -> str:
 def _hints(text: str) -> str:
     parse_hints(text)
     return text
+
+
+def _names(text: str) -> str:
+    return ",".join(parse_names(text))
 
 
 def _mac(text: str) -> str:
@@ -90,6 +95,7 @@ class ServerSettings(Body):
     rack: str | None = Field(default=None, max_length=100)
     unit: str | None = Field(default=None, max_length=20)
     root_disk: Annotated[str, AfterValidator(_hints)] | None = None
+    keep_partitions: Annotated[str, AfterValidator(_names)] | None = Field(default=None, max_length=1000)  # names or GUIDs, by commas; "": none
     network: Network | None = None
     arch: Literal["amd64", "arm64"] | None = None
     boot: Literal["uefi", "bios"] | None = None
@@ -135,7 +141,7 @@ def _server_json(scope: Scope, server: Server, instance: Instance, images: dict[
     shown: Json = {
         "id": server.id, "name": server.name, "rack": server.rack, "unit": server.unit, "manufacturer": server.manufacturer,
         "model": server.model, "serial": server.serial, "uuid": server.uuid, "macs": server.macs, "arch": server.arch, "boot": server.boot,
-        "root_disk": server.root_disk, "network": server.network, "created_at": server.created_at,
+        "root_disk": server.root_disk, "keep_partitions": server.keep_partitions, "network": server.network, "created_at": server.created_at,
         "lock": {"reason": server.lock_reason, "by": server.locked_by, "at": server.locked_at} if server.locked_at else None,
         "power": {"state": power[0], "at": power[1]} if power else None, "instance": instance_json(instance, images),
     }  # fmt: skip
@@ -189,7 +195,7 @@ def add_server(scope: Admin, new: NewServer) -> Json:
         bmc_tls_verify=new.tls_verify or "true", bmc_certificate_sha256=new.certificate_sha256, bmc_system_uri=new.system_uri,
         manufacturer="", model="", serial="", uuid="", macs=(), arch=new.arch or "", boot=new.boot or "uefi", rack=new.rack or "",
         unit=new.unit or "", root_disk=parse_hints(new.root_disk or ""), network=new.network.as_json() if new.network else None,
-        created_at=scope.store.now(),
+        created_at=scope.store.now(), keep_partitions=tuple(parse_names(new.keep_partitions or "")),
     )  # fmt: skip
     facts = scope.desk.probe(BmcAddress.of(asked, new.bmc_password))
     server = replace(asked, **_seen(asked, facts), arch=new.arch or facts.arch or "amd64")
@@ -217,6 +223,8 @@ def set_server(scope: Admin, reference: str, change: ChangedServer) -> Json:
     changes: dict[str, Any] = {renamed.get(name, name): value for name, value in given.items() if value is not None}
     if change.root_disk is not None:
         changes["root_disk"] = parse_hints(change.root_disk)
+    if change.keep_partitions is not None:
+        changes["keep_partitions"] = parse_names(change.keep_partitions)
     if "network" in given:
         changes["network"] = change.network.as_json() if change.network else None
     if change.repin or change.bmc_password is not None or any(name.startswith("bmc_") for name in changes):

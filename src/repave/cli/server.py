@@ -60,6 +60,8 @@ class Settings:
     "Rack unit."
     root_disk: str | None = None
     "Which disk may be erased: serial=S, or wwn, model, size (GiB), hctl, by_path, rotational."
+    keep_partitions: str | None = None
+    "Partitions of the root disk that outlive a reinstall, by name or GUID, separated by commas; '' keeps none."
     mac: str | None = None
     "NIC with static settings; without it DHCP."
     address: str | None = None
@@ -113,8 +115,8 @@ def add(
         Name, or names: web01, 'web[01-50]'.
     csv
         A file with the columns name, bmc, user, secret_env and, where wanted, rack, unit, mac, address, prefix, gateway, dns, vlan,
-        root_disk, blank, tls_verify, fingerprint, system, arch, os_type, image. secret_env names the environment variable that holds the BMC's
-        password. A file with a mistake is refused whole; servers that are there already are left out.
+        root_disk, keep_partitions, blank, tls_verify, fingerprint, system, arch, os_type, image. secret_env names the environment variable
+        that holds the BMC's password. A file with a mistake is refused whole; servers that are there already are left out.
     blank
         There is no OS yet: the first install is a reinstall.
     windows

@@ -17,7 +17,8 @@ from repave.cli.output import Json, Usage
 FIELDS = {
     "name": "name", "bmc": "bmc_url", "user": "bmc_username", "secret_env": "bmc_password", "rack": "rack", "unit": "unit",
     "mac": "network.mac", "address": "network.address", "prefix": "network.prefix", "gateway": "network.gateway", "dns": "network.dns",
-    "vlan": "network.vlan", "root_disk": "root_disk", "blank": "blank", "tls_verify": "tls_verify", "fingerprint": "certificate_sha256",
+    "vlan": "network.vlan", "root_disk": "root_disk", "keep_partitions": "keep_partitions",
+    "blank": "blank", "tls_verify": "tls_verify", "fingerprint": "certificate_sha256",
     "system": "system_uri", "arch": "arch", "os_type": "os_type", "image": "image",
 }  # fmt: skip
 _NEEDED = ("name", "bmc", "user", "secret_env")

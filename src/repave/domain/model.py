@@ -100,6 +100,7 @@ class Server:
     root_disk: dict[str, Any]  # hints in Ironic's words: serial, wwn, model, size, hctl, by_path, rotational
     network: dict[str, Any] | None  # static settings of the provisioning NIC and of the OS
     created_at: datetime
+    keep_partitions: tuple[str, ...] = ()  # of the root disk, by name or GUID: they outlive a reinstall
     locked_at: datetime | None = None  # a locked server is not reinstalled
     locked_by: str | None = None
     lock_reason: str | None = None

@@ -40,7 +40,7 @@ def credential(row: Row) -> Credential:
 
 
 def server(row: Row) -> Server:
-    return _pick(Server, row, macs=tuple(row["macs"] or ()), root_disk=row["root_disk"] or {})  # type: ignore[no-any-return]
+    return _pick(Server, row, macs=tuple(row["macs"] or ()), root_disk=row["root_disk"] or {}, keep_partitions=tuple(row["keep_partitions"] or ()))  # type: ignore[no-any-return]
 
 
 def host(row: Row) -> Host:

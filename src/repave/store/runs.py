@@ -30,6 +30,7 @@ _BY_NONCE = _BY_ID.where(RUNS.c.nonce_sha256 == sa.bindparam("sha256"))
 _SECRET = sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == sa.bindparam("run_id"))
 _CLOSING = sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == sa.bindparam("run_id"))
 _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
+_LAST_WRITE = sa.select(RUNS.c.plan).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.crossed_at.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
@@ -178,6 +179,11 @@ class Runs:
         row = self._db.row(_INVENTORY, server_id=server_id)
         return dict(row["inventory"]) if row and row["inventory"] else None
 
+    def find_last_write(self, server_id: str) -> dict[str, Any] | None:
+        """The plan of this server's last run that crossed the line."""
+        row = self._db.row(_LAST_WRITE, server_id=server_id)
+        return dict(row["plan"]) if row else None
+
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
         given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}
         return [rows.run(r) for r in self._db.rows(_select_runs("batch" in given, "project" in given, live), **given)]
@@ -264,7 +270,7 @@ class Runs:
             if conn.execute(_CROSS, {"run_id": run_id} | values).rowcount == 0:
                 return False
             if row.crossed_at is None:
-                self._run_event(conn, "run.crossed", row, plan_id=plan_id)
+                self._run_event(conn, "run.crossed", row, plan_id=plan_id, **_kept(row.plan))
             return True
 
     def record_progress(self, run_id: str, progress: dict[str, Any]) -> bool:
@@ -456,3 +462,8 @@ def _overdue(row: Any) -> tuple[Ending, str]:
     if row.crossed_at is None:
         return Ending.RETURN_FAILED, f"{late} Its disk was not written; look at its power."
     return (Ending.UNPROVED if row.verified_at else Ending.WRITE_FAILED), late
+
+
+def _kept(plan: dict[str, Any]) -> dict[str, Any]:
+    """The partitions that a write is to keep: from now on the disk's own table does not tell of them."""
+    return {"keep": plan["keep"]} if "keep" in plan else {}

@@ -69,7 +69,7 @@ class Servers:
         )
         with self._db.write() as conn:
             self._refuse_known_server(conn, server)
-            values = asdict(server) | {"macs": list(server.macs)}
+            values = asdict(server) | {"macs": list(server.macs), "keep_partitions": list(server.keep_partitions)}
             sealed = self._db.sealer.seal(bmc_password, about=f"bmc:{server.id}")
             conn.execute(_NEW_SERVER, {**values, "bmc_password_sealed": sealed, "epoch": 0})
             conn.execute(_NEW_INSTANCE, asdict(made) | {"state": state.value, "ssh_host_keys": []})

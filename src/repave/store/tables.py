@@ -62,7 +62,7 @@ SERVERS = sa.Table(
     _text("manufacturer"), _text("model"), _text("serial"), _text("uuid"), _json("macs"), _text("arch"), _text("boot"),
     _text("rack"), _text("unit"), _json("root_disk"), _json("network"), _text("power", null=True), _at("power_at"),
     Column("epoch", Integer, nullable=False, default=0), _at("created_at", null=False),
-    _at("locked_at"), _text("locked_by", null=True), _text("lock_reason", null=True), _text("media_run_id", null=True),
+    _at("locked_at"), _text("locked_by", null=True), _text("lock_reason", null=True), _text("media_run_id", null=True), _json("keep_partitions"),
 )  # fmt: skip
 
 # The machines that Repave's own processes run on, by what their firmware and network cards say.

@@ -11,8 +11,9 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from repave.agent import protocol
-from repave.agent.gpt import minimum_disk_bytes
+from repave.agent.gpt import DiskTooSmall, Partition, check_room, minimum_disk_bytes
 from repave.bmc import Bmc, Power
+from repave.domain.kept_partitions import choose_kept
 from repave.domain.model import Image, InstanceState, RunRow, Server, Step
 from repave.domain.own_host import are_of_two, find_own_host, says_something
 from repave.domain.password import user_for
@@ -133,6 +134,12 @@ class ServerEffects:
         misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
         if misfit is not None:
             raise misfit
+        keep = choose_kept(disk, server.keep_partitions, last_write=self.store.runs.find_last_write(server.id))
+        try:
+            partitions = [Partition.from_json(dict(p)) for p in keep]
+            check_room(image.size_bytes, len(drive), disk_bytes=disk["size_bytes"], sector_bytes=image.sector_bytes, keep=partitions)
+        except DiskTooSmall as small:
+            raise RunFailed("kept-partition", f"{small}.") from None
         self.store.sealer.keep_for_run(run_id, "config-drive", drive)
         plan = protocol.Plan(
             plan_id=f"p-{run.id[-12:]}-{run.epoch}",
@@ -145,6 +152,7 @@ class ServerEffects:
             config_drive_bytes=len(drive),
             rehearse=run.rehearse,
             read_back=self.places.read_back,
+            keep=tuple(dict(p) for p in keep),
         )
         self.store.runs.record_plan(run_id, protocol.render_plan(plan))
         return None
