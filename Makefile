@@ -62,9 +62,10 @@ kills: install ## SIGKILLs of the service at random moments of running batches: 
 bench: install ## Figures beside references measured in the same run
 	$(VENV)/bin/python -m bench
 
-docs: install ## Renders the docs that are made from code
+docs: install ## Renders the docs that are made from code, and all of docs/ as a site in .repave/docs
 	$(VENV)/bin/python -m repave.cli.docs
 	$(VENV)/bin/python tests/flow/fault_matrix.py
+	$(VENV)/bin/zensical build --strict
 
 clean: ## Ends the rack and removes all that was built
 	@if [ -x $(REPAVE) ] && [ -d .repave ]; then $(REPAVE) rack down || true; fi
