@@ -7,7 +7,7 @@ from planting import Bug
 _EFFECTS, _RUNS, _FLEET = "src/repave/workflow/effects.py", "src/repave/store/runs.py", "src/repave/workflow/fleet.py"
 _WAVES = "src/repave/domain/waves.py"
 _AGENT, _CROSS = "src/repave/agent/main.py", "                lease = self._cross(plan)\n"
-_WRITE = "__import__('os').pwrite(__import__('os').open(path, 1), b'x', 1 << 20); __import__('os').sync(); __import__('time').sleep(1.5)"
+_WRITE = "__import__('os').pwrite(__import__('os').open(opened.path, 1), b'x', 1 << 20); __import__('os').sync(); __import__('time').sleep(1.5)"
 _EARLY = f"                {_WRITE}\n{_CROSS}"
 _REHEARSE = "                if plan.rehearse:"
 _INSERT, _SAY = "            bmc.insert_media(", "            __import__('sys').stderr.write"
