@@ -5,38 +5,21 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import (
-    Exit,
-    Json,
-    check_known,
-    confirm,
-    count,
-    duration,
-    fold,
-    may_redraw,
-    parse_time,
-    say,
-    show,
-    show_json,
-    show_list,
-    size,
-    unfold,
-)
+from repave.cli.output import Exit, Json, check_known, confirm, count, may_redraw, say, show, show_json, show_list, unfold
+from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError
+from repave.folding import CANCEL_ROWS, GLYPHS, cancel_kind, duration, fold, fold_failures, folded_rows, headline, size, took
 
 app = App(name="batch")
 _POLL_S = 1.0
 _HEARTBEAT_S = 60.0
 _LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
-_ORDER = ("failed", "cancelled", "working", "waiting", "rehearsed", "running")
-_GLYPHS = {"failed": "✗", "cancelled": "-", "working": "▶", "waiting": "·", "rehearsed": "✓", "running": "✓"}
-_LATE = "▲"
 _LIST = {
     "ID": "id", "STATE": "state", "IMAGE": "image", "RUNNING": "counts.running", "WORKING": "counts.working", "WAITING": "counts.waiting",
     "FAILED": "counts.failed", "CREATED": "created_at", "BY": "created_by",
@@ -57,7 +40,7 @@ def show_batch(batch_id: str | None = None, /, *, project: str | None = None, js
     if json:
         show_json(batch)
     elif batch["state"] == "working":
-        show("\n  ".join([_headline(batch), *("  ".join(filter(None, row)) for row in folded_rows(batch["runs"]))]))
+        show("\n  ".join([headline(batch), *("  ".join(filter(None, row)) for row in folded_rows(batch["runs"]))]))
         say(f"Next: repave watch {batch['id']}")
     else:
         show_summary(batch)
@@ -85,13 +68,6 @@ def watch(batch_id: str | None = None, /, *, timeout: float | None = None, proje
 
 # ---- what may still be done to it ----
 
-_CANCEL_ROWS = (
-    ("before the line", "media out, what was there boots again", "→ cancelled"),
-    ("not started", "ends at once, its server is not touched", "→ cancelled"),
-    ("past the line", "stopping would leave half a system: they finish", "→ the new OS"),
-    ("already ended", "unchanged", ""),
-)
-
 
 @app.command
 def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: bool = False, project: str | None = None, json: bool = False) -> int:
@@ -103,8 +79,8 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
     batch = client.get(f"/batches/{batch_id or _newest(client)}")
     names = unfold(nodeset) if nodeset else [r["server"] for r in batch["runs"]]
     check_known(names, [r["server"] for r in batch["runs"]])
-    kinds = {r["server"]: _cancel_kind(r) for r in batch["runs"] if r["server"] in names}
-    for kind, what, then in _CANCEL_ROWS:
+    kinds = {r["server"]: cancel_kind(r) for r in batch["runs"] if r["server"] in names}
+    for kind, what, then in CANCEL_ROWS:
         if same := [name for name, k in kinds.items() if k == kind]:
             say(f"  {fold(same):24}  {kind:16}  {what:48}  {then}".rstrip())
     number = sum(k in ("before the line", "not started") for k in kinds.values())
@@ -117,14 +93,6 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
         show(f"{fold(i['server'] for i in items if i['meaning'] == meaning)}  {meaning}")
     say(f"Next: repave watch {batch['id']}")
     return Exit.FAILED if any(i["result"] == "past-the-line" for i in items) else Exit.OK
-
-
-def _cancel_kind(run: Json) -> str:
-    if run["ended_at"]:
-        return "already ended"
-    if run["past_the_line"]:
-        return "past the line"
-    return "not started" if run["state"] == "waiting" else "before the line"
 
 
 @app.command
@@ -154,7 +122,7 @@ def retry(
     A rehearsal's retry is a rehearsal.
     The password is asked for again: the old one was destroyed when its run ended.
     """
-    from repave.cli.reinstall import Waves, begin, refuse_unconfirmed
+    from repave.cli.reinstall import begin, refuse_unconfirmed
 
     refuse_unconfirmed(yes=yes, expect=expect)
     client = Client(project)
@@ -237,7 +205,7 @@ def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Js
                 seen[run["id"]] = what
                 changed.setdefault(what, []).append(run)
         for what, runs in changed.items():
-            show(" ".join([_clock(), fold(r["server"] for r in runs), *what, *([_took(runs)] if what[0] == "running" else [])]))
+            show(" ".join([_clock(), fold(r["server"] for r in runs), *what, *([took(runs)] if what[0] == "running" else [])]))
             spoke = time.monotonic()
         if time.monotonic() - spoke >= _HEARTBEAT_S:
             show(f"{_clock()} {batch_id} " + " ".join(f"{name}={number}" for name, number in batch["counts"].items()))
@@ -268,7 +236,7 @@ def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Jso
             table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
             for row in folded_rows(batch["runs"]):
                 table.add_row(*(Text(cell) for cell in row))
-            live.update(Group(Text(_headline(batch), no_wrap=True, overflow="ellipsis"), table), refresh=True)
+            live.update(Group(Text(headline(batch), no_wrap=True, overflow="ellipsis"), table), refresh=True)
     return batch if batch and batch["state"] != "working" else None
 
 
@@ -293,87 +261,20 @@ def _follow_json(client: Client, batch_id: str, give_up_at: float | None) -> Jso
 # ---- what is shown ----
 
 
-def _headline(batch: Json) -> str:
-    runs, counts = batch["runs"], batch["counts"]
-    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
-    took = duration((ended - parse_time(batch["created_at"])).total_seconds())
-    image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
-    left = [run["eta_s"] for run in runs if run["state"] == "working"]
-    about = [f"about {duration(max(left))} left"] if left and not counts["waiting"] and all(eta is not None for eta in left) else []
-    how = [
-        *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
-        *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
-    ]  # fmt: skip
-    numbers = [f"{number} {name}" for name, number in counts.items() if number]
-    return " · ".join([batch["id"], count(len(runs), "server"), image, took, *about, *numbers, *how])
-
-
-def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
-    """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
-    groups: dict[tuple[int, int, str], list[Json]] = {}
-    for run in runs:
-        at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "cancelled", "working") else (0, str(run["os_now"]))
-        if run["error"]:
-            cause = run["error"]["code"] + run["error"]["cause"]
-        elif run["state"] == "waiting":
-            cause = run["waits_for"] or ""
-        elif run["late"]:
-            cause += " late"
-        groups.setdefault((_ORDER.index(run["state"]), at, cause), []).append(run)
-    return [_row(group) for _, group in sorted(groups.items(), key=lambda item: item[0])]
-
-
-def _row(group: Sequence[Json]) -> list[str]:
-    first, names = group[0], fold(run["server"] for run in group)
-    head = f"{_GLYPHS[first['state']]} {names}"
-    if first["state"] == "running":
-        return [head, f"running {first['os_now'] or ''}".rstrip(), "", "", _took(group), "proved by the new OS"]
-    if first["state"] == "rehearsed":
-        return [head, "rehearsed", "", "", _took(group), "nothing written, what was there runs again"]
-    if first["state"] == "waiting":
-        return [head, "waiting", "", "", "", first["waits_for"] or ""]
-    step = f"{first['step_index']}/{first['steps']} {first['step']}"
-    side = "past the line" if first["past_the_line"] else "before the line"
-    if first["error"]:
-        return [head, step, "", "", "", f"{first['error']['code']} {first['error']['title']} · {side}"]
-    percents = [run["percent"] for run in group if run["percent"] is not None]
-    rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
-    seconds = [run["durations_s"].get(run["step"], 0) for run in group]
-    if first["late"]:
-        gives_up = (parse_time(first["deadline_at"]) - datetime.now(UTC)).total_seconds()
-        side += f" · late, usual {duration(first['usual_s'])}, gives up in {duration(max(0, gives_up))}"
-        head = f"{_LATE} {names}"
-    elif first["cancelling"]:
-        side += " · going back"
-    return [head, step, _span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
-
-
-def _span(values: Sequence[int], unit: str) -> str:
-    low, high = (min(values), max(values)) if values else (0, 0)
-    return "" if not values else f"{low} {unit}" if low == high else f"{low}-{high} {unit}"
-
-
-def _took(runs: Sequence[Json]) -> str:
-    took = [(parse_time(r["ended_at"]) - parse_time(r["created_at"])).total_seconds() for r in runs if r["ended_at"]]
-    low, high = (duration(min(took)), duration(max(took))) if took else ("-", "-")
-    return low if low == high else f"{low}-{high}"
-
-
 def show_summary(batch: Json) -> None:
     """Failures first, one block a cause, then what runs now, then the next command."""
     bad = [run for run in batch["runs"] if run["state"] in ("failed", "cancelled")]
     good = [run for run in batch["runs"] if run["state"] == "running"]
-    show(f"{_headline(batch)} · ended")
-    for cause in dict.fromkeys((r["error"]["code"], r["error"]["cause"]) for r in bad if r["error"]):
-        same = [r for r in bad if r["error"] and (r["error"]["code"], r["error"]["cause"]) == cause]
+    show(f"{headline(batch)} · ended")
+    for same in fold_failures(bad):
         error, step = same[0]["error"], f"{same[0]['step_index']}/{same[0]['steps']} {same[0]['step']}"
         side = "past the line" if same[0]["past_the_line"] else "before the line"
         where = f"{step} · {side}" if same[0]["started_at"] else "not started"
-        show(f"  {_GLYPHS[same[0]['state']]} {fold(r['server'] for r in same)}  {where} · {error['code']} {error['title']}")
+        show(f"  {GLYPHS[same[0]['state']]} {fold(r['server'] for r in same)}  {where} · {error['code']} {error['title']}")
         show(f"      cause      {error['cause']}\n      untouched  {error['untouched']}\n      do         {error['do']}")
     for image in dict.fromkeys(r["os_now"] for r in good):
         same = [r for r in good if r["os_now"] == image]
-        show(f"  ✓ {fold(r['server'] for r in same)}  runs {image or 'the image'} after {_took(same)} · proved: root-disk serial and one-time key matched")
+        show(f"  ✓ {fold(r['server'] for r in same)}  runs {image or 'the image'} after {took(same)} · proved: root-disk serial and one-time key matched")
     rehearsed = [run for run in batch["runs"] if run["state"] == "rehearsed"]
     for run in rehearsed:
         show(_rehearsed_line(run))
@@ -392,7 +293,7 @@ def _rehearsed_line(run: Json) -> str:
     rate = f" at {size(learnt['fetched_bytes'] / learnt['fetch_s'])}/s" if learnt.get("fetch_s") and learnt.get("fetched_bytes") else ""
     times = " · ".join(f"{name} {duration(took[name])}" for name in ("power-off", "insert-media", "boot-ramdisk") if name in took)
     return (
-        f"  ✓ {run['server']}  rehearsed: nothing written, what was there runs again after {_took([run])}\n"
+        f"  ✓ {run['server']}  rehearsed: nothing written, what was there runs again after {took([run])}\n"
         f"      disk       {disk['path']}, serial {disk['serial']}, {size(disk['size_bytes'] or 0)}; {others}, left alone\n"
         f"      to write   {size(learnt.get('data_bytes', 0))}, fetched as {size(learnt.get('stored_bytes', 0))}{rate}\n"
         f"      times      {times}; a reinstall should take about {duration(learnt['expected_s'])}"

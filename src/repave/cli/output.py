@@ -6,11 +6,13 @@ import enum
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 from repave.errors import RepaveError, RequestError, Who
+from repave.folding import count as count
+from repave.folding import fold as fold
+from repave.folding import size as size
 
 Json = dict[str, Any]
 
@@ -158,12 +160,6 @@ def unfold(text: str) -> list[str]:
         raise Usage(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
 
 
-def fold(names: Iterable[str]) -> str:
-    from ClusterShell.NodeSet import NodeSet
-
-    return str(NodeSet.fromlist(sorted(names)))
-
-
 def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raises RequestError naming the unknown ones and what may have been meant."""
     missing = [name for name in wanted if name not in known]
@@ -173,29 +169,3 @@ def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
         meant = get_close_matches(missing[0], known, 1)
         hint = f" Did you mean {meant[0]}?" if meant else ""
         raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")
-
-
-# ---- numbers ----
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 server", "2 servers"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def parse_time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from repave.cli.batch import follow
 from repave.cli.client import Client
-from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, duration, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, is_terminal, read_secret, say, show, show_json, unfold
 from repave.domain.password import find_password_fault, user_for
-
-
-@dataclass(frozen=True)
-class Waves:
-    """How a batch begins and when it stops."""
-
-    canary: int | None = None
-    at_once: int | None = None
-    max_failed: int | None = None
-
-
-ALL_AT_ONCE = Waves()
+from repave.domain.waves import Waves
+from repave.folding import ALL_AT_ONCE, plan_headline, plan_lines
 
 
 def reinstall(
@@ -142,54 +132,6 @@ def _read(path: Path) -> str:
         raise Usage(f"{path}: {error}.") from None
 
 
-def _alike(erased: list[Json]) -> list[list[Json]]:
-    """Servers with the same model, OS, state, image and kind of root-disk rule."""
-    groups: dict[tuple[object, ...], list[Json]] = {}
-    for e in erased:
-        kind = tuple(part.partition("=")[0] for part in e["root_disk"].split(","))
-        groups.setdefault((e["model"], e["os_now"], e["state"], e["image"], kind), []).append(e)
-    return list(groups.values())
-
-
-def _render_time(erased: list[Json], waves: Waves) -> list[str]:
-    """The usual time by model, where there is history; none is invented."""
-    known = {e["model"]: e["usual_s"] for e in erased if e.get("usual_s")}
-    if not known:
-        return []
-    models = " · ".join(f"{fold(e['server'] for e in erased if e['model'] == model)} usual {duration(usual)}" for model, usual in known.items())
-    whole = len(known) == len({e["model"] for e in erased}) and waves == ALL_AT_ONCE
-    return [f"  TIME     {models}" + (f" · all at once, done in about {duration(max(known.values()))}" if whole else "")]
-
-
-def _render_stops(waves: Waves) -> list[str]:
-    stops = []
-    if waves.canary:
-        stops.append(f"{count(waves.canary, 'server')} first, and if one of them does not run then the others do not start")
-    if waves.at_once:
-        stops.append(f"{waves.at_once} at once")
-    if waves.max_failed is not None:
-        stops.append(f"when more than {waves.max_failed} fail: waiting runs do not start, runs before the line go back")
-    return [f"  STOPS    {' · '.join(stops)}"] if stops else []
-
-
 def render_plan(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False) -> str:
     """Erased, kept, problems; equal servers share a line."""
-    erased, kept = plan["erased"], plan["kept"]
-    verb = "LOOKED AT  " if rehearse else "ERASED   "
-    what = " · ".join([plan["image"] or "the image each has now", *(["rehearsal"] if rehearse else []), "nothing touched yet"])
-    lines = [f"PLAN {plan['id']} · {count(len(erased), 'server')} · {what}"]
-    for same in _alike(erased):
-        first, rules = same[0], sorted({e["root_disk"] for e in same})
-        own = ", ".join(part.partition("=")[0] for part in rules[0].split(","))
-        disk = f": {rules[0]}" if len(rules) == 1 else f", by its own {own} (--json names them)"
-        lines.append(f"  {verb}{fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk{' each' if len(same) > 1 else ''}{disk}")
-        lines.append(f"           now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}")
-    seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
-    lines.append(f"  KEPT     {seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}")
-    lines += ([] if rehearse else _render_time(erased, waves)) + _render_stops(waves)
-    if rehearse:
-        lines.append("  WRITTEN  nothing: steps 1-4, then what was there boots again; the servers are down meanwhile")
-    for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
-        names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
-        lines.append(f"  PROBLEM  {fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")
-    return "\n".join(lines)
+    return "\n".join([plan_headline(plan, rehearse=rehearse), *(f"  {label:7}  {text}" for label, text in plan_lines(plan, waves, rehearse=rehearse))])
