@@ -41,7 +41,7 @@ from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.chunk_process import start_chunk_process
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_caches, split_listen
-from repave.domain.model import Credential, Image, Project, Role, Server
+from repave.domain.model import Credential, Image, Project, Role, Server, Step
 from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
@@ -259,6 +259,7 @@ def build_api(site: Site) -> FastAPI:
     )
     app.include_router(build_operator_router(
         store=site.store, fleet=site.fleet, images=site.desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
+        waits_s={Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s},
     ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)

@@ -6,6 +6,7 @@ when the first one is folded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,8 @@ ALL_AT_ONCE = Waves()
 ORDER = ("failed", "cancelled", "working", "waiting", "rehearsed", "running")
 GLYPHS = {"failed": "✗", "cancelled": "-", "working": "▶", "waiting": "·", "rehearsed": "✓", "running": "✓"}
 LATE = "▲"
+_BAR = 30
+_MOST_CAUSES = 8
 
 
 # ---- names and numbers ----
@@ -65,14 +68,37 @@ def batch_words(batch: Json) -> list[str]:
     ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
     lasted = duration((ended - parse_time(batch["created_at"])).total_seconds())
     image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
-    left = [run["eta_s"] for run in runs if run["state"] == "working"]
-    about = [f"about {duration(max(left))} left"] if left and not counts["waiting"] and all(eta is not None for eta in left) else []
     how = [
         *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
         *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
     ]  # fmt: skip
     numbers = [f"{number} {name}" for name, number in counts.items() if number]
-    return [count(len(runs), "server"), image, lasted, *about, *numbers, *how]
+    return [count(len(runs), "server"), image, lasted, *time_left(batch), *numbers, *how]
+
+
+def time_left(batch: Json) -> list[str]:
+    """A range until its ends meet. Nothing where it is not known, or was known and is no longer true."""
+    low, high = batch.get("eta_s"), batch.get("eta_high_s")
+    if low is None:
+        return []
+    return [f"about {duration(low)} left" if high is None or high <= low * 1.1 + 5 else f"about {duration(low)} to {duration(high)} left"]
+
+
+def counts_line(batch: Json) -> str:
+    """How far the whole is, by the usual time of its steps, and every count."""
+    numbers = {name: number for name, number in batch["counts"].items() if number or name in ("running", "working", "waiting", "failed")}
+    limit = f" (stops above {batch['max_failed']})" if batch.get("max_failed") is not None else ""
+    counts = "   ".join(f"{name} {number}{limit if name == 'failed' else ''}" for name, number in numbers.items())
+    if batch.get("percent") is None:
+        return counts
+    full = round(batch["percent"] / 100 * _BAR)
+    return f"{'█' * full}{'░' * (_BAR - full)} {batch['percent']} %   {counts}"
+
+
+def more_line(groups: Sequence[Sequence[Json]]) -> str:
+    """What stands for rows that there is no room for."""
+    states = Counter(run["state"] for group in groups for run in group)
+    return f"  and {states.total()} more   " + " · ".join(f"{states[name]} {name}" for name in ORDER if states[name])
 
 
 def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
@@ -90,17 +116,18 @@ def fold_runs(runs: Sequence[Json]) -> list[list[Json]]:
         elif run["state"] == "waiting":
             cause = run["waits_for"] or ""
         elif run["late"]:
-            cause += " late"
+            at, cause = 0, f"{cause} {run['step_index']}"  # before those that are in time
         groups.setdefault((ORDER.index(run["state"]), at, cause), []).append(run)
     return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
 
 
 def fold_failures(runs: Sequence[Json]) -> list[list[Json]]:
-    """Runs that ended with an error, those of one cause together."""
+    """Runs that ended with an error, those of one cause together; where nearly each has words of its own, those of one code."""
+    bad = [run for run in runs if run["error"] and run["state"] in ("failed", "cancelled")]
+    few = len({(r["error"]["code"], r["error"]["cause"]) for r in bad}) <= _MOST_CAUSES
     causes: dict[tuple[str, str], list[Json]] = {}
-    for run in runs:
-        if run["error"] and run["state"] in ("failed", "cancelled"):
-            causes.setdefault((run["error"]["code"], run["error"]["cause"]), []).append(run)
+    for run in bad:
+        causes.setdefault((run["error"]["code"], run["error"]["cause"] if few else ""), []).append(run)
     return list(causes.values())
 
 
@@ -125,11 +152,16 @@ def row_cells(group: Sequence[Json]) -> list[str]:
     rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
     seconds = [run["durations_s"].get(run["step"], 0) for run in group]
     if first["late"]:
-        gives_up = (parse_time(first["deadline_at"]) - datetime.now(UTC)).total_seconds()
-        side += f" · late, usual {duration(first['usual_s'])}, gives up in {duration(max(0, gives_up))}"
+        side += f" · late: usual {duration(first['usual_s'])}, now {duration(max(seconds))}{_gives_up(group, max(seconds))}"
     elif first["cancelling"]:
         side += " · going back"
     return [step, span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
+
+
+def _gives_up(group: Sequence[Json], now_s: float) -> str:
+    """The time in this step at which the first of them is given up."""
+    ends = [parse_time(run["gives_up_at"]) for run in group if run.get("gives_up_at")]
+    return f", gives up at {duration(now_s + max(0.0, (min(ends) - datetime.now(UTC)).total_seconds()))}" if ends else ""
 
 
 def span(values: Sequence[int], unit: str) -> str:

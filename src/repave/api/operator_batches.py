@@ -4,24 +4,26 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from repave.api.batch_views import Beside, batch_json, run_durations, run_json, run_state
+from repave.api.batch_views import Beside, batch_json, estimate_json, run_durations, run_json, run_state, when_given_up
 from repave.api.operator import Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.api.operator_images import get_image
 from repave.api.operator_servers import get_server
-from repave.domain.model import Batch, Image, Instance, RunRow, Server
+from repave.domain.model import Batch, Image, Instance, RunRow, Server, Step
 from repave.domain.root_disk import find_known_misfit, is_candidate
 from repave.domain.states import may_reinstall
-from repave.domain.timing import usual_durations
+from repave.domain.timing import slow_durations, usual_durations
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError
 from repave.store import Cancelled
 
 router = APIRouter(route_class=ProblemRoute)
 _MAX_NAMED = 50
+_NEWEST = 20  # runs of a server
 _PUBLIC_KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\r\n]*)?")  # sshd(8), AUTHORIZED_KEYS FILE FORMAT, without options
 
 
@@ -257,7 +259,15 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
     batch = _get_batch(scope, batch_id)
     runs = scope.store.runs.list_runs(batch_id=batch.id)
     image = scope.store.images.find_image(scope.project_id, batch.image_id or "")
-    return batch_json(batch, runs, image.name if image else None) | {"runs": sorted(_show(scope, batch, runs), key=lambda r: str(r["server"]))}
+    shown = sorted(_show(scope, batch, runs), key=lambda r: str(r["server"]))
+    return batch_json(batch, runs, image.name if image else None) | estimate_json(shown) | {"runs": shown}
+
+
+@router.get("/runs")
+def list_runs(scope: Viewer, server: str) -> Json:
+    """The newest runs of one server (name or id), newest first."""
+    runs = scope.store.runs.list_runs(project_id=scope.project_id, server_id=get_server(scope, server).id)
+    return render_list([_show(scope, _get_batch(scope, r.batch_id), [r])[0] for r in runs[: -_NEWEST - 1 : -1]])
 
 
 @router.get("/runs/{run_id}")
@@ -271,16 +281,27 @@ def _show(scope: Scope, batch: Batch, runs: Sequence[RunRow]) -> list[Json]:
     """These runs of this batch."""
     events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
     servers = scope.store.servers.get_servers([r.server_id for r in runs])
-    usual = _usual_by_model(scope, list(servers.values()))
+    history = {model: scope.store.runs.list_durations(model) for model in {s.model for s in servers.values()}}
+    usual, slow = ({model: of(runs) for model, runs in history.items()} for of in (usual_durations, slow_durations))
     images = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
     instances = {i.id: i for i in scope.store.servers.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
     waiting = scope.store.batches.why_waiting(batch) if any(run_state(r) == "waiting" for r in runs) else {}
     now = scope.store.now()
+    took = {run.id: run_durations(run, events, now) for run in runs}
+    gives_up = {run.id: _when_given_up(scope, run, servers[run.server_id], took[run.id], now) for run in runs if run_state(run) == "working"}
     return [
         run_json(run, Beside(
-            server=servers[run.server_id].name, durations_s=run_durations(run, events, now), usual=usual[servers[run.server_id].model],
+            server=servers[run.server_id].name, durations_s=took[run.id], usual=usual[servers[run.server_id].model],
+            slow=slow[servers[run.server_id].model], gives_up_at=gives_up.get(run.id),
             os_now=images.get(instances[run.instance_id].image_id or "") if run.instance_id in instances else None,
             why_waiting=waiting.get(run.id, ""),
         ))
         for run in runs
     ]  # fmt: skip
+
+
+def _when_given_up(scope: Scope, run: RunRow, server: Server, took: dict[str, float], now: datetime) -> datetime:
+    """Asked of the history only where a step waits by it (workflow/effects.py, `_know_wait`)."""
+    image_id = run.image_id if run.step is Step.FIRST_BOOT else None
+    alike = scope.store.runs.list_seconds_alike(server, run.step, image_id=image_id) if run.step in (Step.BOOT_RAMDISK, Step.FIRST_BOOT) else []
+    return when_given_up(run, took.get(run.step.value, 0.0), now, waits_s=scope.desk.waits_s, alike_s=alike)

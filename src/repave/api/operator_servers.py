@@ -242,6 +242,20 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
     return {"bmc_certificate_sha256": facts.certificate_sha256 or after.bmc_certificate_sha256, "bmc_system_uri": facts.system_uri}
 
 
+@router.post("/{reference}/probe")
+def probe_server(scope: Operator, reference: str) -> Json:
+    """What its BMC shows now, and whether that is the server we know. Nothing is powered or changed; the power state seen is kept."""
+    server = get_server(scope, reference)
+    facts = scope.desk.probe(BmcAddress.of(server, scope.store.servers.get_bmc_password(server.id)))
+    scope.store.servers.record_power(server.id, facts.power.value)
+    same = not any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)))
+    return {
+        "server": server.name, "same": same, "power": facts.power.value, "manufacturer": facts.manufacturer, "model": facts.model,
+        "serial": facts.serial, "uuid": facts.uuid, "macs": facts.macs, "media": facts.virtual_media, "certificate_sha256": facts.certificate_sha256,
+        "pinned": server.bmc_certificate_sha256 is not None or server.bmc_tls_verify != "false", "unreachable": scope.desk.find_unreachable(server.bmc_url),
+    }  # fmt: skip
+
+
 # ---- protection ----
 
 

@@ -57,8 +57,27 @@ def exit_code(error: RepaveError) -> Exit:
     return Exit.OURS if error.problem.who is Who.US else Exit.REFUSED
 
 
+PROGRESS = ("auto", "plain", "json", "none")
+
+
+def is_quiet() -> bool:
+    """-q was given."""
+    return bool(os.environ.get("REPAVE_QUIET"))
+
+
+def progress_mode() -> str:
+    """One of PROGRESS: what --progress says; with -q none."""
+    return "none" if is_quiet() else os.environ.get("REPAVE_PROGRESS", "auto")
+
+
 def say(text: str = "") -> None:
-    """For people: stderr."""
+    """Progress and hints, for people: stderr. Nothing with -q."""
+    if not is_quiet():
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """What must be read, also with -q: errors, and what is about to be confirmed."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -71,43 +90,20 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_list(items: Sequence[Json], columns: dict[str, str], *, as_json: bool) -> None:
-    """Aligned columns (title -> key, dots for inner keys), or {"items", "next"}."""
-    if as_json:
-        show_json({"items": items, "next": None})
-        return
-    rows = [list(columns)] + [[_cell(item, key) for key in columns.values()] for item in items]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows if items else []:
-        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not items:
-        say("Nothing here yet.")
-
-
-def _cell(item: Any, key: str) -> str:
-    for part in key.split("."):
-        item = item.get(part) if isinstance(item, dict) else None
-    if isinstance(item, bool):
-        return "yes" if item else "no"
-    if isinstance(item, list | dict):
-        return json.dumps(item)
-    return "-" if item in (None, "") else str(item)
-
-
 def show_fields(value: Json, inner: str = "") -> None:
     """One thing for people: a line a field, dots for inner names, what is empty left out."""
     for name, item in value.items():
         if isinstance(item, dict):
             show_fields(item, f"{inner}{name}.")
         elif item not in (None, "", []):
-            shown = ", ".join(str(i) for i in item) if isinstance(item, list) else _cell(value, name)
+            shown = ", ".join(str(i) for i in item) if isinstance(item, list) else ("no", "yes")[item] if isinstance(item, bool) else str(item)
             show(f"{inner}{name}".ljust(26) + f" {shown}")
 
 
 def show_error(error: RepaveError) -> None:
     p = error.problem
-    say(f"{p.code}  {p.title} {error.detail}".rstrip())
-    say(f"  do         {p.do}\n  untouched  {p.untouched}")
+    warn(f"{p.code}  {p.title} {error.detail}".rstrip())
+    warn(f"  do         {p.do}\n  untouched  {p.untouched}")
 
 
 def is_terminal() -> bool:
@@ -116,7 +112,8 @@ def is_terminal() -> bool:
 
 
 def may_redraw() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not any(os.environ.get(n) for n in ("CI", "ACCESSIBLE"))
+    dumb = os.environ.get("TERM") == "dumb" or any(os.environ.get(n) for n in ("CI", "ACCESSIBLE"))
+    return progress_mode() == "auto" and sys.stderr.isatty() and not dumb
 
 
 def confirm(question: str, wanted: str, *, yes: bool) -> None:

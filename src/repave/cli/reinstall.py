@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from repave.cli.batch import follow
 from repave.cli.client import Client
+from repave.cli.following import follow
 from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, is_terminal, read_secret, say, show, show_json, unfold
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.waves import Waves
