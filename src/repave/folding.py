@@ -62,9 +62,9 @@ def headline(batch: Json) -> str:
     return " · ".join([batch["id"], *batch_words(batch)])
 
 
-def batch_words(batch: Json) -> list[str]:
+def batch_words(batch: Json, *, counts: bool = True) -> list[str]:
     """How large, which image, how long, how much longer where that is known, how many are how far, and what is special."""
-    runs, counts = batch["runs"], batch["counts"]
+    runs = batch["runs"]
     ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
     lasted = duration((ended - parse_time(batch["created_at"])).total_seconds())
     image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
@@ -72,7 +72,7 @@ def batch_words(batch: Json) -> list[str]:
         *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
         *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
     ]  # fmt: skip
-    numbers = [f"{number} {name}" for name, number in counts.items() if number]
+    numbers = [f"{number} {name}" for name, number in batch["counts"].items() if number and counts]
     return [count(len(runs), "server"), image, lasted, *time_left(batch), *numbers, *how]
 
 
@@ -84,15 +84,17 @@ def time_left(batch: Json) -> list[str]:
     return [f"about {duration(low)} left" if high is None or high <= low * 1.1 + 5 else f"about {duration(low)} to {duration(high)} left"]
 
 
-def counts_line(batch: Json) -> str:
-    """How far the whole is, by the usual time of its steps, and every count."""
+def counts_line(batch: Json, width: int) -> str:
+    """How far the whole is, by the usual time of its steps, and every count; the bar is what room they leave."""
     numbers = {name: number for name, number in batch["counts"].items() if number or name in ("running", "working", "waiting", "failed")}
     limit = f" (stops above {batch['max_failed']})" if batch.get("max_failed") is not None else ""
     counts = "   ".join(f"{name} {number}{limit if name == 'failed' else ''}" for name, number in numbers.items())
     if batch.get("percent") is None:
         return counts
-    full = round(batch["percent"] / 100 * _BAR)
-    return f"{'█' * full}{'░' * (_BAR - full)} {batch['percent']} %   {counts}"
+    told = f"{batch['percent']} %   {counts}"
+    bar = max(0, min(_BAR, width - len(told) - 1))
+    full = round(batch["percent"] / 100 * bar)
+    return f"{'█' * full}{'░' * (bar - full)} {told}"
 
 
 def more_line(groups: Sequence[Sequence[Json]]) -> str:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from repave.cli.client import Client
 from repave.cli.output import Exit, Json, may_redraw, progress_mode, say, show
 from repave.cli.summary import show_summary
 from repave.errors import RepaveError
-from repave.folding import counts_line, duration, fold, fold_runs, folded_rows, headline, more_line, took
+from repave.folding import batch_words, counts_line, duration, fold, fold_runs, folded_rows, more_line, took
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _POLL_S = 1.0
 _HEARTBEAT_S = 60.0
 _LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
-_COLUMNS, _NAMES_WIDTH = 6, 32  # of a row: folding.folded_rows; its first must leave room for the last
+_NAMES_WIDTH = 32
 _COLOURS = {"✗": "red", "▲": "yellow", "▶": "blue", "✓": "green"}  # beside glyph and word, never instead
 
 
@@ -72,7 +72,7 @@ def _follower(as_json: bool) -> Callable[[Client, str, float | None], Json | Non
         return _follow_json
     if progress_mode() == "none":
         return _follow_silently
-    return _follow_live if sys.stdout.isatty() and may_redraw() else _follow_lines
+    return _follow_live if sys.stdout.isatty() and may_redraw() else follow_lines
 
 
 def batch_states(client: Client, batch_id: str, give_up_at: float | None) -> Iterator[Json]:
@@ -96,7 +96,7 @@ def batch_states(client: Client, batch_id: str, give_up_at: float | None) -> Ite
         time.sleep(_POLL_S)
 
 
-def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
+def follow_lines(client: Client, batch_id: str, give_up_at: float | None, *, heartbeat_s: float = _HEARTBEAT_S) -> Json | None:
     """One line a change, equal changes on one line, and a heartbeat: silence means we are gone."""
     seen: dict[str, tuple[str, ...]] = {}
     batch, spoke = None, time.monotonic()
@@ -112,7 +112,7 @@ def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Js
         for what, runs in changed.items():
             show(" ".join([clock(), fold(r["server"] for r in runs), *what, *([took(runs)] if what[0] == "running" else [])]))
             spoke = time.monotonic()
-        if time.monotonic() - spoke >= _HEARTBEAT_S:
+        if time.monotonic() - spoke >= heartbeat_s:
             show(f"{clock()} {_heartbeat(batch)}")
             spoke = time.monotonic()
     return batch if batch and batch["state"] != "working" else None
@@ -143,29 +143,39 @@ def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Jso
     batch, console = None, Console()
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for batch in batch_states(client, batch_id, give_up_at):
-            live.update(_frame(batch, console.size.height - 1), refresh=True)
+            live.update(_frame(batch, console.size.width, console.size.height - 1), refresh=True)
     return batch if batch and batch["state"] != "working" else None
 
 
-def _frame(batch: Json, height: int) -> Group:
+def _frame(batch: Json, width: int, height: int) -> Group:
     """Headline, counts, a row for each kind of run, failures first; the rows there is no room for are one line with their counts."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
-
-    def line(text: str) -> Text:
-        return Text(text, no_wrap=True, overflow="ellipsis")
 
     groups = fold_runs(batch["runs"])
     room = height - 2
     shown = len(groups) if len(groups) <= room else max(0, room - 1)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for n in range(_COLUMNS):
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAMES_WIDTH if n == 0 else None)
-    for head, *rest in (folded_rows(group)[0] for group in groups[:shown]):
-        table.add_row(Text(head, style=_COLOURS.get(head[0], "")), *map(Text, rest))
-    more = [line(more_line(groups[shown:]))] if shown < len(groups) and room > 0 else []
-    return Group(line(headline(batch)), line(counts_line(batch)), table, *more)
+    lines = [Text(" · ".join([*batch_words(batch, counts=False), batch["id"]])), Text(counts_line(batch, width))]
+    for row in aligned([folded_rows(group)[0] for group in groups[:shown]]):
+        line = Text(row)
+        line.stylize(_COLOURS.get(row[0], ""), 0, len(row.split("  ")[0]))
+        lines.append(line)
+    if shown < len(groups) and room > 0:
+        lines.append(Text(more_line(groups[shown:])))
+    for line in lines:
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(*lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line each; a column that is empty in all of them takes no room, and a long list of names leaves some for what is said of them."""
+    cut = [[_shorten(row[0]), *row[1:]] for row in rows]
+    widths = [max(len(row[i]) for row in cut) for i in range(len(cut[0]))] if cut else []
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in cut]
+
+
+def _shorten(names: str) -> str:
+    return names if len(names) <= _NAMES_WIDTH else names[: _NAMES_WIDTH - 1] + "…"
 
 
 def _follow_silently(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
@@ -175,18 +185,14 @@ def _follow_silently(client: Client, batch_id: str, give_up_at: float | None) ->
 
 
 def _follow_json(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
-    """Events, one a line; the stream is taken up again where it broke off."""
+    """Events, one a line. Asked for again and again: a stream that is silent could not be left when the time is over."""
     after = 0
     for batch in batch_states(client, batch_id, give_up_at):
-        try:
-            for event in client.follow(after, batch=batch_id):
+        # Read after the batch: what is there when it has ended is all there will be.
+        while events := client.items("/events", batch=batch_id, after=after):
+            for event in events:
                 after = event["seq"]
                 show(jsonlib.dumps(event, ensure_ascii=False))
-                if give_up_at is not None and time.monotonic() > give_up_at:
-                    return None
-        except RepaveError as error:
-            if error.slug != "service-unreachable":
-                raise
         if batch["state"] != "working":
             return batch
     return None
