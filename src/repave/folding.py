@@ -111,10 +111,11 @@ def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
 def fold_runs(runs: Sequence[Json]) -> list[list[Json]]:
     """Runs that a row can stand for together, failures first."""
     groups: dict[tuple[int, int, str], list[Json]] = {}
+    few = len({run["error"]["cause"] for run in runs if run["error"]}) <= _MOST_CAUSES
     for run in runs:
         at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "cancelled", "working") else (0, str(run["os_now"]))
         if run["error"]:
-            cause = run["error"]["code"] + run["error"]["cause"]
+            cause = run["error"]["code"] + (run["error"]["cause"] if few else "")
         elif run["state"] == "waiting":
             cause = run["waits_for"] or ""
         elif run["late"]:
@@ -210,12 +211,27 @@ def _alike(erased: list[Json]) -> list[list[Json]]:
 
 def _usual_time(erased: list[Json], waves: Waves) -> list[tuple[str, str]]:
     """The usual time by model, where there is history; none is invented."""
-    known = {e["model"]: e["usual_s"] for e in erased if e.get("usual_s")}
-    if not known:
-        return []
-    models = " · ".join(f"{fold(e['server'] for e in erased if e['model'] == model)} usual {duration(usual)}" for model, usual in known.items())
-    whole = len(known) == len({e["model"] for e in erased}) and waves == ALL_AT_ONCE
-    return [("TIME", models + (f" · all at once, done in about {duration(max(known.values()))}" if whole else ""))]
+    words, whole_s = [], 0.0
+    models = {e["model"]: e for e in erased}
+    for model, first in models.items():
+        names = fold(e["server"] for e in erased if e["model"] == model)
+        if first.get("usual_s"):
+            high = f", nine of ten in {duration(first['usual_high_s'])}" if first["usual_high_s"] > first["usual_s"] * 1.1 else ""
+            words.append(f"{names} usual {duration(first['usual_s'])}{high} ({count(first['usual_runs'], 'run')})")
+            whole_s = max(whole_s, first["usual_s"])
+        else:
+            words.append(f"{names} not known: too few runs of this model")
+    if all(e.get("usual_s") for e in models.values()):
+        rounds = _rounds(len(erased), waves)
+        how = "all at once" if rounds == 1 else f"{rounds} one after the other"
+        words.append(f"{how}, done in about {duration(rounds * whole_s)}")
+    return [("TIME", " · ".join(words))]
+
+
+def _rounds(servers: int, waves: Waves) -> int:
+    """How many runs follow each other at least."""
+    canary = min(waves.canary or 0, servers)
+    return sum(-(-number // (waves.at_once or number)) for number in (canary, servers - canary) if number)
 
 
 def _stops(waves: Waves) -> list[tuple[str, str]]:
@@ -226,7 +242,7 @@ def _stops(waves: Waves) -> list[tuple[str, str]]:
         stops.append(f"{waves.at_once} at once")
     if waves.max_failed is not None:
         stops.append(f"when more than {waves.max_failed} fail: waiting runs do not start, runs before the line go back")
-    return [("STOPS", " · ".join(stops))] if stops else []
+    return [("STOPS", " · ".join(stops) or "never by itself: --max-failed N, --canary N")]
 
 
 def plan_headline(plan: Json, *, rehearse: bool = False) -> str:
@@ -235,7 +251,7 @@ def plan_headline(plan: Json, *, rehearse: bool = False) -> str:
 
 
 def plan_lines(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False) -> list[tuple[str, str]]:
-    """Erased, kept, time, what stops it, problems: a label and a text each, equal servers in one."""
+    """Erased, kept, time, what stops it, what to be careful about, problems: a label and a text each, equal servers in one."""
     erased, kept = plan["erased"], plan["kept"]
     lines: list[tuple[str, str]] = []
     for same in _alike(erased):
@@ -246,10 +262,13 @@ def plan_lines(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False
         lines.append(("LOOKED AT" if rehearse else "ERASED", f"{fold(e['server'] for e in same)}  {what}"))
         lines.append(("", f"now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}"))
     seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
-    lines.append(("KEPT", f"{seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}"))
+    locked = f" · {fold(kept['locked'])} locked" if kept.get("locked") else ""
+    lines.append(("KEPT", f"{seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}{locked}"))
     lines += ([] if rehearse else _usual_time(erased, waves)) + _stops(waves)
     if rehearse:
         lines.append(("WRITTEN", "nothing: steps 1-4, then what was there boots again; the servers are down meanwhile"))
+    for caution in dict.fromkeys(c for e in erased for c in e.get("careful", ())):
+        lines.append(("CAREFUL", f"{fold(e['server'] for e in erased if caution in e.get('careful', ()))}: {caution}"))
     for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
         names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
         lines.append(("PROBLEM", f"{fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}"))

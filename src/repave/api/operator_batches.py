@@ -23,7 +23,6 @@ from repave.store import Cancelled
 
 router = APIRouter(route_class=ProblemRoute)
 _MAX_NAMED = 50
-_NEWEST = 20  # runs of a server
 _PUBLIC_KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\r\n]*)?")  # sshd(8), AUTHORIZED_KEYS FILE FORMAT, without options
 
 
@@ -97,7 +96,8 @@ def _plan(scope: Scope, target: Target) -> Json:
     images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
     disks = {s.id: (scope.store.runs.find_inventory(s.id) or {}).get("disks", []) for s, _ in pairs}
     again = _images_of_retry(scope, target)
-    usual = _usual_by_model(scope, [s for s, _ in pairs])
+    history = {model: scope.store.runs.list_durations(model) for model in {s.model for s, _ in pairs}}
+    usual, slow = ({model: round(sum(of(runs).values())) or None for model, runs in history.items()} for of in (usual_durations, slow_durations))
     erased, problems, facts = [], [], []
     for server, instance in pairs:
         image = asked or images.get(again.get(instance.id) or instance.image_id or "")
@@ -109,23 +109,41 @@ def _plan(scope: Scope, target: Target) -> Json:
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "os_type": image.os_type if image else None,
             "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None,
-            "usual_s": round(sum(usual[server.model].values())) or None,
+            "usual_s": usual[server.model], "usual_high_s": slow[server.model], "usual_runs": len(history[server.model]),
+            "careful": _cautions(server, instance, image, seen),
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
-        facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk])
+        facts.append(
+            [instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk, [d.get("serial") for d in seen]]
+        )
+    locked = sorted(s.name for s in scope.store.servers.list_servers(scope.project_id)[0] if s.locked_at and s.id not in disks)
     total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
     data_disks = sum(max(0, len([d for d in of if is_candidate(d)]) - 1) for of in disks.values())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return {
         "id": f"p-{digest[:8]}", "erased": erased, "problems": problems, "image": asked.name if asked else None,
-        "kept": {"other_servers": total - len(pairs), "data_disks_seen": data_disks},
+        "kept": {"other_servers": total - len(pairs), "data_disks_seen": data_disks, "locked": locked},
     }  # fmt: skip
+
+
+def _cautions(server: Server, instance: Instance, image: Image | None, seen: Sequence[Json]) -> list[str]:
+    """What stands in no reinstall's way and should be known before it: each true of this server."""
+    found = []
+    if instance.state.value == "error":
+        found.append("it runs no OS: a run that ends before the line leaves it off")
+    if not seen and not server.root_disk:
+        found.append("its disks were never seen: which one is the root disk is known when the ramdisk looks, and nothing is written where that is not clear")
+    if image is not None and image.doubted_at is not None:
+        found.append("a run met this image damaged: it is read whole first")
+    return found
 
 
 def _problems(scope: Scope, server: Server, instance: Instance, image: Image | None, disks: Sequence[Json]) -> list[RepaveError]:
     found: list[RepaveError] = []
     if not may_reinstall(instance.state):
-        found.append(RequestError("in-progress"))
+        live = next((r for r in scope.store.runs.list_newest_of(server.id, limit=1) if r.ended_at is None), None)
+        batch = scope.store.runs.find_batch(scope.project_id, live.batch_id) if live else None
+        found.append(RequestError("in-progress", f"Batch {batch.id}, by {batch.created_by}.", batch=batch.id) if batch else RequestError("in-progress"))
     try:
         scope.desk.fleet.refuse_protected([server])
     except RequestError as protected:
@@ -242,10 +260,6 @@ def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:
     return {s.id: s.name for s in scope.store.servers.get_servers([r.server_id for r in runs]).values()}
 
 
-def _usual_by_model(scope: Scope, servers: Sequence[Server]) -> dict[str, dict[str, float]]:
-    return {model: usual_durations(scope.store.runs.list_durations(model)) for model in {s.model for s in servers}}
-
-
 @router.get("/batches")
 def list_batches(scope: Viewer, limit: int = 100) -> Json:
     """Newest first."""
@@ -264,10 +278,10 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
 
 
 @router.get("/runs")
-def list_runs(scope: Viewer, server: str) -> Json:
+def list_runs(scope: Viewer, server: str, limit: int = 20) -> Json:
     """The newest runs of one server (name or id), newest first."""
-    runs = scope.store.runs.list_runs(project_id=scope.project_id, server_id=get_server(scope, server).id)
-    return render_list([_show(scope, _get_batch(scope, r.batch_id), [r])[0] for r in runs[: -_NEWEST - 1 : -1]])
+    runs = scope.store.runs.list_newest_of(get_server(scope, server).id, limit=limit)
+    return render_list([_show(scope, _get_batch(scope, r.batch_id), [r])[0] for r in runs])
 
 
 @router.get("/runs/{run_id}")

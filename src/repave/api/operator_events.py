@@ -30,7 +30,10 @@ def _event_json(event: Event, servers: dict[str, str]) -> Json:
 
 
 def _read(scope: Scope, after: int, batch: str | None, limit: int, *, newest: bool = False) -> list[Json]:
-    events = scope.store.events.list_events(scope.project_id, after=after, batch_id=batch, limit=limit, newest=newest)
+    if newest:
+        events = scope.store.events.list_newest(scope.project_id, batch_id=batch, limit=limit)[::-1]
+    else:
+        events = scope.store.events.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
     if not events:
         return []
     servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}

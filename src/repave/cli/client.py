@@ -90,15 +90,21 @@ class Client:
 
     def follow(self, after: int = 0, **params: Any) -> Iterator[Json]:
         """Events as they come (SSE), until the service ends the stream."""
+        return self.follow_stream("/events", after, params)
+
+    def follow_stream(self, path: str, after: int, params: Json) -> Iterator[Json]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        answer = self._send("GET", "/events", params, headers=headers, answer_s=_STREAM_S)
-        with answer:
+        with self._send("GET", path, params, headers=headers, answer_s=_STREAM_S) as answer:
             try:
                 while line := answer.readline():
                     if line.startswith(b"data: "):
                         yield json.loads(line[6:])
             except (OSError, HTTPException):
                 raise RepaveError("service-unreachable", f"The stream from {self.endpoint.url} broke off.") from None
+
+    def fetch(self, path: str, **params: Any) -> bytes:
+        """A body that is no JSON."""
+        return self._read(self._send("GET", path, params))
 
     def get_health(self) -> Json:
         """What the service says of itself, well or not; it needs no key."""

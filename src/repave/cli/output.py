@@ -122,10 +122,15 @@ def confirm(question: str, wanted: str, *, yes: bool) -> None:
         return
     if not is_terminal():
         raise Refused("Not confirmed: there is no terminal to ask on, and no --yes.")
+    if input_line(question) != wanted:
+        raise Refused("Not confirmed; nothing was sent.")
+
+
+def input_line(question: str) -> str:
+    """What was typed. The question goes to stderr, so that stdout stays data."""
     sys.stderr.write(question)
     sys.stderr.flush()
-    if sys.stdin.readline().strip() != wanted:
-        raise Refused("Not confirmed; nothing was sent.")
+    return sys.stdin.readline().strip()
 
 
 def read_secret(prompt: str, *, from_stdin: bool, variable: str | None = None, twice: bool = False) -> str:

@@ -178,9 +178,14 @@ class Runs:
         row = self._db.row(_INVENTORY, server_id=server_id)
         return dict(row["inventory"]) if row and row["inventory"] else None
 
-    def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None, server_id: str | None = None) -> list[RunRow]:
-        given = {name: value for name, value in (("batch", batch_id), ("project", project_id), ("server", server_id)) if value is not None}
-        return [rows.run(r) for r in self._db.rows(_select_runs(tuple(given), live), **given)]
+    def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
+        given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}
+        return [rows.run(r) for r in self._db.rows(_select_runs("batch" in given, "project" in given, live), **given)]
+
+    def list_newest_of(self, server_id: str, *, limit: int) -> list[RunRow]:
+        """The runs of this server, newest first."""
+        query = sa.select(RUNS).where(RUNS.c.server_id == server_id).order_by(RUNS.c.id.desc()).limit(limit)
+        return [rows.run(r) for r in self._db.rows(query)]
 
     def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
         """Newest first."""
@@ -429,10 +434,12 @@ class Runs:
 
 
 @functools.cache
-def _select_runs(by: tuple[str, ...], live: bool | None) -> sa.Select[Any]:
+def _select_runs(by_batch: bool, by_project: bool, live: bool | None) -> sa.Select[Any]:
     query = sa.select(RUNS).order_by(RUNS.c.id)
-    for name in by:
-        query = query.where(RUNS.c[f"{name}_id"] == sa.bindparam(name))
+    if by_batch:
+        query = query.where(RUNS.c.batch_id == sa.bindparam("batch"))
+    if by_project:
+        query = query.where(RUNS.c.project_id == sa.bindparam("project"))
     return query if live is None else query.where(RUNS.c.ended_at.is_(None) if live else RUNS.c.ended_at.is_not(None))
 
 
