@@ -19,7 +19,7 @@ class Screen:
         self._tmux = ["tmux", "-L", socket, "-f", "/dev/null"]
 
     def start(self, argv: Sequence[str], *, columns: int, rows: int, env: Mapping[str, str], cwd: Path) -> None:
-        command = f"{shlex.join(argv)}; echo EXIT=$?; sleep 600"
+        command = f"trap : INT; {shlex.join(argv)}; echo EXIT=$?; sleep 600"  # a shell without a trap ends with what Ctrl-C ended
         size = ["-x", str(columns), "-y", str(rows)]
         subprocess.run([*self._tmux, "new-session", "-d", *size, "sh", "-c", command], check=True, env=dict(env), cwd=cwd, capture_output=True)
 

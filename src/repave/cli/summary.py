@@ -45,10 +45,10 @@ def _failed_lines(same: Sequence[Json], batch_id: str) -> str:
 def _rehearsed_lines(run: Json) -> str:
     """What one rehearsal learnt: where it would write, how much, how long; and that nothing was written."""
     learnt = run["rehearsal"]
-    disk, took = learnt["disk"], learnt["durations_s"]
+    disk, seconds = learnt["disk"], learnt["durations_s"]
     others = count(max(0, learnt["disks"] - 1), "other disk")
     rate = f" at {size(learnt['fetched_bytes'] / learnt['fetch_s'])}/s" if learnt.get("fetch_s") and learnt.get("fetched_bytes") else ""
-    times = " · ".join(f"{name} {duration(took[name])}" for name in ("power-off", "insert-media", "boot-ramdisk") if name in took)
+    times = " · ".join(f"{name} {duration(seconds[name])}" for name in ("power-off", "insert-media", "boot-ramdisk") if name in seconds)
     return (
         f"  ✓ {run['server']}  rehearsed: nothing written, what was there runs again after {took([run])}\n"
         f"      disk       {disk['path']}, serial {disk['serial']}, {size(disk['size_bytes'] or 0)}; {others}, left alone\n"
