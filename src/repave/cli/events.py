@@ -8,6 +8,7 @@ from repave.cli.client import Client
 from repave.cli.lists import TABLE, Form, show_list
 from repave.cli.output import Exit, Json, show
 from repave.errors import RepaveError
+from repave.folding import parse_time
 
 _COLUMNS = {"SEQ": "seq", "AT": "at", "TYPE": "type", "SERVER": "server", "ACTOR": "actor", "WHAT": "what"}
 _NAMED = ("seq", "at", "type", "actor", "server", "server_id", "batch", "run")
@@ -30,7 +31,7 @@ def events(*, follow: bool = False, batch: str | None = None, after: int | None 
     client = Client(project)
     past = client.items("/events", batch=batch, limit=limit, **({"newest": True} if after is None else {"after": after}))
     if not follow:
-        show_list(past if form.is_json else [e | {"what": _rest(e)} for e in past], _COLUMNS, form)
+        show_list(past if form.is_json else [e | {"what": _rest(e), "at": _second(e["at"])} for e in past], _COLUMNS, form)
         return Exit.OK
     seq = after or 0
     for event in past:
@@ -53,8 +54,12 @@ def _tell(event: Json, form: Form) -> None:
     elif form.output == "name":
         show(str(event["seq"]))
     else:
-        words = (event["at"], event["type"], event.get("server"), f"by {event['actor']}" if event["actor"] != "repave" else "", _rest(event))
+        words = (_second(event["at"]), event["type"], event.get("server"), f"by {event['actor']}" if event["actor"] != "repave" else "", _rest(event))
         show(" ".join(word for word in words if word))
+
+
+def _second(at: str) -> str:
+    return f"{parse_time(at):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _rest(event: Json) -> str:

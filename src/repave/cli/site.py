@@ -237,9 +237,13 @@ def list_keys(*, project: str | None = None, form: Form = TABLE) -> None:
 
 
 @key.command(name="rm")
-def remove_key(key_id: Annotated[str, Parameter(help="Its id (repave key ls).")], /, *, project: str | None = None) -> None:
+def remove_key(key: Annotated[str, Parameter(help="Its name, id or AK (repave key ls).")], /, *, project: str | None = None) -> None:
     """Remove a key: its token and signatures are refused from now on."""
     from repave.cli.client import Client
 
-    Client(project).delete(f"/keys/{key_id}")
+    client = Client(project)
+    found = [k for k in client.items("/keys") if key in (k["name"], k["id"], k["ak"])]
+    if len(found) > 1:
+        raise Usage(f"{len(found)} keys are named {key!r}; name one by its id: {', '.join(k['id'] for k in found)}.")
+    client.delete(f"/keys/{found[0]['id'] if found else key}")
     say("Key removed.")
