@@ -97,6 +97,7 @@ class Desk:
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
+    set_bmc_password: Callable[[BmcAddress, str], None]
     waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings
     imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
 
@@ -274,13 +275,14 @@ def build_operator_router(
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
     find_unreachable: Callable[[str], str | None],
+    set_bmc_password: Callable[[BmcAddress, str], None],
     waits_s: Mapping[Step, float] | None = None,
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
     from repave.api import operator_batches, operator_events, operator_images, operator_servers
 
-    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, waits_s or {})
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, set_bmc_password, waits_s or {})
 
     async def attach(request: Request) -> None:
         request.state.desk = desk

@@ -364,6 +364,35 @@ def _plain(value: object) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value or "-")
 
 
+@app.command
+def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, project: str | None = None) -> int:
+    """Give the account that Repave uses at these servers' BMCs a new password, and store it. The first server goes alone: where it fails, no other is asked.
+
+    At each moment what opens a BMC is stored: a rotation that was cut off is finished by the next login, or by the same command again.
+
+    Parameters
+    ----------
+    password_stdin
+        The new password is the first line of standard input.
+    yes
+        Do not ask.
+    """
+    client, names = _named(nodeset, project)
+    password = read_secret("New BMC password", from_stdin=password_stdin, variable="REPAVE_NEW_BMC_PASSWORD", twice=True)
+    confirm(f"Change the BMC password of {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
+
+    def change(name: str) -> Json:
+        return client.post(f"/servers/{name}/rotate", {"password": password})
+
+    done = _on_each(names[:1], change)
+    if not isinstance(done[names[0]], RepaveError):
+        done |= _on_each(names[1:], change)
+    code = _tell_done(done, "changed: the BMCs have the new password, and so have we")
+    if left := names[len(done) :]:
+        warn(f"{fold(left)} not asked: {names[0]} failed.")
+    return code
+
+
 @app.command(name="rm")
 def remove_servers(nodeset: str, /, *, yes: bool = False, project: str | None = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
