@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from repave.cli.client import Client
-from repave.cli.output import Exit, Json, check_known, show, show_json, unfold
+from repave.cli.output import Exit, Json, check_known, say, show, show_json, unfold
 from repave.errors import RepaveError
 from repave.folding import count, fold, size
 
@@ -100,6 +100,8 @@ def _of_bmcs(client: Client, names: list[str]) -> Iterator[Finding]:
         except RepaveError as error:
             return error
 
+    if len(names) > _AT_ONCE:
+        say(f"Asking {len(names)} BMCs, {_AT_ONCE} at a time.")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = dict(zip(names, pool.map(probe, names), strict=True))
     found = [(name, _of_bmc(answer)) for name, answer in answers.items()]
