@@ -41,7 +41,7 @@ from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
 from repave.chunk_process import start_chunk_process
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_caches, split_listen
-from repave.domain.model import Credential, Image, Project, Role, Server
+from repave.domain.model import Credential, Image, Project, Role, Server, Step
 from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
 from repave.errors import RepaveError
@@ -58,6 +58,7 @@ from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
+from repave.workflow.bmc_login import find_password
 from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
@@ -203,7 +204,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
             before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
 
-        address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
+        address = BmcAddress.of(server, find_password(store, server, probe_bmc))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
         with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc:
@@ -248,6 +249,12 @@ def probe_bmc(address: BmcAddress) -> BmcFacts:
         return bmc.probe()
 
 
+def set_bmc_password(address: BmcAddress, password: str) -> None:
+    """The account of this address was told its new password."""
+    with RedfishBmc(address) as bmc:
+        bmc.set_password(password)
+
+
 def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
@@ -259,6 +266,7 @@ def build_api(site: Site) -> FastAPI:
     )
     app.include_router(build_operator_router(
         store=site.store, fleet=site.fleet, images=site.desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
+        waits_s={Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}, set_bmc_password=set_bmc_password,
     ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)

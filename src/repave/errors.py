@@ -84,6 +84,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("2115", "busy", Who.BMC, True, "The BMC is busy.", "It refuses work for now, or has no free login.", "Wait a minute, then retry.", _DISK),
     ("2116", "timeout", Who.BMC, True, "The BMC took too long.", "An answer or a task did not end in time.", "Retry; reset the BMC if it stays so.", _DISK),
     ("2117", "protocol", Who.BMC, False, "The BMC gave an answer that makes no sense.", "Malformed, too large, too deep, or from elsewhere.", "Update its firmware; send us the answer.", _DISK),
+    ("2118", "password_refused", Who.BMC, False, "The BMC does not take this password.", "Its rules want another length or other characters, or it was used before.", "Choose another one; the old one is in force.", _NOTHING),
     # 3: server and disk
     ("3101", "no-root-disk", Who.SERVER, False, "No disk can be the root disk.", "No candidate: removable, virtual and read-only disks do not count.", "Check the disks; repave server set NAME --root-disk.", "all disks"),
     ("3102", "ambiguous-root-disk", Who.SERVER, False, "Several disks could be the root disk.", "No recorded serial, hint or boot entry decides.", "repave server set NAME --root-disk serial=SERIAL.", "all disks"),

@@ -41,13 +41,24 @@ class Bmcs:
 
     known: dict[str, str] = field(default_factory=dict)
     asked: list[BmcAddress] = field(default_factory=list)
+    passwords: dict[str, str] = field(default_factory=dict)  # of those that have another one than BMC_PASSWORD
+    rotate: str = "well"  # or: an error's slug, "lies" (says yes, keeps the old one), "dies" (takes it, then nobody answers any more)
+
+    def set_password(self, address: BmcAddress, password: str) -> None:
+        self.probe(address)
+        if self.rotate not in ("well", "lies", "dies"):
+            raise BmcError(self.rotate)
+        if self.rotate != "lies":
+            self.passwords[address.url] = password
+        if self.rotate == "dies":
+            self.known[address.url] = "unreachable"
 
     def probe(self, address: BmcAddress) -> BmcFacts:
         self.asked.append(address)
         what = self.known.get(address.url, "unreachable")
         if not what.startswith("SN"):
             raise BmcError(what)
-        if address.password != BMC_PASSWORD:
+        if address.password != self.passwords.get(address.url, BMC_PASSWORD):
             raise BmcError("auth")
         uuid = f"00000000-0000-0000-0000-{int(what[2:]):012}"
         return BmcFacts("/redfish/v1/Systems/1", "ACME", "R1", what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
@@ -107,6 +118,7 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
     )
     app.include_router(build_operator_router(
         store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
+        set_bmc_password=bmcs.set_password,
     ))  # fmt: skip
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from repave.domain.model import Batch, Event, RunRow, Step
 from repave.domain.states import Ending
-from repave.domain.timing import eta_s, is_late, step_durations
+from repave.domain.timing import done_share, eta_s, is_late, learn_wait, step_durations, way_back_at
 
 Json = dict[str, Any]
 STATES = ("running", "working", "waiting", "failed", "rehearsed", "cancelled")
@@ -42,7 +42,18 @@ class Beside:
     os_now: str | None
     durations_s: dict[str, float]
     usual: Mapping[str, float] = field(default_factory=dict)  # of its model, by step; empty with too little history
+    slow: Mapping[str, float] = field(default_factory=dict)  # the same, slower than nine of ten
     why_waiting: str | None = None
+    gives_up_at: datetime | None = None  # of a run under way: when its step, or the run, is ended
+
+
+def when_given_up(run: RunRow, in_step_s: float, now: datetime, *, waits_s: Mapping[Step, float], alike_s: Sequence[float]) -> datetime:
+    """When what this run waits for is given up: the site's setting, what was learnt of runs alike, and the run's deadline; whichever is first."""
+    ends = [run.deadline_at if run.past_the_line else way_back_at(run)]
+    waits = [waits_s[run.step]] if run.step in waits_s else []
+    began = now - timedelta(seconds=in_step_s)
+    ends += [began + timedelta(seconds=s) for s in [*waits, *([learn_wait(alike_s)["learnt_s"]] if learn_wait(alike_s) else [])]]
+    return min(ends)
 
 
 def run_json(run: RunRow, beside: Beside) -> Json:
@@ -53,6 +64,8 @@ def run_json(run: RunRow, beside: Beside) -> Json:
     writing = run.step is Step.WRITE_IMAGE and run.ended_at is None and total
     working = run_state(run) == "working"
     in_step_s, usual_s = beside.durations_s.get(run.step.value, 0.0), beside.usual.get(run.step.value)
+    late = working and is_late(in_step_s, usual_s)
+    share = done_share(run.step, in_step_s, beside.usual, written=done / total if writing and total else None) if working else float(run.ended_at is not None)
     return {
         "id": run.id, "batch": run.batch_id, "server": beside.server, "instance_id": run.instance_id, "state": run_state(run), "step": run.step.value,
         "step_index": run.step.number, "steps": len(Step), "past_the_line": run.past_the_line, "stage": progress.get("stage"),
@@ -61,8 +74,10 @@ def run_json(run: RunRow, beside: Beside) -> Json:
         "started_at": run.started_at, "deadline_at": run.deadline_at, "ended_at": run.ended_at, "outcome": run.outcome, "os_now": beside.os_now,
         "disk_serial": (run.plan or {}).get("disk_serial"), "error": run.error, "proof": run.proof, "durations_s": beside.durations_s,
         "write_stages_s": (run.report or {}).get("stages_s"), "waits_for": beside.why_waiting if run_state(run) == "waiting" else None,
-        "usual_s": usual_s if working else None, "late": working and is_late(in_step_s, usual_s),
-        "eta_s": eta_s(run.step, in_step_s, beside.usual) if working else None, "cancelling": run.cancel is not None and run.ended_at is None,
+        "usual_s": usual_s if working else None, "late": late, "done_percent": round(100 * share),
+        "eta_s": eta_s(run.step, in_step_s, beside.usual) if working else None,
+        "eta_high_s": eta_s(run.step, in_step_s, beside.slow) if working and not late else None,
+        "gives_up_at": beside.gives_up_at if working else None, "cancelling": run.cancel is not None and run.ended_at is None,
         "rehearse": run.rehearse, "rehearsal": _rehearsal_json(run, beside.usual) if run.outcome == Ending.REHEARSED.value else None,
     }  # fmt: skip
 
@@ -93,4 +108,15 @@ def batch_json(batch: Batch, runs: Sequence[RunRow], image: str | None) -> Json:
         "id": batch.id, "state": "working" if batch.ended_at is None else ended, "image_id": batch.image_id, "image": image,
         "created_at": batch.created_at, "created_by": batch.created_by, "ended_at": batch.ended_at, "counts": counts, "rehearse": batch.rehearse,
         "canary": batch.canary, "at_once": batch.at_once, "max_failed": batch.max_failed, "paused_at": batch.paused_at, "stopped": batch.stop_reason,
+    }  # fmt: skip
+
+
+def estimate_json(runs: Sequence[Json]) -> Json:
+    """How far a batch is and how long it may take. No estimate while runs wait or one is late: one that stopped being true is not stretched."""
+    open_ = [r for r in runs if r["state"] in ("working", "waiting")]
+    etas, highs = [r["eta_s"] for r in open_], [r["eta_high_s"] for r in open_]
+    known = bool(open_) and None not in etas
+    return {
+        "percent": round(sum(r["done_percent"] for r in runs) / len(runs)) if runs else 100,
+        "eta_s": max(etas) if known else None, "eta_high_s": max(e or 0.0 for e in [*etas, *highs]) if known else None,
     }  # fmt: skip

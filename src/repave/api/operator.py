@@ -6,7 +6,7 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 """
 
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from repave.bmc import BmcAddress, BmcFacts
-from repave.domain.model import Credential, Image, Role, Server
+from repave.domain.model import Credential, Image, Role, Server, Step
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
 from repave.images.fetch import ImageSources
@@ -97,6 +97,8 @@ class Desk:
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
+    set_bmc_password: Callable[[BmcAddress, str], None]
+    waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings
     imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
 
 
@@ -216,6 +218,12 @@ def whoami(scope: Viewer) -> Json:
     }  # fmt: skip
 
 
+@router.get("/room")
+def show_room(scope: Viewer) -> Json:
+    """Bytes that images may still take, by quota and disk."""
+    return {"image_bytes": scope.desk.images.room_bytes()}
+
+
 @router.get("/projects")
 def list_projects(scope: Viewer) -> Json:
     """All projects for the site's admin, one's own for the others."""
@@ -267,12 +275,14 @@ def build_operator_router(
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
     find_unreachable: Callable[[str], str | None],
+    set_bmc_password: Callable[[BmcAddress, str], None],
+    waits_s: Mapping[Step, float] | None = None,
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
     from repave.api import operator_batches, operator_events, operator_images, operator_servers
 
-    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, set_bmc_password, waits_s or {})
 
     async def attach(request: Request) -> None:
         request.state.desk = desk

@@ -4,18 +4,19 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from repave.api.batch_views import Beside, batch_json, run_durations, run_json, run_state
+from repave.api.batch_views import Beside, batch_json, estimate_json, run_durations, run_json, run_state, when_given_up
 from repave.api.operator import Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
 from repave.api.operator_images import get_image
 from repave.api.operator_servers import get_server
-from repave.domain.model import Batch, Image, Instance, RunRow, Server
+from repave.domain.model import Batch, Image, Instance, RunRow, Server, Step
 from repave.domain.root_disk import find_known_misfit, is_candidate
 from repave.domain.states import may_reinstall
-from repave.domain.timing import usual_durations
+from repave.domain.timing import slow_durations, usual_durations
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError
 from repave.store import Cancelled
@@ -95,7 +96,8 @@ def _plan(scope: Scope, target: Target) -> Json:
     images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
     disks = {s.id: (scope.store.runs.find_inventory(s.id) or {}).get("disks", []) for s, _ in pairs}
     again = _images_of_retry(scope, target)
-    usual = _usual_by_model(scope, [s for s, _ in pairs])
+    history = {model: scope.store.runs.list_durations(model) for model in {s.model for s, _ in pairs}}
+    usual, slow = ({model: round(sum(of(runs).values())) or None for model, runs in history.items()} for of in (usual_durations, slow_durations))
     erased, problems, facts = [], [], []
     for server, instance in pairs:
         image = asked or images.get(again.get(instance.id) or instance.image_id or "")
@@ -107,23 +109,42 @@ def _plan(scope: Scope, target: Target) -> Json:
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
             "image": image.name if image else None, "os_type": image.os_type if image else None,
             "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None, "keeps": server.keep_partitions,
-            "usual_s": round(sum(usual[server.model].values())) or None,
+            "usual_s": usual[server.model], "usual_high_s": slow[server.model], "usual_runs": len(history[server.model]),
+            "careful": _cautions(server, instance, image, seen),
         })  # fmt: skip
         problems += [{"server": server.name} | p.as_json() for p in _problems(scope, server, instance, image, disks[server.id])]
-        facts.append([instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk, server.keep_partitions])
+        facts.append([
+            instance.id, instance.state.value, instance.image_id, image.manifest_sha256 if image else None, server.root_disk, server.keep_partitions,
+            [d.get("serial") for d in seen],
+        ])  # fmt: skip
+    locked = sorted(s.name for s in scope.store.servers.list_servers(scope.project_id)[0] if s.locked_at and s.id not in disks)
     total = scope.store.servers.list_servers(scope.project_id, limit=1)[1]
     data_disks = sum(max(0, len([d for d in of if is_candidate(d)]) - 1) for of in disks.values())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return {
         "id": f"p-{digest[:8]}", "erased": erased, "problems": problems, "image": asked.name if asked else None,
-        "kept": {"other_servers": total - len(pairs), "data_disks_seen": data_disks},
+        "kept": {"other_servers": total - len(pairs), "data_disks_seen": data_disks, "locked": locked},
     }  # fmt: skip
+
+
+def _cautions(server: Server, instance: Instance, image: Image | None, seen: Sequence[Json]) -> list[str]:
+    """What stands in no reinstall's way and should be known before it: each true of this server."""
+    found = []
+    if instance.state.value == "error":
+        found.append("it runs no OS: a run that ends before the line leaves it off")
+    if not seen and not server.root_disk:
+        found.append("its disks were never seen: which one is the root disk is known when the ramdisk looks, and nothing is written where that is not clear")
+    if image is not None and image.doubted_at is not None:
+        found.append("a run met this image damaged: it is read whole first")
+    return found
 
 
 def _problems(scope: Scope, server: Server, instance: Instance, image: Image | None, disks: Sequence[Json]) -> list[RepaveError]:
     found: list[RepaveError] = []
     if not may_reinstall(instance.state):
-        found.append(RequestError("in-progress"))
+        live = next((r for r in scope.store.runs.list_newest_of(server.id, limit=1) if r.ended_at is None), None)
+        batch = scope.store.runs.find_batch(scope.project_id, live.batch_id) if live else None
+        found.append(RequestError("in-progress", f"Batch {batch.id}, by {batch.created_by}.", batch=batch.id) if batch else RequestError("in-progress"))
     try:
         scope.desk.fleet.refuse_protected([server])
     except RequestError as protected:
@@ -240,10 +261,6 @@ def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:
     return {s.id: s.name for s in scope.store.servers.get_servers([r.server_id for r in runs]).values()}
 
 
-def _usual_by_model(scope: Scope, servers: Sequence[Server]) -> dict[str, dict[str, float]]:
-    return {model: usual_durations(scope.store.runs.list_durations(model)) for model in {s.model for s in servers}}
-
-
 @router.get("/batches")
 def list_batches(scope: Viewer, limit: int = 100) -> Json:
     """Newest first."""
@@ -257,7 +274,15 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
     batch = _get_batch(scope, batch_id)
     runs = scope.store.runs.list_runs(batch_id=batch.id)
     image = scope.store.images.find_image(scope.project_id, batch.image_id or "")
-    return batch_json(batch, runs, image.name if image else None) | {"runs": sorted(_show(scope, batch, runs), key=lambda r: str(r["server"]))}
+    shown = sorted(_show(scope, batch, runs), key=lambda r: str(r["server"]))
+    return batch_json(batch, runs, image.name if image else None) | estimate_json(shown) | {"runs": shown}
+
+
+@router.get("/runs")
+def list_runs(scope: Viewer, server: str, limit: int = 20) -> Json:
+    """The newest runs of one server (name or id), newest first."""
+    runs = scope.store.runs.list_newest_of(get_server(scope, server).id, limit=limit)
+    return render_list([_show(scope, _get_batch(scope, r.batch_id), [r])[0] for r in runs])
 
 
 @router.get("/runs/{run_id}")
@@ -271,16 +296,27 @@ def _show(scope: Scope, batch: Batch, runs: Sequence[RunRow]) -> list[Json]:
     """These runs of this batch."""
     events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
     servers = scope.store.servers.get_servers([r.server_id for r in runs])
-    usual = _usual_by_model(scope, list(servers.values()))
+    history = {model: scope.store.runs.list_durations(model) for model in {s.model for s in servers.values()}}
+    usual, slow = ({model: of(runs) for model, runs in history.items()} for of in (usual_durations, slow_durations))
     images = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
     instances = {i.id: i for i in scope.store.servers.list_instances(scope.project_id, ids=[r.instance_id for r in runs])[0]}
     waiting = scope.store.batches.why_waiting(batch) if any(run_state(r) == "waiting" for r in runs) else {}
     now = scope.store.now()
+    took = {run.id: run_durations(run, events, now) for run in runs}
+    gives_up = {run.id: _when_given_up(scope, run, servers[run.server_id], took[run.id], now) for run in runs if run_state(run) == "working"}
     return [
         run_json(run, Beside(
-            server=servers[run.server_id].name, durations_s=run_durations(run, events, now), usual=usual[servers[run.server_id].model],
+            server=servers[run.server_id].name, durations_s=took[run.id], usual=usual[servers[run.server_id].model],
+            slow=slow[servers[run.server_id].model], gives_up_at=gives_up.get(run.id),
             os_now=images.get(instances[run.instance_id].image_id or "") if run.instance_id in instances else None,
             why_waiting=waiting.get(run.id, ""),
         ))
         for run in runs
     ]  # fmt: skip
+
+
+def _when_given_up(scope: Scope, run: RunRow, server: Server, took: dict[str, float], now: datetime) -> datetime:
+    """Asked of the history only where a step waits by it (workflow/effects.py, `_know_wait`)."""
+    image_id = run.image_id if run.step is Step.FIRST_BOOT else None
+    alike = scope.store.runs.list_seconds_alike(server, run.step, image_id=image_id) if run.step in (Step.BOOT_RAMDISK, Step.FIRST_BOOT) else []
+    return when_given_up(run, took.get(run.step.value, 0.0), now, waits_s=scope.desk.waits_s, alike_s=alike)

@@ -29,8 +29,11 @@ def _event_json(event: Event, servers: dict[str, str]) -> Json:
     return about | event.data | about  # first in order, and never overwritten by what an event carries
 
 
-def _read(scope: Scope, after: int, batch: str | None, limit: int) -> list[Json]:
-    events = scope.store.events.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
+def _read(scope: Scope, after: int, batch: str | None, limit: int, *, newest: bool = False) -> list[Json]:
+    if newest:
+        events = scope.store.events.list_newest(scope.project_id, batch_id=batch, limit=limit)[::-1]
+    else:
+        events = scope.store.events.list_events(scope.project_id, after=after, batch_id=batch, limit=limit)
     if not events:
         return []
     servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
@@ -44,9 +47,12 @@ def list_events(
     after: Annotated[int, Query(ge=0, le=_LAST_SEQ)] = 0,
     batch: str | None = None,
     limit: int = _PAGE,
+    newest: bool = False,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Oldest first, after `after` (or Last-Event-ID). `next` is the `after` of the next page. With Accept: text/event-stream it follows."""
+    """Oldest first, after `after` (or Last-Event-ID). `next` is the `after` of the next page. `newest`: the last `limit` of them.
+
+    With Accept: text/event-stream it follows."""
     if batch is not None and scope.store.runs.find_batch(scope.project_id, batch) is None:
         raise RequestError("not-found", f"There is no batch {batch!r} in this project.", kind="batch")
     if last_event_id is not None:
@@ -56,8 +62,8 @@ def list_events(
     if "text/event-stream" in request.headers.get("accept", ""):
         return StreamingResponse(_follow(scope, after, batch), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     limit = max(1, min(limit, _PAGE))
-    items = _read(scope, after, batch, limit)
-    body = json.dumps(jsonable_encoder(render_list(items, items[-1]["seq"] if len(items) == limit else None)))
+    items = _read(scope, after, batch, limit, newest=newest)
+    body = json.dumps(jsonable_encoder(render_list(items, items[-1]["seq"] if len(items) == limit and not newest else None)))
     return Response(body, media_type="application/json")
 
 

@@ -18,6 +18,7 @@ from repave.domain.root_disk import parse_hints
 from repave.domain.urls import find_url_fault
 from repave.errors import RequestError
 from repave.store import new_id
+from repave.workflow.bmc_login import find_password, rotate_password
 
 router = APIRouter(route_class=ProblemRoute, prefix="/servers")
 
@@ -243,11 +244,42 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
     if change.repin:
         # The admin has compared fingerprints: whatever it shows now is trusted, and pinned.
         after = replace(after, bmc_certificate_sha256=change.certificate_sha256, bmc_tls_verify="false")
-    facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or scope.store.servers.get_bmc_password(server.id)))
+    facts = scope.desk.probe(BmcAddress.of(after, change.bmc_password or find_password(scope.store, server, scope.desk.probe)))
     for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)):
         if are_of_two(mine, theirs):
             raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
     return {"bmc_certificate_sha256": facts.certificate_sha256 or after.bmc_certificate_sha256, "bmc_system_uri": facts.system_uri}
+
+
+@router.post("/{reference}/probe")
+def probe_server(scope: Operator, reference: str) -> Json:
+    """What its BMC shows now, and whether that is the server we know. Nothing is powered or changed; the power state seen is kept."""
+    server = get_server(scope, reference)
+    facts = scope.desk.probe(BmcAddress.of(server, find_password(scope.store, server, scope.desk.probe)))
+    scope.store.servers.record_power(server.id, facts.power.value)
+    same = not any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)))
+    return {
+        "server": server.name, "same": same, "power": facts.power.value, "manufacturer": facts.manufacturer, "model": facts.model,
+        "serial": facts.serial, "uuid": facts.uuid, "macs": facts.macs, "media": facts.virtual_media, "certificate_sha256": facts.certificate_sha256,
+        "pinned": server.bmc_certificate_sha256 is not None or server.bmc_tls_verify != "false", "unreachable": scope.desk.find_unreachable(server.bmc_url),
+    }  # fmt: skip
+
+
+class Rotation(Body):
+    password: str = Field(min_length=1, max_length=200)
+
+
+@router.post("/{reference}/rotate")
+def rotate_server(scope: Admin, reference: str, asked: Rotation) -> Json:
+    """The account that we use at its BMC has this password, seen by a login; or the old one is in force. What opens the BMC is stored at each moment."""
+    server = get_server(scope, reference)
+    if any(run.ended_at is None for run in scope.store.runs.list_newest_of(server.id, limit=1)):
+        raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+    facts = scope.desk.probe(BmcAddress.of(server, find_password(scope.store, server, scope.desk.probe)))
+    if any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial))):
+        raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")
+    rotate_password(scope.store, server, asked.password, log_in=scope.desk.probe, change=scope.desk.set_bmc_password, actor=scope.actor)
+    return show_server(scope, server.id)
 
 
 # ---- protection ----
@@ -273,7 +305,7 @@ def replace_server(scope: Admin, reference: str, asked: Replacement) -> Json:
     """`before` and `after`: what the server was known by and what its BMC shows now; `replaced` says whether it is known by that from now on."""
     server = get_server(scope, reference)
     asking = replace(server, bmc_certificate_sha256=None, bmc_tls_verify="false") if asked.repin else server
-    facts = scope.desk.probe(BmcAddress.of(asking, asked.bmc_password or scope.store.servers.get_bmc_password(server.id)))
+    facts = scope.desk.probe(BmcAddress.of(asking, asked.bmc_password or find_password(scope.store, server, scope.desk.probe)))
     seen = _seen(asking, facts)
     shown = ("serial", "uuid", "macs", "manufacturer", "model")
     before, after = {n: getattr(server, n) for n in shown}, {n: seen[n] for n in shown}

@@ -98,3 +98,7 @@ class Bmc(Protocol):
 
     def boot_from_disk(self) -> None:
         """No override is in force, or it names the disk; read back."""
+
+    def set_password(self, password: str) -> None:
+        """The account that we log in with was told to have this password, and did not refuse. Only a login tells whether it has it.
+        Raises: password_refused, no account of ours shown: forbidden."""

@@ -75,7 +75,7 @@ class RedfishBmc(Bmc):
         http_boot: Literal["never", "where-needed", "always"] = "never",
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
-        self._recognize, self._http_boot = recognize, http_boot
+        self._recognize, self._http_boot, self._username = recognize, http_boot, address.username
         self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
@@ -203,6 +203,26 @@ class RedfishBmc(Bmc):
     def boot_from_disk(self) -> None:
         with self._call():
             self._reach_boot_from_disk()
+
+    def set_password(self, password: str) -> None:
+        with self._call():
+            self._read_system()
+            uri = self._find_account()
+
+            def send() -> None:
+                _, headers = self._get(uri)
+                self._connector.patch(uri, data={"Password": password}, etag=headers.get("ETag"))
+
+            # Nothing is read back: from here on the BMC may refuse the login that we have.
+            self._write(send, lambda: False, "password_refused")
+
+    def _find_account(self) -> str:
+        """The account that we log in with. Source: Redfish DSP0266, AccountService."""
+        service = self._find(link_of(self._service_root().get("AccountService")), needed=True)
+        for uri in self._members(link_of(service.get("Accounts")), needed=True):
+            if as_text(self._find(uri).get("UserName")) == self._username:
+                return uri
+        raise BmcError("forbidden", "It does not show the account that we log in with.")
 
     # Each call
 

@@ -76,21 +76,13 @@ def _known_site(folder: Path | None) -> Path:
 
 def health(*, json: bool = False) -> int:
     """What the service says of itself: database, disk, generation. Exit code 1 where one is not well."""
-    import requests
-
     from repave.cli.client import Client
-    from repave.errors import RepaveError
 
-    url = f"{Client().endpoint.url}/repave/v1/health"
-    try:
-        answer = requests.get(url, timeout=30)
-        said = answer.json()
-    except requests.RequestException:
-        raise RepaveError("service-unreachable", f"No service at {url}.") from None
+    said = Client().get_health()
     if json:
         show_json(said)
     else:
         show(said["status"])
         for name, part in said["parts"].items():
             show(f"{'ok  ' if part['ok'] else 'FAIL'}  {name}: {part['text']}, since {part['since']}")
-    return Exit.OK if answer.ok else Exit.OURS
+    return Exit.OK if said["status"] == "ok" else Exit.OURS

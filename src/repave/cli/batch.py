@@ -1,52 +1,37 @@
-"""Batches: ls, show, watch, cancel, pause, resume, retry. Equal runs share a row; watching owns nothing, so Ctrl-C stops only the watching."""
+"""Batches: ls, show, watch, wait, report, cancel, pause, resume, retry. Equal runs share a row."""
 
 from __future__ import annotations
 
-import json as jsonlib
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Sequence
 
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import (
-    Exit,
-    Json,
-    check_known,
-    confirm,
-    count,
-    duration,
-    fold,
-    may_redraw,
-    parse_time,
-    say,
-    show,
-    show_json,
-    show_list,
-    size,
-    unfold,
-)
-from repave.errors import RepaveError, RequestError
+from repave.cli.following import ended_code, follow, is_batch_id, wait_for_runs
+from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.output import Exit, Json, check_known, confirm, may_redraw, say, show, show_json, unfold, warn
+from repave.cli.summary import show_summary
+from repave.domain.waves import Waves
+from repave.errors import RequestError
+from repave.folding import CANCEL_ROWS, cancel_kind, fold, folded_rows, headline
 
 app = App(name="batch")
-_POLL_S = 1.0
-_HEARTBEAT_S = 60.0
-_LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
-_ORDER = ("failed", "cancelled", "working", "waiting", "rehearsed", "running")
-_GLYPHS = {"failed": "✗", "cancelled": "-", "working": "▶", "waiting": "·", "rehearsed": "✓", "running": "✓"}
-_LATE = "▲"
 _LIST = {
     "ID": "id", "STATE": "state", "IMAGE": "image", "RUNNING": "counts.running", "WORKING": "counts.working", "WAITING": "counts.waiting",
     "FAILED": "counts.failed", "CREATED": "created_at", "BY": "created_by",
 }  # fmt: skip
+_REPORT = {
+    "SERVER": "server", "STATE": "state", "STEP": "step", "PAST THE LINE": "past_the_line", "OS NOW": "os_now", "SECONDS": "took_s", "DISK": "disk_serial",
+    "ERROR": "error_code", "CAUSE": "cause",
+}  # fmt: skip
 
 
 @app.command(name="ls")
-def list_batches(*, limit: int = 20, project: str | None = None, json: bool = False) -> None:
+def list_batches(*, limit: int = 20, project: str | None = None, form: Form = TABLE) -> None:
     """List batches, newest first."""
-    show_list(Client(project).items("/batches", limit=limit), _LIST, as_json=json)
+    show_list(Client(project).items("/batches", limit=limit), _LIST, form)
 
 
 @app.command(name="show")
@@ -57,7 +42,7 @@ def show_batch(batch_id: str | None = None, /, *, project: str | None = None, js
     if json:
         show_json(batch)
     elif batch["state"] == "working":
-        show("\n  ".join([_headline(batch), *("  ".join(filter(None, row)) for row in folded_rows(batch["runs"]))]))
+        show("\n  ".join([headline(batch), *("  ".join(filter(None, row)) for row in folded_rows(batch["runs"]))]))
         say(f"Next: repave watch {batch['id']}")
     else:
         show_summary(batch)
@@ -83,14 +68,91 @@ def watch(batch_id: str | None = None, /, *, timeout: float | None = None, proje
     return follow(client, batch_id, timeout_s=timeout, as_json=json)
 
 
-# ---- what may still be done to it ----
+@app.command
+def wait(*what: str, timeout: float | None = None, project: str | None = None, json: bool = False) -> int:
+    """Wait, silently, until batches or the newest runs of servers have ended (default: the newest batch). Then says how.
 
-_CANCEL_ROWS = (
-    ("before the line", "media out, what was there boots again", "→ cancelled"),
-    ("not started", "ends at once, its server is not touched", "→ cancelled"),
-    ("past the line", "stopping would leave half a system: they finish", "→ the new OS"),
-    ("already ended", "unchanged", ""),
-)
+    Exit code: as of `watch`. After --timeout it names the servers that have not ended, their steps and why they wait.
+
+    Parameters
+    ----------
+    what
+        Ids of batches, or nodesets of servers: 'web[01-12]'. A server that was never reinstalled by Repave counts as ended.
+    timeout
+        Seconds to wait at most; the batches go on.
+    json
+        {items, next}: the runs that were waited for, as they are at the end.
+    """
+    client = Client(project)
+    awaited = _runs_awaited(client, what)
+    give_up_at = time.monotonic() + timeout if timeout is not None else None
+    batches, in_time = [], True
+    for batch_id, run_ids in awaited.items():
+        batch, is_over = wait_for_runs(client, batch_id, run_ids, give_up_at)
+        batches.append(batch | {"runs": [r for r in batch["runs"] if not run_ids or r["id"] in run_ids]})
+        in_time = in_time and is_over
+    runs = [run for batch in batches for run in batch["runs"]]
+    open_ = [run for run in runs if not run["ended_at"]]
+    if json:
+        show_json({"items": runs, "next": None})
+    else:
+        show("\n".join("  ".join(filter(None, row)) for row in folded_rows(open_ or runs)))
+    if not in_time:
+        say(f"--timeout has passed: {fold(r['server'] for r in open_)} not ended; all goes on.  Next: repave watch {batches[-1]['id']}")
+        return Exit.TIMEOUT
+    failed = [run for run in runs if run["state"] == "failed"]
+    if len(failed) == len(runs) > 0:
+        return Exit.ALL_FAILED
+    codes = [ended_code(batch | {"counts": Counter(r["state"] for r in batch["runs"])}) for batch in batches]
+    return Exit.FAILED if failed else max(codes, default=Exit.OK)
+
+
+def _runs_awaited(client: Client, what: Sequence[str]) -> dict[str, set[str]]:
+    """By batch, the runs to wait for; an empty set: all of it."""
+    awaited: dict[str, set[str]] = {} if what else {_newest(client): set()}
+    known = [s["name"] for s in client.items("/servers")] if what else []
+    for word in what:
+        if is_batch_id(word):
+            awaited[client.get(f"/batches/{word}")["id"]] = set()
+            continue
+        names = unfold(word)
+        check_known(names, known)
+        for name in names:
+            for run in client.items("/runs", server=name)[:1]:
+                if run["batch"] not in awaited or awaited[run["batch"]]:
+                    awaited.setdefault(run["batch"], set()).add(run["id"])
+    return awaited
+
+
+@app.command
+def report(batch_id: str | None = None, /, *, project: str | None = None, form: Form = TABLE) -> int:
+    """What became of each server of a batch (default: the newest): what it runs, how that was proved, or why not. Exit code: as of `watch`.
+
+    As it is now, where the batch has not ended. With -o json the batch is beside the items.
+    """
+    client = Client(project)
+    batch = client.get(f"/batches/{batch_id or _newest(client)}")
+    rows = [_report_row(run) for run in batch["runs"]]
+    if form.is_json:
+        show_json({"items": rows, "next": None, "batch": {k: v for k, v in batch.items() if k != "runs"}})
+    else:
+        if form == TABLE:
+            show(headline(batch) + (f" · {batch['state']}" if batch["state"] == "working" else " · ended"))
+        show_list(rows, _REPORT, form)
+    return Exit.OK if batch["state"] == "working" else ended_code(batch)
+
+
+def _report_row(run: Json) -> Json:
+    error, proof = run["error"] or {}, run["proof"] or {}
+    return {
+        "server": run["server"], "state": run["state"], "step": run["step"], "past_the_line": run["past_the_line"], "os_now": run["os_now"],
+        "took_s": round(sum(run["durations_s"].values())) or None, "disk_serial": run["disk_serial"], "proved_disk_serial": proof.get("root_disk_serial"),
+        "bytes_written": run["bytes_written"] or None, "error_code": error.get("code"), "cause": error.get("cause"), "untouched": error.get("untouched"),
+        "started_at": run["started_at"], "ended_at": run["ended_at"], "run": run["id"],
+    }  # fmt: skip
+
+
+# ---- what may still be done to it ----
 
 
 @app.command
@@ -103,10 +165,10 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
     batch = client.get(f"/batches/{batch_id or _newest(client)}")
     names = unfold(nodeset) if nodeset else [r["server"] for r in batch["runs"]]
     check_known(names, [r["server"] for r in batch["runs"]])
-    kinds = {r["server"]: _cancel_kind(r) for r in batch["runs"] if r["server"] in names}
-    for kind, what, then in _CANCEL_ROWS:
+    kinds = {r["server"]: cancel_kind(r) for r in batch["runs"] if r["server"] in names}
+    for kind, what, then in CANCEL_ROWS:
         if same := [name for name, k in kinds.items() if k == kind]:
-            say(f"  {fold(same):24}  {kind:16}  {what:48}  {then}".rstrip())
+            warn(f"  {fold(same):24}  {kind:16}  {what:48}  {then}".rstrip())
     number = sum(k in ("before the line", "not started") for k in kinds.values())
     if number:
         confirm(f"Cancel {number}? [y/N] ", "y", yes=yes)
@@ -117,14 +179,6 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
         show(f"{fold(i['server'] for i in items if i['meaning'] == meaning)}  {meaning}")
     say(f"Next: repave watch {batch['id']}")
     return Exit.FAILED if any(i["result"] == "past-the-line" for i in items) else Exit.OK
-
-
-def _cancel_kind(run: Json) -> str:
-    if run["ended_at"]:
-        return "already ended"
-    if run["past_the_line"]:
-        return "past the line"
-    return "not started" if run["state"] == "waiting" else "before the line"
 
 
 @app.command
@@ -154,7 +208,7 @@ def retry(
     A rehearsal's retry is a rehearsal.
     The password is asked for again: the old one was destroyed when its run ended.
     """
-    from repave.cli.reinstall import Waves, begin, refuse_unconfirmed
+    from repave.cli.reinstall import begin, refuse_unconfirmed
 
     refuse_unconfirmed(yes=yes, expect=expect)
     client = Client(project)
@@ -171,233 +225,3 @@ def _newest(client: Client) -> str:
     if not batches:
         raise RequestError("not-found", "There is no batch yet.")
     return str(batches[0]["id"])
-
-
-# ---- following ----
-
-
-def follow(client: Client, batch_id: str, *, timeout_s: float | None = None, as_json: bool = False) -> int:
-    """The exit code of a batch followed to its end."""
-    give_up_at = time.monotonic() + timeout_s if timeout_s is not None else None
-    try:
-        if as_json:
-            batch = _follow_json(client, batch_id, give_up_at)
-        elif sys.stdout.isatty() and may_redraw():
-            batch = _follow_live(client, batch_id, give_up_at)
-        else:
-            batch = _follow_lines(client, batch_id, give_up_at)
-    except KeyboardInterrupt:
-        say(f"\nThe batch goes on.  Next: repave watch {batch_id}")
-        return Exit.CTRL_C
-    if batch is None:
-        say(f"--timeout has passed; the batch goes on.  Next: repave watch {batch_id}")
-        return Exit.TIMEOUT
-    if not as_json:
-        show_summary(batch)
-    failed, total = batch["counts"]["failed"], len(batch["runs"])
-    if batch["stopped"]:
-        return Exit.STOPPED
-    if batch["counts"]["cancelled"] and not failed:
-        return Exit.CANCELLED
-    return Exit.OK if not failed else Exit.ALL_FAILED if failed == total else Exit.FAILED
-
-
-def _states(client: Client, batch_id: str, give_up_at: float | None) -> Iterator[Json]:
-    """The batch again and again, the last time when it has ended. Survives a service that restarts. Ends early at `give_up_at`."""
-    lost_at: float | None = None
-    while give_up_at is None or time.monotonic() < give_up_at:
-        try:
-            batch = client.get(f"/batches/{batch_id}")
-            if lost_at is not None:
-                say("The service is back.")
-            lost_at = None
-            yield batch
-            if batch["state"] != "working":
-                return
-        except RepaveError as error:
-            if error.slug != "service-unreachable" or (lost_at is not None and time.monotonic() - lost_at > _LOST_S):
-                raise
-            if lost_at is None:
-                lost_at = time.monotonic()
-                say(f"Not live since {_clock()}: {error.detail} Trying again; the batch goes on when the service does.")
-        time.sleep(_POLL_S)
-
-
-def _follow_lines(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
-    """One line a change, equal changes on one line, and a heartbeat: silence means we are gone."""
-    seen: dict[str, tuple[str, ...]] = {}
-    batch, spoke = None, time.monotonic()
-    for batch in _states(client, batch_id, give_up_at):
-        if batch["state"] != "working" and not seen:  # it ended before we looked: nothing changes now, the summary says it all
-            break
-        changed: dict[tuple[str, ...], list[Json]] = {}
-        for run in batch["runs"]:
-            what = _change(run)
-            if seen.get(run["id"]) != what:
-                seen[run["id"]] = what
-                changed.setdefault(what, []).append(run)
-        for what, runs in changed.items():
-            show(" ".join([_clock(), fold(r["server"] for r in runs), *what, *([_took(runs)] if what[0] == "running" else [])]))
-            spoke = time.monotonic()
-        if time.monotonic() - spoke >= _HEARTBEAT_S:
-            show(f"{_clock()} {batch_id} " + " ".join(f"{name}={number}" for name, number in batch["counts"].items()))
-            spoke = time.monotonic()
-    return batch if batch and batch["state"] != "working" else None
-
-
-def _change(run: Json) -> tuple[str, ...]:
-    if run["state"] in ("running", "rehearsed"):
-        return (run["state"],)
-    if run["state"] == "waiting":
-        return ("waiting", *((f"({run['waits_for']})",) if run["waits_for"] else ()))
-    side = "past-the-line" if run["past_the_line"] else "before-the-line"
-    code = (run["error"]["code"],) if run["error"] else ()
-    late = (f"late (usual {duration(run['usual_s'])})",) if run["late"] else ()
-    return (run["state"], f"{run['step_index']}/{run['steps']}", run["step"], *code, side, *late)
-
-
-def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
-    from rich.console import Group
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
-
-    batch = None
-    with Live(auto_refresh=False) as live:
-        for batch in _states(client, batch_id, give_up_at):
-            table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-            for row in folded_rows(batch["runs"]):
-                table.add_row(*(Text(cell) for cell in row))
-            live.update(Group(Text(_headline(batch), no_wrap=True, overflow="ellipsis"), table), refresh=True)
-    return batch if batch and batch["state"] != "working" else None
-
-
-def _follow_json(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
-    """Events, one a line; the stream is taken up again where it broke off."""
-    after = 0
-    for batch in _states(client, batch_id, give_up_at):
-        try:
-            for event in client.follow(after, batch=batch_id):
-                after = event["seq"]
-                show(jsonlib.dumps(event, ensure_ascii=False))
-                if give_up_at is not None and time.monotonic() > give_up_at:
-                    return None
-        except RepaveError as error:
-            if error.slug != "service-unreachable":
-                raise
-        if batch["state"] != "working":
-            return batch
-    return None
-
-
-# ---- what is shown ----
-
-
-def _headline(batch: Json) -> str:
-    runs, counts = batch["runs"], batch["counts"]
-    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
-    took = duration((ended - parse_time(batch["created_at"])).total_seconds())
-    image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
-    left = [run["eta_s"] for run in runs if run["state"] == "working"]
-    about = [f"about {duration(max(left))} left"] if left and not counts["waiting"] and all(eta is not None for eta in left) else []
-    how = [
-        *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
-        *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
-    ]  # fmt: skip
-    numbers = [f"{number} {name}" for name, number in counts.items() if number]
-    return " · ".join([batch["id"], count(len(runs), "server"), image, took, *about, *numbers, *how])
-
-
-def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
-    """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
-    groups: dict[tuple[int, int, str], list[Json]] = {}
-    for run in runs:
-        at, cause = (run["step_index"], str(run["past_the_line"])) if run["state"] in ("failed", "cancelled", "working") else (0, str(run["os_now"]))
-        if run["error"]:
-            cause = run["error"]["code"] + run["error"]["cause"]
-        elif run["state"] == "waiting":
-            cause = run["waits_for"] or ""
-        elif run["late"]:
-            cause += " late"
-        groups.setdefault((_ORDER.index(run["state"]), at, cause), []).append(run)
-    return [_row(group) for _, group in sorted(groups.items(), key=lambda item: item[0])]
-
-
-def _row(group: Sequence[Json]) -> list[str]:
-    first, names = group[0], fold(run["server"] for run in group)
-    head = f"{_GLYPHS[first['state']]} {names}"
-    if first["state"] == "running":
-        return [head, f"running {first['os_now'] or ''}".rstrip(), "", "", _took(group), "proved by the new OS"]
-    if first["state"] == "rehearsed":
-        return [head, "rehearsed", "", "", _took(group), "nothing written, what was there runs again"]
-    if first["state"] == "waiting":
-        return [head, "waiting", "", "", "", first["waits_for"] or ""]
-    step = f"{first['step_index']}/{first['steps']} {first['step']}"
-    side = "past the line" if first["past_the_line"] else "before the line"
-    if first["error"]:
-        return [head, step, "", "", "", f"{first['error']['code']} {first['error']['title']} · {side}"]
-    percents = [run["percent"] for run in group if run["percent"] is not None]
-    rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
-    seconds = [run["durations_s"].get(run["step"], 0) for run in group]
-    if first["late"]:
-        gives_up = (parse_time(first["deadline_at"]) - datetime.now(UTC)).total_seconds()
-        side += f" · late, usual {duration(first['usual_s'])}, gives up in {duration(max(0, gives_up))}"
-        head = f"{_LATE} {names}"
-    elif first["cancelling"]:
-        side += " · going back"
-    return [head, step, _span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
-
-
-def _span(values: Sequence[int], unit: str) -> str:
-    low, high = (min(values), max(values)) if values else (0, 0)
-    return "" if not values else f"{low} {unit}" if low == high else f"{low}-{high} {unit}"
-
-
-def _took(runs: Sequence[Json]) -> str:
-    took = [(parse_time(r["ended_at"]) - parse_time(r["created_at"])).total_seconds() for r in runs if r["ended_at"]]
-    low, high = (duration(min(took)), duration(max(took))) if took else ("-", "-")
-    return low if low == high else f"{low}-{high}"
-
-
-def show_summary(batch: Json) -> None:
-    """Failures first, one block a cause, then what runs now, then the next command."""
-    bad = [run for run in batch["runs"] if run["state"] in ("failed", "cancelled")]
-    good = [run for run in batch["runs"] if run["state"] == "running"]
-    show(f"{_headline(batch)} · ended")
-    for cause in dict.fromkeys((r["error"]["code"], r["error"]["cause"]) for r in bad if r["error"]):
-        same = [r for r in bad if r["error"] and (r["error"]["code"], r["error"]["cause"]) == cause]
-        error, step = same[0]["error"], f"{same[0]['step_index']}/{same[0]['steps']} {same[0]['step']}"
-        side = "past the line" if same[0]["past_the_line"] else "before the line"
-        where = f"{step} · {side}" if same[0]["started_at"] else "not started"
-        show(f"  {_GLYPHS[same[0]['state']]} {fold(r['server'] for r in same)}  {where} · {error['code']} {error['title']}")
-        show(f"      cause      {error['cause']}\n      untouched  {error['untouched']}\n      do         {error['do']}")
-    for image in dict.fromkeys(r["os_now"] for r in good):
-        same = [r for r in good if r["os_now"] == image]
-        show(f"  ✓ {fold(r['server'] for r in same)}  runs {image or 'the image'} after {_took(same)} · proved: root-disk serial and one-time key matched")
-    rehearsed = [run for run in batch["runs"] if run["state"] == "rehearsed"]
-    for run in rehearsed:
-        show(_rehearsed_line(run))
-    if bad:
-        show(f"Next: repave explain {bad[0]['error']['code'] if bad[0]['error'] else 'internal'}; then repave batch retry {batch['id']}")
-    elif rehearsed:
-        image = f" --image {batch['image']}" if batch["image"] else ""
-        show(f"Next: repave reinstall '{fold(r['server'] for r in rehearsed)}'{image}")
-
-
-def _rehearsed_line(run: Json) -> str:
-    """What one rehearsal learnt: where it would write, how much, how long; and that nothing was written."""
-    learnt = run["rehearsal"]
-    disk, took = learnt["disk"], learnt["durations_s"]
-    others = count(max(0, learnt["disks"] - 1), "other disk")
-    rate = f" at {size(learnt['fetched_bytes'] / learnt['fetch_s'])}/s" if learnt.get("fetch_s") and learnt.get("fetched_bytes") else ""
-    times = " · ".join(f"{name} {duration(took[name])}" for name in ("power-off", "insert-media", "boot-ramdisk") if name in took)
-    return (
-        f"  ✓ {run['server']}  rehearsed: nothing written, what was there runs again after {_took([run])}\n"
-        f"      disk       {disk['path']}, serial {disk['serial']}, {size(disk['size_bytes'] or 0)}; {others}, left alone\n"
-        f"      to write   {size(learnt.get('data_bytes', 0))}, fetched as {size(learnt.get('stored_bytes', 0))}{rate}\n"
-        f"      times      {times}; a reinstall should take about {duration(learnt['expected_s'])}"
-    )
-
-
-def _clock() -> str:
-    return datetime.now(UTC).strftime("%H:%M:%SZ")

@@ -1,29 +1,35 @@
 """The operator API, asked by the command line like anyone else would. Where and as whom:
 
-1. REPAVE_ENDPOINT (default http://127.0.0.1:8470) with REPAVE_TOKEN; REPAVE_CA names a CA bundle for https
-2. .repave/lab.json here: the virtual rack
-3. admin.json of the site in REPAVE_SITE, or here: what `repave init` wrote
+1. --context NAME (REPAVE_CONTEXT): NAME.json in ~/.config/repave, of the shape that `repave init` writes
+2. REPAVE_ENDPOINT (default http://127.0.0.1:8470) with REPAVE_TOKEN; REPAVE_CA names a CA bundle for https
+3. .repave/lab.json here: the virtual rack
+4. admin.json of the site in REPAVE_SITE, or here: what `repave init` wrote
+
+Python's own HTTP client, a connection for each request: `requests` alone takes longer to import than all else that a short command does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
-import requests
-
-from repave.cli.output import Json
+from repave.cli.output import Json, Usage
 from repave.errors import CATALOGUE, RepaveError
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:8470"
 LAB_FILE = Path(".repave/lab.json")
 ADMIN_FILE = "admin.json"
-_TIMEOUT_S = (5, 120)  # connecting; an answer (adding a server waits for its BMC)
-_UPLOAD_TIMEOUT_S = 8 * 3600  # the answer comes when the image is fetched (six hours at most) and stored; /imports tells how far it is
+_CONNECT_S = 5.0
+_ANSWER_S = 120.0  # adding a server waits for its BMC
+_UPLOAD_S = 8 * 3600.0  # the answer comes when the image is fetched (six hours at most) and stored; /imports tells how far it is
+_STREAM_S = 60.0  # the service says something every 15 s
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,12 @@ class Endpoint:
 
 
 def find_endpoint() -> Endpoint:
+    if name := os.environ.get("REPAVE_CONTEXT"):
+        path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "repave" / f"{name}.json"
+        if not path.is_file():
+            raise Usage(f"There is no {path}; copy the admin.json of that site there (mode 0600).")
+        found = json.loads(path.read_text())
+        return Endpoint(found["endpoint"], found["token"])
     for path in (LAB_FILE, Path(os.environ.get("REPAVE_SITE", ".")) / ADMIN_FILE):
         if "REPAVE_TOKEN" in os.environ:
             break
@@ -47,11 +59,9 @@ class Client:
 
     def __init__(self, project: str | None = None, endpoint: Endpoint | None = None) -> None:
         self.endpoint, self.project = endpoint or find_endpoint(), project
-        self.session = requests.Session()
-        self.session.trust_env = False  # no proxy, no .netrc: the token goes to the endpoint only
-        self.session.verify = os.environ.get("REPAVE_CA", True)
-        if self.endpoint.token:
-            self.session.headers["X-Auth-Token"] = self.endpoint.token
+        self._at = urlsplit(self.endpoint.url)
+        if self._at.scheme not in ("http", "https") or not self._at.hostname:
+            raise Usage(f"{self.endpoint.url!r} is no address of a service; write it as https://HOST:8470.")
 
     def get(self, path: str, **params: Any) -> Json:
         return self._ask("GET", path, params)
@@ -61,62 +71,119 @@ class Client:
         return found
 
     def post(self, path: str, body: Json) -> Json:
-        return self._ask("POST", path, {}, json=body)
+        return self._ask("POST", path, {}, body)
 
     def order(self, path: str, body: Json, params: Json) -> Json:
         """A post whose answer comes when all is done, which takes as long as an upload."""
-        return self._ask("POST", path, params, json=body, timeout=(5, _UPLOAD_TIMEOUT_S))
+        return self._ask("POST", path, params, body, answer_s=_UPLOAD_S)
 
     def patch(self, path: str, body: Json) -> Json:
-        return self._ask("PATCH", path, {}, json=body)
+        return self._ask("PATCH", path, {}, body)
 
     def delete(self, path: str) -> None:
         self._ask("DELETE", path, {})
 
     def upload(self, path: str, file: Any, params: Json, headers: dict[str, str]) -> Json:
         """`file` is open for reading."""
-        headers = {"Content-Type": "application/octet-stream"} | headers
-        return self._ask("POST", path, params, data=file, headers=headers, timeout=(5, _UPLOAD_TIMEOUT_S))
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(os.fstat(file.fileno()).st_size)} | headers
+        return self._ask("POST", path, params, file, headers=headers, answer_s=_UPLOAD_S)
 
     def follow(self, after: int = 0, **params: Any) -> Iterator[Json]:
         """Events as they come (SSE), until the service ends the stream."""
+        return self.follow_stream("/events", after, params)
+
+    def follow_stream(self, path: str, after: int, params: Json) -> Iterator[Json]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self._send("GET", "/events", params, headers=headers, stream=True, timeout=(5, 60)) as answer:
+        with self._send("GET", path, params, headers=headers, answer_s=_STREAM_S) as answer:
             try:
-                for line in answer.iter_lines(chunk_size=1):
+                while line := answer.readline():
                     if line.startswith(b"data: "):
                         yield json.loads(line[6:])
-            except requests.RequestException:
+            except (OSError, HTTPException):
                 raise RepaveError("service-unreachable", f"The stream from {self.endpoint.url} broke off.") from None
 
-    def _ask(self, method: str, path: str, params: Json, **how: Any) -> Json:
-        answer = self._send(method, path, params, **how)
+    def fetch(self, path: str, **params: Any) -> bytes:
+        """A body that is no JSON."""
+        return self._read(self._send("GET", path, params))
+
+    def get_health(self) -> Json:
+        """What the service says of itself, well or not; it needs no key."""
+        return self._ask("GET", "/health", {}, taken=(503,))
+
+    def ask(self, method: str, path: str, body: Json | None = None) -> Any:
+        """Whatever this path answers, None for nothing: `path` begins at the service's root."""
+        answer = self._send(method, path, {}, body, whole_path=True)
+        text = self._read(answer)
         try:
-            value = answer.json() if answer.content else {}
+            return json.loads(text) if text else None
+        except ValueError:
+            return text.decode(errors="replace")
+
+    def _ask(self, method: str, path: str, params: Json, body: Any = None, **how: Any) -> Json:
+        text = self._read(self._send(method, path, params, body, **how))
+        try:
+            value = json.loads(text) if text else {}
         except ValueError:
             value = None
         if not isinstance(value, dict):
             raise RepaveError("service-unreachable", f"{self.endpoint.url} gave an answer that is not ours.")
         return value
 
-    def _send(self, method: str, path: str, params: Json, **how: Any) -> requests.Response:
-        if self.project:
-            params = params | {"project": self.project}
-        url = f"{self.endpoint.url.rstrip('/')}/repave/v1{path}"
+    def _read(self, answer: HTTPResponse) -> bytes:
+        with answer:
+            try:
+                return answer.read()
+            except (OSError, HTTPException):
+                raise self._no_answer("broke off") from None
+
+    def _no_answer(self, why: str) -> RepaveError:
+        return RepaveError("service-unreachable", f"No answer from {self.endpoint.url} ({why}).")
+
+    def _send(
+        self, method: str, path: str, params: Json, body: Any = None, *, headers: dict[str, str] | None = None, answer_s: float = _ANSWER_S,
+        whole_path: bool = False, taken: tuple[int, ...] = (),
+    ) -> HTTPResponse:  # fmt: skip
+        """The answer, not read yet; redirects are not followed. `body`: an object, sent as JSON, or a file open for reading.
+
+        `taken`: statuses beside 2xx that are an answer and no error.
+        """
+        sent = {"Connection": "close"} | ({"X-Auth-Token": self.endpoint.token} if self.endpoint.token else {})
+        if isinstance(body, dict):
+            body, sent["Content-Type"] = json.dumps(body).encode(), "application/json"
+        given = {name: value for name, value in (params | ({"project": self.project} if self.project else {})).items() if value is not None}
+        root = self._at.path.rstrip("/") + ("" if whole_path else "/repave/v1")
+        query = ("&" if "?" in path else "?") + urlencode(given) if given else ""
+        connection = self._connect()
         try:
-            answer = self.session.request(method, url, params=params, allow_redirects=False, **({"timeout": _TIMEOUT_S} | how))
-        except requests.RequestException as error:
-            raise RepaveError("service-unreachable", f"No answer from {self.endpoint.url} ({type(error).__name__}).") from None
-        if answer.ok:
+            connection.connect()
+            connection.sock.settimeout(answer_s)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent: the answer says why
+                connection.request(method, f"{root}{path}{query}", body, sent | (headers or {}))
+            answer = connection.getresponse()
+        except (OSError, HTTPException, ValueError) as error:
+            raise self._no_answer(type(error).__name__) from None
+        if 200 <= answer.status < 300 or answer.status in taken:
             return answer
-        raise _error_of(answer)
+        raise _error_of(answer.status, self._read(answer))
+
+    def _connect(self) -> HTTPConnection:
+        host, port = self._at.hostname or "", self._at.port
+        if self._at.scheme == "http":
+            return HTTPConnection(host, port, timeout=_CONNECT_S)
+        import ssl
+
+        bundle = os.environ.get("REPAVE_CA")
+        folder = bool(bundle) and os.path.isdir(bundle or "")
+        context = ssl.create_default_context(cafile=None if folder else bundle, capath=bundle if folder else None)
+        return HTTPSConnection(host, port, timeout=_CONNECT_S, context=context)
 
 
-def _error_of(answer: requests.Response) -> RepaveError:
+def _error_of(status: int, text: bytes) -> RepaveError:
     try:
-        value = answer.json()
+        value = json.loads(text)
     except ValueError:
         value = {}
     if isinstance(value, dict) and value.get("class") in CATALOGUE:
         return RepaveError.from_json(value)
-    return RepaveError("internal" if answer.status_code >= 500 else "bad-request", f"The service answered {answer.status_code}.")
+    said = f": {value['error_code']} {value['error_msg']}" if isinstance(value, dict) and {"error_code", "error_msg"} <= value.keys() else "."
+    return RepaveError("internal" if status >= 500 else "bad-request", f"The service answered {status}{said}")

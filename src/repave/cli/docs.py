@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from repave.cli.manual import render_reference
 from repave.cli.output import Exit
 from repave.config import SETTINGS_FILE, Settings
 from repave.domain.states import render_table
@@ -60,12 +61,9 @@ def render_cli() -> str:
         f"| {BROKEN} | `repave serve`: it could not take over a dead worker's runs; start it again |",
         f"| {OLDER} | `repave serve`: an older database was put in place under it (`repave restore`) |",
     ]
-    intro = "`repave COMMAND --help` has all that a command takes. Data go to standard output, everything else to standard error."
-    return (
-        f"# The command line\n\n{_MADE.format(source='src/repave/cli/output.py')}\n{intro}\n\n## Exit codes\n\n| Code | Meaning |\n|---|---|\n"
-        + "\n".join(rows)
-        + "\n"
-    )
+    intro = "The same as `repave COMMAND --help` and `repave man`. Data go to standard output, everything else to standard error."
+    made = _MADE.format(source="src/repave/cli")
+    return f"# The command line\n\n{made}\n{intro}\n\n## Exit codes\n\n| Code | Meaning |\n|---|---|\n" + "\n".join(rows) + f"\n\n{render_reference()}"
 
 
 PAGES: dict[str, Callable[[], str]] = {"errors.md": render_errors, "states.md": render_states, "settings.md": render_settings, "cli.md": render_cli}

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from cyclopts import App
 
 from repave.cli.client import Client
-from repave.cli.output import Exit, Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, show_list, size
+from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.output import Exit, Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, size
 from repave.errors import RepaveError, RequestError
 
 if TYPE_CHECKING:
@@ -205,10 +206,10 @@ def _readable(image: dict[str, object]) -> dict[str, object]:
 
 
 @app.command(name="ls")
-def list_images(*, project: str | None = None, json: bool = False) -> None:
+def list_images(*, project: str | None = None, form: Form = TABLE) -> None:
     """List images."""
     items = Client(project).items("/images")
-    show_list(items if json else [_readable(i) for i in items], _LIST, as_json=json)
+    show_list(items if form.is_json else [_readable(i) for i in items], _LIST, form)
 
 
 @app.command(name="show")

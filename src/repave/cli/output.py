@@ -6,11 +6,13 @@ import enum
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 from repave.errors import RepaveError, RequestError, Who
+from repave.folding import count as count
+from repave.folding import fold as fold
+from repave.folding import size as size
 
 Json = dict[str, Any]
 
@@ -55,8 +57,27 @@ def exit_code(error: RepaveError) -> Exit:
     return Exit.OURS if error.problem.who is Who.US else Exit.REFUSED
 
 
+PROGRESS = ("auto", "plain", "json", "none")
+
+
+def is_quiet() -> bool:
+    """-q was given."""
+    return bool(os.environ.get("REPAVE_QUIET"))
+
+
+def progress_mode() -> str:
+    """One of PROGRESS: what --progress says; with -q none."""
+    return "none" if is_quiet() else os.environ.get("REPAVE_PROGRESS", "auto")
+
+
 def say(text: str = "") -> None:
-    """For people: stderr."""
+    """Progress and hints, for people: stderr. Nothing with -q."""
+    if not is_quiet():
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """What must be read, also with -q: errors, and what is about to be confirmed."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -69,43 +90,20 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_list(items: Sequence[Json], columns: dict[str, str], *, as_json: bool) -> None:
-    """Aligned columns (title -> key, dots for inner keys), or {"items", "next"}."""
-    if as_json:
-        show_json({"items": items, "next": None})
-        return
-    rows = [list(columns)] + [[_cell(item, key) for key in columns.values()] for item in items]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows if items else []:
-        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not items:
-        say("Nothing here yet.")
-
-
-def _cell(item: Any, key: str) -> str:
-    for part in key.split("."):
-        item = item.get(part) if isinstance(item, dict) else None
-    if isinstance(item, bool):
-        return "yes" if item else "no"
-    if isinstance(item, list | dict):
-        return json.dumps(item)
-    return "-" if item in (None, "") else str(item)
-
-
 def show_fields(value: Json, inner: str = "") -> None:
     """One thing for people: a line a field, dots for inner names, what is empty left out."""
     for name, item in value.items():
         if isinstance(item, dict):
             show_fields(item, f"{inner}{name}.")
         elif item not in (None, "", []):
-            shown = ", ".join(str(i) for i in item) if isinstance(item, list) else _cell(value, name)
+            shown = ", ".join(str(i) for i in item) if isinstance(item, list) else ("no", "yes")[item] if isinstance(item, bool) else str(item)
             show(f"{inner}{name}".ljust(26) + f" {shown}")
 
 
 def show_error(error: RepaveError) -> None:
     p = error.problem
-    say(f"{p.code}  {p.title} {error.detail}".rstrip())
-    say(f"  do         {p.do}\n  untouched  {p.untouched}")
+    warn(f"{p.code}  {p.title} {error.detail}".rstrip())
+    warn(f"  do         {p.do}\n  untouched  {p.untouched}")
 
 
 def is_terminal() -> bool:
@@ -114,7 +112,8 @@ def is_terminal() -> bool:
 
 
 def may_redraw() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not any(os.environ.get(n) for n in ("CI", "ACCESSIBLE"))
+    dumb = os.environ.get("TERM") == "dumb" or any(os.environ.get(n) for n in ("CI", "ACCESSIBLE"))
+    return progress_mode() == "auto" and sys.stderr.isatty() and not dumb
 
 
 def confirm(question: str, wanted: str, *, yes: bool) -> None:
@@ -123,10 +122,15 @@ def confirm(question: str, wanted: str, *, yes: bool) -> None:
         return
     if not is_terminal():
         raise Refused("Not confirmed: there is no terminal to ask on, and no --yes.")
+    if input_line(question) != wanted:
+        raise Refused("Not confirmed; nothing was sent.")
+
+
+def input_line(question: str) -> str:
+    """What was typed. The question goes to stderr, so that stdout stays data."""
     sys.stderr.write(question)
     sys.stderr.flush()
-    if sys.stdin.readline().strip() != wanted:
-        raise Refused("Not confirmed; nothing was sent.")
+    return sys.stdin.readline().strip()
 
 
 def read_secret(prompt: str, *, from_stdin: bool, variable: str | None = None, twice: bool = False) -> str:
@@ -158,12 +162,6 @@ def unfold(text: str) -> list[str]:
         raise Usage(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
 
 
-def fold(names: Iterable[str]) -> str:
-    from ClusterShell.NodeSet import NodeSet
-
-    return str(NodeSet.fromlist(sorted(names)))
-
-
 def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raises RequestError naming the unknown ones and what may have been meant."""
     missing = [name for name in wanted if name not in known]
@@ -173,29 +171,3 @@ def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
         meant = get_close_matches(missing[0], known, 1)
         hint = f" Did you mean {meant[0]}?" if meant else ""
         raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")
-
-
-# ---- numbers ----
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 server", "2 servers"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def parse_time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

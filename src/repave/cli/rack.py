@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cyclopts import App
 
-from repave.cli.output import Usage, fold, say, show_json, show_list
+from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.output import Usage, fold, say, show_json
 
 app = App(name="rack")
 FOLDER = Path(".repave")
@@ -36,12 +37,12 @@ def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None
 
 
 @app.command(name="ls")
-def list_machines(*, json: bool = False) -> None:
+def list_machines(*, form: Form = TABLE) -> None:
     """What is up."""
     from repave.lab.rack import rack_state
 
     instances = (rack_state(FOLDER) or {}).get("instances", [])
-    show_list(instances, {"NAME": "name", "INSTANCE": "id", "SSH HOST": "ssh.host", "SSH PORT": "ssh.port"}, as_json=json)
+    show_list(instances, {"NAME": "name", "INSTANCE": "id", "SSH HOST": "ssh.host", "SSH PORT": "ssh.port"}, form)
 
 
 @app.command

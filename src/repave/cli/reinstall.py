@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from repave.cli.batch import follow
 from repave.cli.client import Client
-from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, duration, fold, is_terminal, read_secret, say, show, show_json, unfold
+from repave.cli.following import follow
+from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, input_line, is_terminal, read_secret, say, show, show_json, unfold, warn
 from repave.domain.password import find_password_fault, user_for
-
-
-@dataclass(frozen=True)
-class Waves:
-    """How a batch begins and when it stops."""
-
-    canary: int | None = None
-    at_once: int | None = None
-    max_failed: int | None = None
-
-
-ALL_AT_ONCE = Waves()
+from repave.domain.waves import Waves
+from repave.folding import ALL_AT_ONCE, plan_headline, plan_lines
 
 
 def reinstall(
@@ -35,6 +25,8 @@ def reinstall(
     ssh_key: list[Path] | None = None,
     user_data: Path | None = None,
     plan_only: bool = False,
+    plan: str | None = None,
+    skip_unready: bool = False,
     yes: bool = False,
     expect: int | None = None,
     password_stdin: bool = False,
@@ -68,6 +60,10 @@ def reinstall(
         A cloud-init file for the new OS.
     plan_only
         Show what would be erased and kept; touch nothing.
+    plan
+        The id of a plan that was looked at (--plan-only): exactly that, or nothing. So a second person can confirm it.
+    skip_unready
+        Leave out the servers that the plan has problems with, and say which.
     yes
         Do not ask; wants --expect.
     expect
@@ -84,20 +80,39 @@ def reinstall(
     if not plan_only:
         refuse_unconfirmed(yes=yes, expect=expect)
     names = unfold(nodeset)
-    if expect is not None and expect != len(names):
+    if expect is not None and expect != len(names) and not skip_unready:
         raise Refused(f"{nodeset}: {count(len(names), 'server')}, not the {expect} expected; nothing was sent.")
     keys, data = [_read(path).strip() for path in ssh_key or ()], _read(user_data) if user_data else ""
     client = Client(project)
     check_known(names, [s["name"] for s in client.items("/servers")])
     target: Json = {"servers": names, "image": image}
-    plan = client.post("/plans", target)
+    planned, waves = client.post("/plans", target), Waves(canary, at_once, max_failed)
+    if skip_unready and planned["problems"]:
+        target, planned = _without_unready(client, target, planned)
+    if plan is not None and plan != planned["id"]:
+        raise Refused(
+            f"The plan is out of date: servers, disks, states or image changed, it is {planned['id']} now. Look again: --plan-only. Nothing was sent."
+        )
     if plan_only:
-        show_json(plan) if json else show(render_plan(plan, Waves(canary, at_once, max_failed), rehearse=rehearse))
-        return Exit.REFUSED if plan["problems"] else Exit.OK
+        show_json(planned) if json else show(render_plan(planned, waves, rehearse=rehearse))
+        return Exit.REFUSED if planned["problems"] else Exit.OK
     return begin(
-        client, target, {"ssh_keys": keys, "user_data": data}, plan=plan, waves=Waves(canary, at_once, max_failed), rehearse=rehearse, yes=yes, expect=expect,
+        client, target, {"ssh_keys": keys, "user_data": data}, plan=planned, waves=waves, rehearse=rehearse, yes=yes, expect=expect,
         password_stdin=password_stdin, detach=detach, timeout=timeout, json=json,
     )  # fmt: skip
+
+
+def _without_unready(client: Client, target: Json, plan: Json) -> tuple[Json, Json]:
+    """The same for the servers that nothing stands in the way of. Raises Refused where there is none."""
+    unready = {p["server"] for p in plan["problems"]}
+    rest = [name for name in target["servers"] if name not in unready]
+    for label, text in plan_lines(plan):
+        if label == "PROBLEM":
+            warn(f"  LEFT OUT {text}")
+    if not rest:
+        raise Refused("None of these servers is ready; nothing was sent.")
+    target = target | {"servers": rest}
+    return target, client.post("/plans", target)
 
 
 def begin(
@@ -109,9 +124,13 @@ def begin(
     number = len(plan["erased"])
     if expect is not None and expect != number:
         raise Refused(f"{count(number, 'server')}, not the {expect} expected; nothing was sent.")
-    say(render_plan(plan, waves, rehearse=rehearse))
+    (say if yes else warn)(render_plan(plan, waves, rehearse=rehearse))
+    if running := _running_batch(plan):
+        return _attach(client, running, timeout=timeout, json=json)
     if plan["problems"]:
-        raise Refused("The plan has problems; nothing was sent.")
+        raise Refused("The plan has problems; nothing was sent. With --skip-unready the other servers go without these.")
+    if not rehearse and not yes:
+        say("Not sure? --rehearse does all up to the line, writes nothing and boots what is there again.")
     password = "" if rehearse else read_secret("New administrator password", from_stdin=password_stdin, variable="REPAVE_NEW_PASSWORD", twice=True)
     for os_type in sorted({e["os_type"] for e in plan["erased"]}) if not rehearse else ():
         if fault := find_password_fault(password, user=user_for(os_type)):
@@ -125,6 +144,22 @@ def begin(
         return Exit.OK
     say(f"Batch {batch['id']} has begun. Ctrl-C leaves it running.")
     return follow(client, batch["id"], timeout_s=timeout, as_json=json)
+
+
+def _running_batch(plan: Json) -> str | None:
+    """The one batch that reinstalls all of these servers already: the same was asked for before."""
+    batches = {(p.get("context") or {}).get("batch") for p in plan["problems"]}
+    busy = {p["server"] for p in plan["problems"] if p["class"] == "in-progress"}
+    return batches.pop() if len(batches) == 1 and busy == {e["server"] for e in plan["erased"]} else None
+
+
+def _attach(client: Client, batch_id: str, *, timeout: float | None, json: bool) -> int:
+    """A person may watch what runs; a script is refused, with the command that watches."""
+    if not is_terminal():
+        raise Refused(f"They are being reinstalled already, by batch {batch_id}; nothing was sent.  Next: repave watch {batch_id}")
+    if input_line(f"They are being reinstalled already, by batch {batch_id}. Watch it? [Y/n] ").lower() not in ("", "y", "yes"):
+        raise Refused(f"Nothing was sent.  Next: repave watch {batch_id}")
+    return follow(client, batch_id, timeout_s=timeout, as_json=json)
 
 
 def refuse_unconfirmed(*, yes: bool, expect: int | None) -> None:
@@ -142,54 +177,6 @@ def _read(path: Path) -> str:
         raise Usage(f"{path}: {error}.") from None
 
 
-def _alike(erased: list[Json]) -> list[list[Json]]:
-    """Servers with the same model, OS, state, image and kind of root-disk rule."""
-    groups: dict[tuple[object, ...], list[Json]] = {}
-    for e in erased:
-        kind = tuple(part.partition("=")[0] for part in e["root_disk"].split(","))
-        groups.setdefault((e["model"], e["os_now"], e["state"], e["image"], kind), []).append(e)
-    return list(groups.values())
-
-
-def _render_time(erased: list[Json], waves: Waves) -> list[str]:
-    """The usual time by model, where there is history; none is invented."""
-    known = {e["model"]: e["usual_s"] for e in erased if e.get("usual_s")}
-    if not known:
-        return []
-    models = " · ".join(f"{fold(e['server'] for e in erased if e['model'] == model)} usual {duration(usual)}" for model, usual in known.items())
-    whole = len(known) == len({e["model"] for e in erased}) and waves == ALL_AT_ONCE
-    return [f"  TIME     {models}" + (f" · all at once, done in about {duration(max(known.values()))}" if whole else "")]
-
-
-def _render_stops(waves: Waves) -> list[str]:
-    stops = []
-    if waves.canary:
-        stops.append(f"{count(waves.canary, 'server')} first, and if one of them does not run then the others do not start")
-    if waves.at_once:
-        stops.append(f"{waves.at_once} at once")
-    if waves.max_failed is not None:
-        stops.append(f"when more than {waves.max_failed} fail: waiting runs do not start, runs before the line go back")
-    return [f"  STOPS    {' · '.join(stops)}"] if stops else []
-
-
 def render_plan(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False) -> str:
     """Erased, kept, problems; equal servers share a line."""
-    erased, kept = plan["erased"], plan["kept"]
-    verb = "LOOKED AT  " if rehearse else "ERASED   "
-    what = " · ".join([plan["image"] or "the image each has now", *(["rehearsal"] if rehearse else []), "nothing touched yet"])
-    lines = [f"PLAN {plan['id']} · {count(len(erased), 'server')} · {what}"]
-    for same in _alike(erased):
-        first, rules = same[0], sorted({e["root_disk"] for e in same})
-        own = ", ".join(part.partition("=")[0] for part in rules[0].split(","))
-        disk = f": {rules[0]}" if len(rules) == 1 else f", by its own {own} (--json names them)"
-        lines.append(f"  {verb}{fold(e['server'] for e in same)}  {first['model'] or 'unknown model'} · one root disk{' each' if len(same) > 1 else ''}{disk}")
-        lines.append(f"           now: {first['os_now'] or 'an OS we did not install'}, {first['state']} → {first['image'] or '?'}")
-    seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
-    lines.append(f"  KEPT     {seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}")
-    lines += ([] if rehearse else _render_time(erased, waves)) + _render_stops(waves)
-    if rehearse:
-        lines.append("  WRITTEN  nothing: steps 1-4, then what was there boots again; the servers are down meanwhile")
-    for cause in dict.fromkeys((p["code"], p["title"], p["cause"], p["do"]) for p in plan["problems"]):
-        names = [p["server"] for p in plan["problems"] if (p["code"], p["title"], p["cause"], p["do"]) == cause]
-        lines.append(f"  PROBLEM  {fold(names)}  {cause[0]} {cause[1]} {cause[2]}  → {cause[3]}")
-    return "\n".join(lines)
+    return "\n".join([plan_headline(plan, rehearse=rehearse), *(f"  {label:7}  {text}" for label, text in plan_lines(plan, waves, rehearse=rehearse))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from repave.cli.client import Client
+from repave.cli.lists import TABLE, Form, show_list
 from repave.cli.output import (
     Exit,
     Json,
@@ -25,18 +27,20 @@ from repave.cli.output import (
     show_error,
     show_fields,
     show_json,
-    show_list,
     unfold,
+    warn,
 )
 from repave.cli.server_csv import read_servers
 from repave.errors import RepaveError
 
 app = App(name="server")
+_FEW = 10  # pairs that are all shown
 _AT_ONCE = 8  # probes; BMCs are slow, and we wait, not compute
 _LIST = {
     "NAME": "name", "STATE": "instance.state", "IMAGE": "instance.image", "MODEL": "model", "SERIAL": "serial", "RACK": "rack", "UNIT": "unit",
     "ERROR": "instance.error.code", "LOCKED": "lock.reason",
 }  # fmt: skip
+_PROBE = {"SERVER": "server", "SAME": "same", "POWER": "power", "MODEL": "model", "SERIAL": "serial", "ERROR": "error.code", "CAUSE": "error.cause"}
 
 
 @Parameter(name="*")
@@ -103,6 +107,7 @@ def add(
     windows: bool = False,
     image: str | None = None,
     password_stdin: bool = False,
+    show_pairs: bool = False,
     project: str | None = None,
     yes: bool = False,
     json: bool = False,
@@ -123,32 +128,37 @@ def add(
         A Windows server.
     image
         The image that the OS it has was made from, name or id, where that is known: then a reinstall may leave the image out.
+    show_pairs
+        Show each server with its BMC's address before it is asked, however many they are.
     """
     if (csv is None) == (nodeset is None):
         raise Usage("Name the servers, or give --csv FILE.")
     if csv is not None and (settings != _NOTHING_SAID or password_stdin):
         raise Usage("With --csv the file says what each server is; other options than --blank, --windows and --image do not go with it.")
     common = {"blank": blank, "os_type": "Windows" if windows else "Linux", "image": image}
-    bodies = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
+    bodies: list[Json] = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
     client = Client(project)
     if csv:
         bodies = _leave_out_known(bodies, client, csv)
         if not bodies:
             return Exit.OK
     if len(bodies) > 1:
-        order = "as the file says" if csv else "paired in order"
-        say(f"{bodies[0]['name']} → {bodies[0]['bmc_url']} … {bodies[-1]['name']} → {bodies[-1]['bmc_url']}, {order}.")
+        _show_pairs([(body["name"], body["bmc_url"]) for body in bodies], "as the file says" if csv else "paired in order", whole=show_pairs)
         confirm(f"Add {len(bodies)}? [y/N] ", "y", yes=yes)
+        say(f"Asking {len(bodies)} BMCs, {_AT_ONCE} at a time.")
+    by_name = {body["name"]: body for body in bodies}
+    done = _on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
+    return _tell_added(done, as_json=json, csv=csv)
 
-    def send(body: Json) -> Json | RepaveError:
-        try:
-            return client.post("/servers", body)
-        except RepaveError as error:
-            return error
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        answers = list(pool.map(send, bodies))
-    return _tell_added(bodies, answers, as_json=json, csv=csv)
+def _show_pairs(pairs: Sequence[tuple[str, str]], order: str, *, whole: bool) -> None:
+    """Who is behind which address: what is about to be confirmed. Many are told by the first and the last."""
+    if whole or len(pairs) <= _FEW:
+        warn("\n".join(f"  {name} → {url}" for name, url in pairs))
+        warn(f"{len(pairs)} servers, {order}.")
+    else:
+        (first, first_url), (last, last_url) = pairs[0], pairs[-1]
+        warn(f"{first} → {first_url} … {last} → {last_url}, {len(pairs)} {order} (--show-pairs).")
 
 
 def _leave_out_known(bodies: list[Json], client: Client, csv: Path) -> list[Json]:
@@ -163,23 +173,20 @@ def _leave_out_known(bodies: list[Json], client: Client, csv: Path) -> list[Json
     return [body for body in bodies if body["name"] not in known]
 
 
-def _tell_added(bodies: list[Json], answers: list[Json | RepaveError], *, as_json: bool, csv: Path | None) -> int:
-    good = [a for a in answers if isinstance(a, dict)]
-    bad = [(b["name"], a) for b, a in zip(bodies, answers, strict=True) if isinstance(a, RepaveError)]
-    for detail in dict.fromkeys(str(error) for _, error in bad):
-        same = [(name, error) for name, error in bad if str(error) == detail]
-        say(f"✗ {fold(name for name, _ in same)}")
-        show_error(same[0][1])
-        if same[0][1].slug == "tls":
-            say("  or         --fingerprint SHA256 where you know it; --tls-verify false pins what the BMC shows now")
+def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, csv: Path | None) -> int:
+    good = [a for a in done.values() if isinstance(a, dict)]
+    bad = {name: a for name, a in done.items() if isinstance(a, RepaveError)}
+    _tell_errors(bad)
+    if any(error.slug == "tls" for error in bad.values()):
+        warn("  or         --fingerprint SHA256 where you know it; --tls-verify false pins what the BMC shows now")
     if as_json:
         show_json({"items": good, "next": None})
     elif good:
-        show_list(good, _LIST, as_json=False)
+        show_list(good, _LIST, TABLE)
     following = f"the same again (repave server add --csv {csv}) adds the rest" if bad and csv else "repave image ls" if good else ""
-    told = f"{len(good)} added{f', {len(bad)} not: {fold(name for name, _ in bad)}' if bad else ''}"
+    told = f"{len(good)} added{f', {len(bad)} not: {fold(bad)}' if bad else ''}"
     say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
-    codes = {exit_code(error) for _, error in bad}
+    codes = {exit_code(error) for error in bad.values()}
     if bad and not good:
         code = codes.pop() if len(codes) == 1 else Exit.REFUSED
         return code if code is not Exit.REFUSED or len(bad) == 1 else Exit.ALL_FAILED
@@ -207,9 +214,9 @@ def _unfold_url(url: str) -> list[str]:
 
 
 @app.command(name="ls")
-def list_servers(*, project: str | None = None, json: bool = False) -> None:
+def list_servers(*, project: str | None = None, form: Form = TABLE) -> None:
     """List servers and what runs on them."""
-    show_list(Client(project).items("/servers"), _LIST, as_json=json)
+    show_list(Client(project).items("/servers"), _LIST, form)
 
 
 @app.command(name="show")
@@ -232,39 +239,88 @@ def set_servers(
     repin: Annotated[bool, Parameter(help="Trust and pin the certificate that the BMC shows now. Compare fingerprints first.")] = False,
     dhcp: Annotated[bool, Parameter(help="Forget the static network settings.")] = False,
     project: str | None = None,
-) -> None:
+) -> int:
     """Change what is said of servers. Where it is about the BMC, the BMC is asked first and must be the same server's."""
     body = settings.body() | ({"repin": True} if repin else {}) | ({"network": None} if dhcp else {})
     if password_stdin:
         body["bmc_password"] = read_secret("BMC password", from_stdin=True)
     if not body:
         raise Usage("Nothing to change was given.")
+    client, names = _named(nodeset, project)
+    if len(names) > 1 and (alone := {"bmc_url", "system_uri", "unit", "network", "certificate_sha256"} & body.keys() - ({"network"} if dhcp else set())):
+        raise Usage(f"{', '.join(sorted(alone))}: what is one server's can not be said of {len(names)}.")
+    return _tell_done(_on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
+
+
+@app.command(name="probe")
+def probe_servers(nodeset: str, /, *, project: str | None = None, form: Form = TABLE) -> int:
+    """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
+    client, names = _named(nodeset, project)
+    done = _on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
+    found = [{"server": name} | (_failed(a) if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()]
+    show_list(found, _PROBE, form)
+    bad = [f["server"] for f in found if f["error"] or not f["same"]]
+    say(f"{count(len(found) - len(bad), 'BMC')} as we know {'it' if len(found) - len(bad) == 1 else 'them'}{f', not: {fold(bad)}' if bad else ''}.")
+    return _code(len(bad), len(found))
+
+
+def _failed(error: RepaveError) -> Json:
+    return {"same": None, "error": error.as_json()}
+
+
+def _code(bad: int, total: int) -> int:
+    return Exit.OK if not bad else Exit.ALL_FAILED if bad == total > 1 else Exit.FAILED
+
+
+def _named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
+    """All of them are known. Raises Usage or RepaveError; then nothing was sent."""
     client, names = Client(project), unfold(nodeset)
     check_known(names, [s["name"] for s in client.items("/servers")])
-    for name in names:
-        client.patch(f"/servers/{name}", body)
-    say(f"{fold(names)} changed.")
+    return client, names
+
+
+def _on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
+    """Several at a time, each asked whatever became of the others; in the order of the names."""
+
+    def attempt(name: str) -> Json | RepaveError:
+        try:
+            return do(name)
+        except RepaveError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(zip(names, pool.map(attempt, names), strict=True))
+
+
+def _tell_done(done: dict[str, Json | RepaveError], what: str) -> int:
+    """Which of them it was done to, and why not to the others. The exit code."""
+    bad = {name: answer for name, answer in done.items() if isinstance(answer, RepaveError)}
+    _tell_errors(bad)
+    if good := [name for name in done if name not in bad]:
+        say(f"{fold(good)} {what}.")
+    return exit_code(next(iter(bad.values()))) if len(bad) == len(done) == 1 else _code(len(bad), len(done))
+
+
+def _tell_errors(bad: dict[str, RepaveError]) -> None:
+    for detail in dict.fromkeys(str(error) for error in bad.values()):
+        same = [name for name, error in bad.items() if str(error) == detail]
+        warn(f"✗ {fold(same)}")
+        show_error(bad[same[0]])
 
 
 @app.command
-def lock(nodeset: str, /, *, reason: str, project: str | None = None) -> None:
+def lock(nodeset: str, /, *, reason: str, project: str | None = None) -> int:
     """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
-    _on_each(nodeset, "lock", {"reason": reason}, project)
-    say(f"{fold(unfold(nodeset))} locked: {reason}  A run that has begun goes on.")
+    client, names = _named(nodeset, project)
+    done = _on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
+    return _tell_done(done, f"locked: {reason}  A run that has begun goes on")
 
 
 @app.command
-def unlock(nodeset: str, /, *, project: str | None = None) -> None:
+def unlock(nodeset: str, /, *, project: str | None = None) -> int:
     """Let these servers be reinstalled again."""
-    _on_each(nodeset, "unlock", {}, project)
-    say(f"{fold(unfold(nodeset))} unlocked.")
-
-
-def _on_each(nodeset: str, what: str, body: Json, project: str | None) -> None:
-    client, names = Client(project), unfold(nodeset)
-    check_known(names, [s["name"] for s in client.items("/servers")])
-    for name in names:
-        client.post(f"/servers/{name}/{what}", body)
+    client, names = _named(nodeset, project)
+    return _tell_done(_on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
 
 
 @app.command
@@ -310,12 +366,43 @@ def _plain(value: object) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value or "-")
 
 
+@app.command
+def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, project: str | None = None) -> int:
+    """Give the account that Repave uses at these servers' BMCs a new password, and store it. The first server goes alone: where it fails, no other is asked.
+
+    At each moment what opens a BMC is stored: a rotation that was cut off is finished by the next login, or by the same command again.
+
+    Parameters
+    ----------
+    password_stdin
+        The new password is the first line of standard input.
+    yes
+        Do not ask.
+    """
+    client, names = _named(nodeset, project)
+    password = read_secret("New BMC password", from_stdin=password_stdin, variable="REPAVE_NEW_BMC_PASSWORD", twice=True)
+    confirm(f"Change the BMC password of {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
+
+    def change(name: str) -> Json:
+        return client.post(f"/servers/{name}/rotate", {"password": password})
+
+    done = _on_each(names[:1], change)
+    if not isinstance(done[names[0]], RepaveError):
+        done |= _on_each(names[1:], change)
+    code = _tell_done(done, "changed: the BMCs have the new password, and so have we")
+    if left := names[len(done) :]:
+        warn(f"{fold(left)} not asked: {names[0]} failed.")
+    return code
+
+
 @app.command(name="rm")
-def remove_servers(nodeset: str, /, *, yes: bool = False, project: str | None = None) -> None:
+def remove_servers(nodeset: str, /, *, yes: bool = False, project: str | None = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
-    client, names = Client(project), unfold(nodeset)
-    check_known(names, [s["name"] for s in client.items("/servers")])
-    confirm(f"Forget {fold(names)}? [y/N] ", "y", yes=yes)
-    for name in names:
+    client, names = _named(nodeset, project)
+    confirm(f"Forget {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
+
+    def forget(name: str) -> Json:
         client.delete(f"/servers/{name}")
-    say(f"{fold(names)} forgotten.")
+        return {}
+
+    return _tell_done(_on_each(names, forget), "forgotten")

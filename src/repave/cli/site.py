@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from repave.cli.output import Usage, count, fold, say, show, show_json, show_list
+from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.output import Usage, count, fold, say, show, show_json
 from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 
 project = App(name="project")
@@ -137,7 +138,7 @@ def whoami(*, json: bool = False) -> None:
         show(f"{me['name']} · {me['role']} of project {me['project']} ({me['project_id']})")
 
 
-def explain(code: str | None = None, /, *, json: bool = False) -> None:
+def explain(code: str | None = None, /, *, form: Form = TABLE) -> None:
     """What an error code means: cause, what to do, what was left untouched. Without a code: all of them.
 
     Parameters
@@ -147,14 +148,14 @@ def explain(code: str | None = None, /, *, json: bool = False) -> None:
     """
     if code is None:
         rows = [{"code": p.code, "class": p.slug, "title": p.title} for p in CATALOGUE.values()]
-        show_list(rows, {"CODE": "code", "CLASS": "class", "TITLE": "title"}, as_json=json)
+        show_list(rows, {"CODE": "code", "CLASS": "class", "TITLE": "title"}, form)
         return
     wanted = code.lower().removeprefix("repave.")
     clouddc = next((name for name in CLOUDDC if name.lower() == wanted), None)
     found = [p for p in CATALOGUE.values() if wanted in (p.slug, p.code.removeprefix("Repave.")) or p.slug in CLOUDDC.get(clouddc or "", ())]
     if not found:
         raise Usage(f"{code!r} is no code of ours; repave explain lists them.")
-    if json:
+    if form.is_json:
         shown = [RepaveError(p.slug).as_json() for p in found]
         show_json({"items": shown, "next": None} if clouddc else shown[0])
         return
@@ -183,11 +184,11 @@ def add_project(name: str, /, *, json: bool = False) -> None:
 
 
 @project.command(name="ls")
-def list_projects(*, json: bool = False) -> None:
+def list_projects(*, form: Form = TABLE) -> None:
     """List projects."""
     from repave.cli.client import Client
 
-    show_list(Client().items("/projects"), {"NAME": "name", "ID": "id"}, as_json=json)
+    show_list(Client().items("/projects"), {"NAME": "name", "ID": "id"}, form)
 
 
 @key.command(name="add")
@@ -227,18 +228,22 @@ def _expiry(text: str | None) -> str | None:
 
 
 @key.command(name="ls")
-def list_keys(*, project: str | None = None, json: bool = False) -> None:
+def list_keys(*, project: str | None = None, form: Form = TABLE) -> None:
     """List the keys of a project."""
     from repave.cli.client import Client
 
     columns = {"NAME": "name", "ROLE": "role", "AK": "ak", "EXPIRES": "expires_at", "ID": "id"}
-    show_list(Client(project).items("/keys"), columns, as_json=json)
+    show_list(Client(project).items("/keys"), columns, form)
 
 
 @key.command(name="rm")
-def remove_key(key_id: Annotated[str, Parameter(help="Its id (repave key ls).")], /, *, project: str | None = None) -> None:
+def remove_key(key: Annotated[str, Parameter(help="Its name, id or AK (repave key ls).")], /, *, project: str | None = None) -> None:
     """Remove a key: its token and signatures are refused from now on."""
     from repave.cli.client import Client
 
-    Client(project).delete(f"/keys/{key_id}")
+    client = Client(project)
+    found = [k for k in client.items("/keys") if key in (k["name"], k["id"], k["ak"])]
+    if len(found) > 1:
+        raise Usage(f"{len(found)} keys are named {key!r}; name one by its id: {', '.join(k['id'] for k in found)}.")
+    client.delete(f"/keys/{found[0]['id'] if found else key}")
     say("Key removed.")

@@ -188,6 +188,11 @@ class Runs:
         given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}
         return [rows.run(r) for r in self._db.rows(_select_runs("batch" in given, "project" in given, live), **given)]
 
+    def list_newest_of(self, server_id: str, *, limit: int) -> list[RunRow]:
+        """The runs of this server, newest first."""
+        query = sa.select(RUNS).where(RUNS.c.server_id == server_id).order_by(RUNS.c.id.desc()).limit(limit)
+        return [rows.run(r) for r in self._db.rows(query)]
+
     def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
         """Newest first."""
         query = sa.select(BATCHES).where(BATCHES.c.project_id == project_id).order_by(BATCHES.c.id.desc()).limit(limit)

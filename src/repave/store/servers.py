@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -25,6 +26,8 @@ _ALIKE = sa.select(SERVERS).where(
         SERVERS.c.name == sa.bindparam("its_name"), SERVERS.c.serial == sa.bindparam("its_serial"), sa.func.lower(SERVERS.c.uuid) == sa.bindparam("its_uuid")
     ),
 )
+_SEALED = sa.select(SERVERS.c.bmc_password_sealed).where(SERVERS.c.id == sa.bindparam("server_id"))
+_ROTATING = "\0rotating\0"  # before a list of passwords, where one by itself would be: no login has a NUL
 _CHANGE = sa.update(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
 _MEDIA_OUT = _CHANGE.where(SERVERS.c.media_run_id == sa.bindparam("run_id"))
 _NEW_SERVER, _NEW_INSTANCE = sa.insert(SERVERS), sa.insert(INSTANCES)
@@ -175,9 +178,35 @@ class Servers:
         return found
 
     def get_bmc_password(self, server_id: str) -> str:
-        row = self._db.row(sa.select(SERVERS.c.bmc_password_sealed).where(SERVERS.c.id == server_id))
+        return self.list_bmc_passwords(server_id)[0]
+
+    def list_bmc_passwords(self, server_id: str) -> list[str]:
+        """The one to use first; behind it those that a rotation may have set, newest first."""
+        row = self._db.row(_SEALED, server_id=server_id)
         assert row is not None
-        return self._db.sealer.unseal(row["bmc_password_sealed"], about=f"bmc:{server_id}")
+        return self._open(server_id, row["bmc_password_sealed"])
+
+    def _open(self, server_id: str, sealed: str) -> list[str]:
+        opened = self._db.sealer.unseal(sealed, about=f"bmc:{server_id}")
+        return list(json.loads(opened.removeprefix(_ROTATING))) if opened.startswith(_ROTATING) else [opened]
+
+    def _seal(self, server_id: str, passwords: Sequence[str]) -> str:
+        opened = passwords[0] if len(passwords) == 1 else _ROTATING + json.dumps(list(passwords))
+        return self._db.sealer.seal(opened, about=f"bmc:{server_id}")
+
+    def begin_rotation(self, server_id: str, password: str) -> None:
+        """Before a BMC is told: whatever becomes of that, what opens it is stored. Repeatable."""
+        with self._db.write() as conn:
+            now, *others = self._open(server_id, conn.execute(_SEALED, {"server_id": server_id}).scalar_one())
+            known = list(dict.fromkeys([now, password, *others]))
+            conn.execute(sa.update(SERVERS).where(SERVERS.c.id == server_id).values(bmc_password_sealed=self._seal(server_id, known)))
+
+    def end_rotation(self, server_id: str, password: str, *, forget: Sequence[str], actor: str) -> None:
+        """This password opened the BMC: it is used first, and those to `forget` are gone. What another rotation has added meanwhile stays."""
+        with self._db.write() as conn:
+            known = self._open(server_id, conn.execute(_SEALED, {"server_id": server_id}).scalar_one())
+            left = [p for p in known if p != password and p not in forget]
+            self._change(conn, server_id, "server.password-rotated", {"bmc_password_sealed": self._seal(server_id, [password, *left])}, actor=actor)
 
     def record_power(self, server_id: str, power: str) -> None:
         with self._db.write() as conn:
