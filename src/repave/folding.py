@@ -264,7 +264,7 @@ def plan_lines(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False
     seen = f"{count(kept['data_disks_seen'], 'data disk')} seen before" if kept["data_disks_seen"] else "all data disks"
     locked = f" · {fold(kept['locked'])} locked" if kept.get("locked") else ""
     lines.append(("KEPT", f"{seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}{locked}"))
-    for names in dict.fromkeys(tuple(e["keeps"]) for e in erased if e["keeps"]):
+    for partitions in dict.fromkeys(tuple(e["keeps"]) for e in erased if e["keeps"]):
         lines.append(("", f"{fold(e['server'] for e in erased if tuple(e['keeps']) == names)}: the root disk's partitions {', '.join(names)}"))
     lines += ([] if rehearse else _usual_time(erased, waves)) + _stops(waves)
     if rehearse:
