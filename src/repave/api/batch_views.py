@@ -63,7 +63,8 @@ def run_json(run: RunRow, beside: Beside) -> Json:
         "write_stages_s": (run.report or {}).get("stages_s"), "waits_for": beside.why_waiting if run_state(run) == "waiting" else None,
         "usual_s": usual_s if working else None, "late": working and is_late(in_step_s, usual_s),
         "eta_s": eta_s(run.step, in_step_s, beside.usual) if working else None, "cancelling": run.cancel is not None and run.ended_at is None,
-        "rehearse": run.rehearse, "rehearsal": _rehearsal_json(run, beside.usual) if run.outcome == Ending.REHEARSED.value else None,
+        "usual_durations_s": dict(beside.usual), "rehearse": run.rehearse,
+        "rehearsal": _rehearsal_json(run, beside.usual) if run.outcome == Ending.REHEARSED.value else None,
     }  # fmt: skip
 
 

@@ -182,6 +182,18 @@ class Runs:
         given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}
         return [rows.run(r) for r in self._db.rows(_select_runs("batch" in given, "project" in given, live), **given)]
 
+    def list_newest_of(self, server_id: str, *, limit: int) -> list[RunRow]:
+        """The runs of this server, newest first."""
+        query = sa.select(RUNS).where(RUNS.c.server_id == server_id).order_by(RUNS.c.id.desc()).limit(limit)
+        return [rows.run(r) for r in self._db.rows(query)]
+
+    def find_last_word(self, project_id: str) -> datetime | None:
+        """When the agent of a live run of this project was last heard."""
+        row = self._db.row(
+            sa.select(sa.func.max(RUNS.c.seen_at, type_=RUNS.c.seen_at.type).label("at")).where(RUNS.c.project_id == project_id, RUNS.c.ended_at.is_(None))
+        )
+        return row["at"] if row else None
+
     def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
         """Newest first."""
         query = sa.select(BATCHES).where(BATCHES.c.project_id == project_id).order_by(BATCHES.c.id.desc()).limit(limit)
