@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from typing import Any
 
 from repave.domain.waves import Waves
+from repave.errors import RequestError
 
 Json = dict[str, Any]
 ALL_AT_ONCE = Waves()
@@ -27,6 +29,25 @@ def fold(names: Iterable[str]) -> str:
     from ClusterShell.NodeSet import NodeSet
 
     return str(NodeSet.fromlist(sorted(names)))
+
+
+def unfold(text: str) -> list[str]:
+    """The names of a nodeset, in its order. Raises ValueError, which says how one is written."""
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
+
+    try:
+        return [str(name) for name in NodeSet(text, resolver=RESOLVER_NOGROUP)]
+    except NodeSetException as error:
+        raise ValueError(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
+
+
+def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Raises RequestError naming the unknown ones and what may have been meant."""
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        meant = get_close_matches(missing[0], known, 1)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")
 
 
 def count(number: int, noun: str) -> str:

@@ -18,15 +18,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from repave.api.asgi import install_wire
-from repave.api.operator import build_operator_router
+from repave.api.operator import Desk, build_operator_router
 from repave.app import ImageDesk
 from repave.auth import Authenticator
+from repave.auth.login import Logins
 from repave.bmc import BmcAddress, BmcFacts, Power
 from repave.domain.model import Image, Project, Role
 from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.fetch import ImageSources
 from repave.images.store import ImageStore
+from repave.pages import build_pages_router
 from repave.secrets import Sealer
 from repave.store import Store, new_id
 from repave.workflow.fleet import Fleet
@@ -105,9 +107,9 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
-    app.include_router(build_operator_router(
-        store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
-    ))  # fmt: skip
+    desk = Desk(store, fleet, images, authenticator.authenticate, bmcs.probe, find_unreachable)
+    app.include_router(build_operator_router(desk))
+    app.include_router(build_pages_router(desk, Logins(store.people, now=now)))
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
