@@ -77,23 +77,31 @@ def size(count: float) -> str:
 
 
 def headline(batch: Json) -> str:
-    return " · ".join([batch["id"], *batch_words(batch)])
+    numbers = [f"{number} {name}" for name, number in batch["counts"].items() if number]
+    words = [batch["id"], count(len(batch["runs"]), "server"), image_of(batch), *batch_time(batch, datetime.now(UTC)), *numbers, *batch_rules(batch)]
+    return " · ".join(words)
 
 
-def batch_words(batch: Json) -> list[str]:
-    """How large, which image, how long, how much longer where that is known, how many are how far, and what is special."""
+def image_of(batch: Json) -> str:
+    return str(batch["image"]) if batch["image"] else "removed image" if batch.get("image_id") else "current image"
+
+
+def batch_time(batch: Json, now: datetime) -> list[str]:
+    """How long it has taken, and how much longer where that is known."""
     runs, counts = batch["runs"], batch["counts"]
-    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
+    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else now
     lasted = duration((ended - parse_time(batch["created_at"])).total_seconds())
-    image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
     left = [run["eta_s"] for run in runs if run["state"] == "working"]
     about = [f"about {duration(max(left))} left"] if left and not counts["waiting"] and all(eta is not None for eta in left) else []
-    how = [
+    return [lasted, *about]
+
+
+def batch_rules(batch: Json) -> list[str]:
+    """What is special about it."""
+    return [
         *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
         *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
     ]  # fmt: skip
-    numbers = [f"{number} {name}" for name, number in counts.items() if number]
-    return [count(len(runs), "server"), image, lasted, *about, *numbers, *how]
 
 
 def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
@@ -129,7 +137,7 @@ def glyph(run: Json) -> str:
     return LATE if run["late"] else GLYPHS[run["state"]]
 
 
-def row_cells(group: Sequence[Json]) -> list[str]:
+def row_cells(group: Sequence[Json], now: datetime | None = None) -> list[str]:
     """Step, percent, rate, seconds in the step, side of the line and cause, of runs that share a row."""
     first = group[0]
     if first["state"] == "running":
@@ -146,7 +154,7 @@ def row_cells(group: Sequence[Json]) -> list[str]:
     rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
     seconds = [run["durations_s"].get(run["step"], 0) for run in group]
     if first["late"]:
-        gives_up = (parse_time(first["deadline_at"]) - datetime.now(UTC)).total_seconds()
+        gives_up = (parse_time(first["deadline_at"]) - (now or datetime.now(UTC))).total_seconds()
         side += f" · late, usual {duration(first['usual_s'])}, gives up in {duration(max(0, gives_up))}"
     elif first["cancelling"]:
         side += " · going back"

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,7 @@ class Bmcs:
 
     known: dict[str, str] = field(default_factory=dict)
     asked: list[BmcAddress] = field(default_factory=list)
+    model: str = "R1"
 
     def probe(self, address: BmcAddress) -> BmcFacts:
         self.asked.append(address)
@@ -52,7 +53,7 @@ class Bmcs:
         if address.password != BMC_PASSWORD:
             raise BmcError("auth")
         uuid = f"00000000-0000-0000-0000-{int(what[2:]):012}"
-        return BmcFacts("/redfish/v1/Systems/1", "ACME", "R1", what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
+        return BmcFacts("/redfish/v1/Systems/1", "ACME", self.model, what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
 
 
 @dataclass
@@ -89,12 +90,10 @@ class Site:
 
 
 @contextlib.contextmanager
-def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources: ImageSources | None = None) -> Iterator[Site]:
+def start_site(
+    folder: Path, *, media_url: str = "http://media.invalid", sources: ImageSources | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> Iterator[Site]:
     folder.mkdir(exist_ok=True)
-
-    def now() -> datetime:
-        return datetime.now(UTC)
-
     store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=now)
     project, other = store.access.add_project("default"), store.access.add_project("other")
     tokens = {role.value: store.access.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}

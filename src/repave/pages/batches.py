@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from repave.api.batch_views import STATES
 from repave.api.operator import Scope
 from repave.api.operator_batches import list_batches
-from repave.folding import GLYPHS, LATE, batch_words, fold, fold_failures, fold_runs, glyph, parse_time, row_cells
+from repave.folding import GLYPHS, LATE, batch_rules, batch_time, count, fold, fold_failures, fold_runs, glyph, row_cells
 from repave.pages.door import PageRoute, add_view
 from repave.pages.frame import Frame
 from repave.pages.render import parts
@@ -36,8 +36,9 @@ def view_batch(scope: Scope, asked: dict[str, str]) -> Frame:
     runs, counts = batch["runs"], batch["counts"]
     frame = snapshot.frame(f"Batch {batch['id'][-8:]}")
     frame.moving = batch["ended_at"] is None or frame.moving
+    now = scope.store.now()
     late = sum(1 for run in runs if run["late"])
-    frame.put("headline", parts().headline(batch, batch_words(batch)))
+    frame.put("headline", parts().headline(batch, [count(len(runs), "server"), *batch_time(batch, now), *batch_rules(batch)]))
     frame.put("counts", parts().batch_counts(batch, [(name, counts[name]) for name in STATES], late, GLYPHS | {"late": LATE}))
     frame.put("said", parts().said(", ".join(f"{number} {name}" for name, number in counts.items() if number) + (f", {late} late" if late else "")))
     frame.put("actions", parts().batch_actions(batch, _what_may_be_done(batch), scope.credential.role.value))
@@ -47,12 +48,11 @@ def view_batch(scope: Scope, asked: dict[str, str]) -> Frame:
         frame.add("failures", error_id, parts().failure(error_id, same, fold(r["server"] for r in same), batch))
     frame.lists.setdefault("failures", [])
     unfold = asked.get("unfold") == "1"
-    elapsed = ((parse_time(batch["ended_at"]) if batch["ended_at"] else scope.store.now()) - parse_time(batch["created_at"])).total_seconds()
     if table := asked.get("view") == "table":
         groups = [[run] for run in runs] if unfold or len(runs) <= FOLD_ABOVE else fold_runs(runs)
-        frame.put("twin", parts().twin([(glyph(g[0]), "late" if g[0]["late"] else g[0]["state"], [r["server"] for r in g], row_cells(g)) for g in groups]))
+        frame.put("twin", parts().twin([(glyph(g[0]), "late" if g[0]["late"] else g[0]["state"], [r["server"] for r in g], row_cells(g, now)) for g in groups]))
     else:
-        axis, rows = draw(batch, now_s=elapsed, unfold=unfold)
+        axis, rows = draw(batch, now=now, unfold=unfold)
         frame.put("axis", parts().axis(axis))
         for row in rows:
             frame.add("rows", row.id, parts().waterfall_row(row))

@@ -28,9 +28,9 @@ def view_server(scope: Scope, asked: dict[str, str]) -> Frame:
     frame = snapshot.frame(server["name"])
     may = scope.credential.role.includes(Role.OPERATOR)
     frame.put("now", parts().server_now(server, tile_of(server, live), live, runs[0] if runs else None))
-    frame.put("lock", parts().server_lock(server, may))
+    frame.put("lock", parts().server_lock(server, may, live))
     for number, run in enumerate(runs):
-        frame.add("runs", f"run-{run['id']}", parts().server_run(run, _steps(run), number == 0))
+        frame.add("runs", f"run-{run['id']}", parts().server_run(run, _steps(run), number == 0, number == 0 and live is None))
     inventory = scope.store.runs.find_inventory(server["id"])
     frame.put("inventory", parts().inventory(server, inventory, runs[0].get("disk_serial") if runs else None))
     events = list_newest(scope, server_id=server["id"], limit=15)

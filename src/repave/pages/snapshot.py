@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from repave.api.operator import Scope
@@ -10,11 +11,12 @@ from repave.api.operator_batches import show_batch
 from repave.api.operator_events import list_newest
 from repave.api.operator_servers import list_servers
 from repave.errors import RequestError
+from repave.folding import fold
 from repave.pages.frame import Frame
 from repave.pages.render import parts
 
 Json = dict[str, Any]
-_QUIET = ("run.step", "run.media-out")  # the strip has room for three
+_QUIET = ("run.step", "run.plan", "run.report", "run.proof", "run.media-out", "user.logged-in")  # the strip has room for three
 _STRIP = 3
 
 
@@ -60,7 +62,7 @@ class Snapshot:
         frame.put("chips", parts().chips(self.live_batches))
         events = list_newest(self.scope, limit=40)
         loud = [e for e in events if e["type"] not in _QUIET] or events
-        frame.put("strip", parts().strip([(e, sentence(e)) for e in loud[:_STRIP]]))
+        frame.put("strip", parts().strip(fold_events(loud)[:_STRIP]))
         return frame
 
 
@@ -68,7 +70,9 @@ _SENTENCES = {
     "batch.ended": "batch ended", "batch.paused": "batch paused", "batch.resumed": "batch goes on", "batch.stopped": "batch stopped: {why}",
     "image.added": "image {name} imported", "image.removed": "image {name} removed", "image.doubted": "image {name} may be damaged",
     "image.whole": "image {name} is whole", "key.added": "key {name} added", "key.removed": "a key removed", "project.added": "project {name} added",
-    "run.accepted": "reinstall accepted", "run.cancelled": "cancelled", "run.crossed": "crossed the line", "run.ended": "{outcome}{code}",
+    "run.accepted": "reinstall accepted",
+    "run.cancelled": "cancelled", "run.crossed": "crossed the line", "run.plan": "plan made", "run.report": "image written",
+    "run.ended": "{outcome}{code}",
     "run.late": "late in {step}", "run.media-out": "boot media out", "run.proof": "the new OS called home", "run.second-agent": "a second agent was refused",
     "run.step": "{step}", "server.added": "server added", "server.changed": "server changed", "server.locked": "locked: {reason}",
     "server.unlocked": "unlocked", "server.removed": "server {name} removed", "user.added": "{name} may log in as {role}",
@@ -82,6 +86,19 @@ _OUTCOMES = {
 }  # fmt: skip
 
 
+def fold_events(events: Sequence[Json]) -> list[tuple[Json, str]]:
+    """Each with its sentence; neighbours that say the same of several servers are one."""
+    groups: list[list[Json]] = []
+    for event in events:
+        last = groups[-1][0] if groups else {}
+        alike = all(last.get(name) == event.get(name) for name in ("type", "batch", "actor")) and _words(last) == _words(event)
+        if alike and event.get("server"):
+            groups[-1].append(event)
+        else:
+            groups.append([event])
+    return [(group[0], sentence(group[0] | ({"server": fold(e["server"] for e in group)} if len(group) > 1 else {}))) for group in groups]
+
+
 class _Said(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return ""
@@ -89,7 +106,11 @@ class _Said(dict[str, Any]):
 
 def sentence(event: Json) -> str:
     """What happened, in a few words; the event's own type where it is not one of these."""
+    words = _words(event)
+    return f"{event['server']} {words}" if event.get("server") and str(event["server"]) not in words else words
+
+
+def _words(event: Json) -> str:
     code = f" {event['error']['code']}" if isinstance(event.get("error"), dict) else ""
     said = _Said(event | {"code": code, "outcome": _OUTCOMES.get(str(event.get("outcome")), str(event.get("outcome", "")))})
-    words = _SENTENCES.get(event["type"], str(event["type"])).format_map(said).strip().removesuffix(":")
-    return f"{event['server']} {words}" if event.get("server") and str(event["server"]) not in words else words
+    return _SENTENCES.get(event["type"], str(event["type"])).format_map(said).strip().removesuffix(":")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from repave.domain.model import Step
@@ -52,12 +53,13 @@ class Axis:
         return f"{min(100.0, 100 * seconds / self.length_s):.1f}%"
 
 
-def draw(batch: Json, *, now_s: float, unfold: bool) -> tuple[Axis, list[Row]]:
-    """The axis and the rows: failed first, then late, then by name. `now_s`: seconds since the batch was accepted."""
+def draw(batch: Json, *, now: datetime, unfold: bool) -> tuple[Axis, list[Row]]:
+    """The axis and the rows: failed first, then late, then by name."""
+    now_s = (now - parse_time(batch["created_at"])).total_seconds()
     runs = batch["runs"]
     groups = [[run] for run in sorted(runs, key=_order)] if unfold or len(runs) <= FOLD_ABOVE else fold_runs(runs)
     axis = _axis(batch, now_s)
-    return axis, [_row(batch, axis, group) for group in groups]
+    return axis, [_row(batch, axis, group, now) for group in groups]
 
 
 def _order(run: Json) -> tuple[int, bool, str]:
@@ -85,7 +87,7 @@ def _usual_s(run: Json) -> float:
     return sum(run["usual_durations_s"].get(s.value, 0.0) for s in Step) if run["state"] == "working" else 0.0
 
 
-def _row(batch: Json, axis: Axis, group: Sequence[Json]) -> Row:
+def _row(batch: Json, axis: Axis, group: Sequence[Json], now: datetime) -> Row:
     slowest = max(group, key=lambda run: sum(run["durations_s"].values()))
     began, first = _began_s(batch, slowest), group[0]
     at, bars, crossed = began, list[Bar](), None
@@ -98,7 +100,7 @@ def _row(batch: Json, axis: Axis, group: Sequence[Json]) -> Row:
         kind = "failed" if last and slowest["state"] == "failed" else "late" if last and slowest["late"] else _kind(step)
         bars.append(Bar(axis.at(at), axis.at(seconds), kind, f"{step} {duration(seconds)}"))
         at += seconds
-    cells = row_cells(group)
+    cells = row_cells(group, now)
     identity = (
         first["server"] if len(group) == 1 else f"{first['state']}-{first['step_index']}-{first['error']['code'] if first['error'] else ''}-{cells[5][:20]}"
     )
