@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def open_page(browser: Browser, site: Site) -> Iterator[Open]:
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" and "net::ERR" not in said.text else None)
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" and not re.search("net::ERR|status of 4", said.text) else None)
         log_in(page, site.url, name)
         if path != "/":
             page.goto(path)

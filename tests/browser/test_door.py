@@ -50,10 +50,10 @@ def test_a_password_is_stored_as_an_argon2id_hash_and_shown_nowhere(site: Site) 
     assert PERSON_PASSWORD not in site.ask("GET", "/users").text and "argon2" not in site.ask("GET", "/users").text
 
 
-@pytest.mark.parametrize(("as_", "status"), [("viewer", 403), ("operator", 403), ("admin", 201)])
-def test_only_an_admin_adds_people(site: Site, as_: str, status: int) -> None:
+def test_only_an_admin_adds_people(site: Site) -> None:
     body = {"name": "eve", "role": "admin", "password": "eves-own-long-secret"}
-    assert site.ask("POST", "/users", json=body, as_=as_).status_code == status
+    answers = [site.ask("POST", "/users", json=body, as_=role).status_code for role in ("viewer", "operator", "admin", "admin")]
+    assert answers == [403, 403, 201, 409]
 
 
 def test_a_person_sees_their_own_project_only(site: Site) -> None:
@@ -109,9 +109,9 @@ def test_guessing_is_slow_and_a_good_password_does_not_help_meanwhile(site: Site
     assert person.log_in("vic").status_code == 303
 
 
-@pytest.mark.parametrize("where", ["//evil.invalid", "https://evil.invalid", "/\\evil.invalid", "javascript:alert(1)", "/a\r\nb"])
-def test_a_login_never_leads_elsewhere(site: Site, where: str) -> None:
-    assert Person(site.url).log_in(next=where).headers["location"] == "/"
+def test_a_login_never_leads_elsewhere(site: Site) -> None:
+    for where in ("//evil.invalid", "https://evil.invalid", "/\\evil.invalid", "javascript:alert(1)", "/a\r\nb"):
+        assert Person(site.url).log_in(next=where).headers["location"] == "/", where
 
 
 def test_a_form_without_the_token_of_this_login_does_nothing(site: Site, ann: Person) -> None:
@@ -134,14 +134,14 @@ ACTS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "fields"), ACTS, ids=[path for path, _ in ACTS])
-def test_a_viewer_changes_nothing(site: Site, path: str, fields: dict[str, Any]) -> None:
+def test_a_viewer_changes_nothing(site: Site) -> None:
     site.add_server("web01")
     vic = Person(site.url)
     vic.log_in("vic")
     before = site.store.events.last_seq(site.project.id)
-    answer = vic.send(path, fields)
-    assert (answer.status_code, "needs the role operator" in answer.text) == (403, True)
+    for path, fields in ACTS:
+        answer = vic.send(path, fields)
+        assert (answer.status_code, "needs the role operator" in answer.text) == (403, True), path
     assert site.store.events.last_seq(site.project.id) == before
 
 
