@@ -102,7 +102,7 @@ def _row(batch: Json, axis: Axis, group: Sequence[Json], now: datetime) -> Row:
         at += seconds
     cells = row_cells(group, now)
     identity = (
-        first["server"] if len(group) == 1 else f"{first['state']}-{first['step_index']}-{first['error']['code'] if first['error'] else ''}-{cells[5][:20]}"
+        first["server"] if len(group) == 1 else f"{first['state']}-{first['step_index']}-{first['error']['code'] if first['error'] else ''}-{cells[-1][:20]}"
     )
     row_id = "row-" + "".join(c if c.isalnum() else "-" for c in identity)
     state = "late" if first["late"] else first["state"]
