@@ -41,8 +41,14 @@ function draw(batch) {
   document.querySelector("h1").textContent = Object.entries(batch.counts).filter((c) => c[1]).map((c) => c.join(" ")).join(", ");
   document.getElementById("rows").innerHTML = batch.runs.map((run) => {
     let x = 0;
-    const bars = Object.entries(run.durations_s).map(([step, s]) => { const bar = `<rect x="${x / 4}%" width="${s / 4}%" y="5" height="10"><title>${cell(step)} ${s}</title></rect>`; x += s; return bar; });
-    return `<li><a href="/s/${cell(run.server)}">${cell(run.server)}</a> <svg width="60%" height="20">${bars.join("")}</svg> ${run.step_index}/${run.steps} ${cell(run.step)} ${cell(run.percent)} % ${cell(run.rate_bytes_per_s)} ${run.past_the_line ? "past the line" : "before the line"}</li>`;
+    const place = run.past_the_line ? "past the line" : "before the line";
+    const bars = Object.entries(run.durations_s).map(([step, s]) => {
+      const bar = `<rect x="${x / 4}%" width="${s / 4}%" y="5" height="10"><title>${cell(step)} ${s}</title></rect>`;
+      x += s;
+      return bar;
+    });
+    const text = `${run.step_index}/${run.steps} ${cell(run.step)} ${cell(run.percent)} % ${cell(run.rate_bytes_per_s)} ${place}`;
+    return `<li><a href="/s/${cell(run.server)}">${cell(run.server)}</a> <svg width="60%" height="20">${bars.join("")}</svg> ${text}</li>`;
   }).join("");
 }
 setInterval(async () => draw(await (await fetch("/repave/v1/batches/BATCH", {headers: {"X-Auth-Token": "TOKEN"}})).json()), 250);
@@ -171,7 +177,7 @@ def show_first_paints(server: Server) -> None:
 
 def compare(server: Server, rounds: int) -> None:
     """Each in turns: 20 readers first, then one browser page, traced."""
-    wire: dict[str, list[tuple[float, float]]] = {"live": [], "polling": []}
+    wire: dict[str, list[tuple[float, float, float]]] = {"live": [], "polling": []}
     blocked: dict[str, list[float]] = {"live": [], "polling": []}
     for _ in range(rounds):
         for name, read in (("live", _follow), ("polling", _poll)):
@@ -180,12 +186,12 @@ def compare(server: Server, rounds: int) -> None:
             blocked[name] += _trace(server, name)
     print(f"{PAGES} pages open, {RUNS} runs, each moving {1 / UPDATE_S:.0f} times a second, {rounds} x {SECONDS:.0f} s\n")
     print("| | live page | page that polls JSON | ratio |\n|---|---|---|---|")
-    cpu = {name: statistics.median(c for c, _ in of) for name, of in wire.items()}
-    size = {name: statistics.median(b for _, b in of) for name, of in wire.items()}
+    cpu, size, rate = ({name: statistics.median(r[at] for r in of) for name, of in wire.items()} for at in range(3))
     busy = {name: percentile(of, 95) for name, of in blocked.items()}
     middle = {name: statistics.median(of) for name, of in blocked.items()}
     for what, values, unit in (
-        ("server CPU, % of a core", cpu, "{:.0f} %"), ("MB a minute and page", size, "{:.2f}"), ("main thread busy an update, p95", busy, "{:.1f} ms"),
+        ("updates a second that came", rate, "{:.1f}"), ("server CPU, % of a core", cpu, "{:.0f} %"), ("MB a minute and page", size, "{:.2f}"), 
+        ("main thread an update, p95", busy, "{:.1f} ms"),
         ("the same, median", middle, "{:.1f} ms"),
     ):  # fmt: skip
         cells = [unit.format(values[name]) for name in ("live", "polling")]
@@ -201,37 +207,44 @@ def _session(server: Server) -> requests.Session:
     return person.session
 
 
-def _follow(server: Server, over: threading.Event, count: list[int], session: requests.Session) -> None:
+def _follow(server: Server, over: threading.Event, count: list[tuple[int, int]], session: requests.Session) -> None:
     with session.get(f"{server.url}/live/b/{server.batch}?unfold=1", stream=True, timeout=30) as answer:
         for piece in answer.iter_content(None):
-            count.append(len(piece))
+            count.append((len(piece), piece.count(b"event: frame")))
             if over.is_set():
                 return
 
 
-def _poll(server: Server, over: threading.Event, count: list[int], session: requests.Session) -> None:
+def _poll(server: Server, over: threading.Event, count: list[tuple[int, int]], session: requests.Session) -> None:
     while not over.wait(UPDATE_S):
-        count.append(len(session.get(f"{server.url}/repave/v1/batches/{server.batch}", headers={"X-Auth-Token": server.token}, timeout=30).content))
+        size = len(session.get(f"{server.url}/repave/v1/batches/{server.batch}", headers={"X-Auth-Token": server.token}, timeout=30).content)
+        count.append((size, 1))
 
 
-def _measure_readers(server: Server, read: Any) -> tuple[float, float]:
-    """Percent of a core that the server takes for all pages, MB a minute of one page. What the moving itself costs is taken off."""
+def _measure_readers(server: Server, read: Any) -> tuple[float, float, float]:
+    """Percent of a core that the server takes for all pages; MB a minute and updates a second of one page. What the moving itself costs is taken off."""
     session = _session(server)
     before = server.cpu_s()
     time.sleep(5)
     idle = (server.cpu_s() - before) / 5
-    over, counts = threading.Event(), [list[int]() for _ in range(PAGES)]
+    over, counts = threading.Event(), [list[tuple[int, int]]() for _ in range(PAGES)]
     threads = [threading.Thread(target=read, args=(server, over, count, _clone(session))) for count in counts]
     for thread in threads:
         thread.start()
     time.sleep(2)
-    start, seen = server.cpu_s(), sum(map(sum, counts))
+    start, seen, came = server.cpu_s(), *_sums(counts)
     time.sleep(SECONDS)
-    cpu, size = (server.cpu_s() - start) / SECONDS - idle, sum(map(sum, counts)) - seen
+    cpu, size, updates = (server.cpu_s() - start) / SECONDS - idle, *_sums(counts)
     over.set()
     for thread in threads:
         thread.join()
-    return 100 * cpu, size / PAGES / SECONDS * 60 / 1e6
+    return 100 * cpu, (size - seen) / PAGES / SECONDS * 60 / 1e6, (updates - came) / PAGES / SECONDS
+
+
+def _sums(counts: list[list[tuple[int, int]]]) -> tuple[int, int]:
+    """Bytes and updates of all pages so far."""
+    pairs = [pair for count in counts for pair in list(count)]
+    return sum(size for size, _ in pairs), sum(updates for _, updates in pairs)
 
 
 def _clone(session: requests.Session) -> requests.Session:
@@ -242,7 +255,7 @@ def _clone(session: requests.Session) -> requests.Session:
 
 
 def _trace(server: Server, name: str) -> list[float]:
-    """Milliseconds that the main thread was busy in each quarter of a second in which it was busy for more than one."""
+    """Milliseconds of CPU that the main thread took in each quarter of a second in which it took more than one."""
     with open_browser() as browser:
         page = browser.new_context(viewport={"width": 1366, "height": 768}).new_page()
         log_in(server, page)
@@ -261,5 +274,5 @@ def _trace(server: Server, name: str) -> list[float]:
     for event in tasks:
         if (event["pid"], event["tid"]) == busiest:
             window = int(event["ts"] / (UPDATE_S * 1e6))
-            windows[window] = windows.get(window, 0.0) + event["dur"] / 1000
+            windows[window] = windows.get(window, 0.0) + event.get("tdur", event["dur"]) / 1000
     return [busy for busy in windows.values() if busy > 1]

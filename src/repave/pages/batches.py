@@ -55,7 +55,8 @@ def view_batch(scope: Scope, asked: dict[str, str]) -> Frame:
         axis, rows = draw(batch, now=now, unfold=unfold)
         frame.put("axis", parts().axis(axis))
         for row in rows:
-            frame.add("rows", row.id, parts().waterfall_row(row))
+            moving = {f"{row.id}-bar": parts().moving_bar(row), f"{row.id}-text": parts().row_text(row)}
+            frame.add("rows", row.id, parts().waterfall_row(row, *moving.values()), moving)
     frame.put("learnt", parts().learnt([run for run in runs if run["rehearsal"]]))
     frame.fixed = {"batch_id": batch["id"], "unfold": unfold, "may_unfold": len(runs) > FOLD_ABOVE, "table": table}
     return frame

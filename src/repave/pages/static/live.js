@@ -21,8 +21,9 @@
 
   function parse(html) {
     const holder = document.createElement("template");
-    holder.innerHTML = html;
-    return holder.content.firstElementChild;
+    const drawn = html.startsWith("<g"); // only inside an svg it is a part of a drawing
+    holder.innerHTML = drawn ? `<svg>${html}</svg>` : html;
+    return drawn ? holder.content.firstElementChild.firstElementChild : holder.content.firstElementChild;
   }
 
   // `old` becomes like `now`, changing as little as possible: focus, selection and open details stay.
