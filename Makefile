@@ -23,7 +23,7 @@ $(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
 run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
 	@$(VENV)/bin/python -m repave.lab.demo
 
-test: install ## All tests; T=unit|contract|flow|rack|power_loss for one lane
+test: install ## All tests; T=unit|contract|browser|flow|rack|power_loss for one lane
 	@tools/test $(T)
 
 power-loss: install ## Power lost at any write of the agent: 20,000 disks judged, 104 booted (20 minutes); IMAGES= BOOTS=

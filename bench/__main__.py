@@ -1,19 +1,19 @@
 """`python -m bench [NAME [COUNT]]`; without a name, those of one reinstall and one batch.
 
 COUNT: machines; repetitions of `boot` and `rack`, kills of `takeover`, reinstalls of `simulated`, minutes of `soak`, rounds of
-`importing`, `serving`, `growth`, `write` and `cli_start`, agents of `spread`.
+`importing`, `serving`, `growth`, `write`, `pages` and `cli_start`, agents of `spread`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from bench import boot, cli_start, fifty, fleet, growth, importing, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
+from bench import boot, cli_start, fifty, fleet, growth, importing, pages, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
 
 BENCHES = {"boot": boot.main, "rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
 LONG = {
     "fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "importing": importing.main, "serving": serving.main,
-    "spread": spread.main, "growth": growth.main, "write": write.main, "cli_start": cli_start.main,
+    "spread": spread.main, "growth": growth.main, "write": write.main, "pages": pages.main, "cli_start": cli_start.main,
 }  # fmt: skip
 
 if __name__ == "__main__":

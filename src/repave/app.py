@@ -34,8 +34,9 @@ from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
-from repave.api.operator import build_operator_router
+from repave.api.operator import Desk, build_operator_router
 from repave.auth import Authenticator
+from repave.auth.login import Logins
 from repave.bmc import Bmc, BmcAddress, BmcFacts
 from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
@@ -52,6 +53,7 @@ from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.leftovers import sweep_files
 from repave.own_host import read_own_host
+from repave.pages import build_pages_router
 from repave.ramdisk.media import BootMedia
 from repave.secrets import Sealer, write_private
 from repave.steady_clock import SteadyClock
@@ -264,10 +266,10 @@ def build_api(site: Site) -> FastAPI:
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url, chunks_url=site.places.chunks_url
     )
-    app.include_router(build_operator_router(
-        store=site.store, fleet=site.fleet, images=site.desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
-        waits_s={Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}, set_bmc_password=set_bmc_password,
-    ))  # fmt: skip
+    waits_s = {Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}
+    desk = Desk(site.store, site.fleet, site.desk, authenticator.authenticate, probe_bmc, find_unreachable, set_bmc_password, waits_s)
+    app.include_router(build_operator_router(desk))
+    app.include_router(build_pages_router(desk, Logins(site.store.people, now=site.store.now)))
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)
     return app

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from typing import Any
 
 from repave.domain.waves import Waves
+from repave.errors import RequestError
 
 Json = dict[str, Any]
 ALL_AT_ONCE = Waves()
@@ -30,6 +32,25 @@ def fold(names: Iterable[str]) -> str:
     from ClusterShell.NodeSet import NodeSet
 
     return str(NodeSet.fromlist(sorted(names)))
+
+
+def unfold(text: str) -> list[str]:
+    """The names of a nodeset, in its order. Raises ValueError, which says how one is written."""
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
+
+    try:
+        return [str(name) for name in NodeSet(text, resolver=RESOLVER_NOGROUP)]
+    except NodeSetException as error:
+        raise ValueError(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
+
+
+def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Raises RequestError naming the unknown ones and what may have been meant."""
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        meant = get_close_matches(missing[0], known, 1)
+        hint = f" Did you mean {meant[0]}?" if meant else ""
+        raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")
 
 
 def count(number: int, noun: str) -> str:
@@ -59,21 +80,27 @@ def size(count: float) -> str:
 
 
 def headline(batch: Json) -> str:
-    return " · ".join([batch["id"], *batch_words(batch)])
+    numbers = [f"{number} {name}" for name, number in batch["counts"].items() if number]
+    words = [batch["id"], count(len(batch["runs"]), "server"), image_of(batch), *batch_time(batch, datetime.now(UTC)), *numbers, *batch_rules(batch)]
+    return " · ".join(words)
 
 
-def batch_words(batch: Json, *, counts: bool = True) -> list[str]:
-    """How large, which image, how long, how much longer where that is known, how many are how far, and what is special."""
-    runs = batch["runs"]
-    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else datetime.now(UTC)
-    lasted = duration((ended - parse_time(batch["created_at"])).total_seconds())
-    image = batch["image"] or ("removed image" if batch.get("image_id") else "current image")
-    how = [
+def image_of(batch: Json) -> str:
+    return str(batch["image"]) if batch["image"] else "removed image" if batch.get("image_id") else "current image"
+
+
+def batch_time(batch: Json, now: datetime) -> list[str]:
+    """How long it has taken, and how much longer where that is known."""
+    ended = parse_time(batch["ended_at"]) if batch["ended_at"] else now
+    return [duration((ended - parse_time(batch["created_at"])).total_seconds()), *time_left(batch)]
+
+
+def batch_rules(batch: Json) -> list[str]:
+    """What is special about it."""
+    return [
         *(["rehearsal"] if batch["rehearse"] else []), *(["paused"] if batch["paused_at"] and not batch["ended_at"] else []),
         *([f"stopped: {batch['stopped']}"] if batch["stopped"] else []),
     ]  # fmt: skip
-    numbers = [f"{number} {name}" for name, number in batch["counts"].items() if number and counts]
-    return [count(len(runs), "server"), image, lasted, *time_left(batch), *numbers, *how]
 
 
 def time_left(batch: Json) -> list[str]:
@@ -138,7 +165,7 @@ def glyph(run: Json) -> str:
     return LATE if run["late"] else GLYPHS[run["state"]]
 
 
-def row_cells(group: Sequence[Json]) -> list[str]:
+def row_cells(group: Sequence[Json], now: datetime | None = None) -> list[str]:
     """Step, percent, rate, seconds in the step, side of the line and cause, of runs that share a row."""
     first = group[0]
     if first["state"] == "running":
@@ -155,16 +182,16 @@ def row_cells(group: Sequence[Json]) -> list[str]:
     rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
     seconds = [run["durations_s"].get(run["step"], 0) for run in group]
     if first["late"]:
-        side += f" · late: usual {duration(first['usual_s'])}, now {duration(max(seconds))}{_gives_up(group, max(seconds))}"
+        side += f" · late: usual {duration(first['usual_s'])}, now {duration(max(seconds))}{_gives_up(group, max(seconds), now or datetime.now(UTC))}"
     elif first["cancelling"]:
         side += " · going back"
     return [step, span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
 
 
-def _gives_up(group: Sequence[Json], now_s: float) -> str:
+def _gives_up(group: Sequence[Json], now_s: float, now: datetime) -> str:
     """The time in this step at which the first of them is given up."""
     ends = [parse_time(run["gives_up_at"]) for run in group if run.get("gives_up_at")]
-    return f", gives up at {duration(now_s + max(0.0, (min(ends) - datetime.now(UTC)).total_seconds()))}" if ends else ""
+    return f", gives up at {duration(now_s + max(0.0, (min(ends) - now).total_seconds()))}" if ends else ""
 
 
 def span(values: Sequence[int], unit: str) -> str:
@@ -265,7 +292,7 @@ def plan_lines(plan: Json, waves: Waves = ALL_AT_ONCE, *, rehearse: bool = False
     locked = f" · {fold(kept['locked'])} locked" if kept.get("locked") else ""
     lines.append(("KEPT", f"{seen} (read-only for the whole run) · {count(kept['other_servers'], 'other server')}{locked}"))
     for partitions in dict.fromkeys(tuple(e["keeps"]) for e in erased if e["keeps"]):
-        lines.append(("", f"{fold(e['server'] for e in erased if tuple(e['keeps']) == names)}: the root disk's partitions {', '.join(names)}"))
+        lines.append(("", f"{fold(e['server'] for e in erased if tuple(e['keeps']) == partitions)}: the root disk's partitions {', '.join(partitions)}"))
     lines += ([] if rehearse else _usual_time(erased, waves)) + _stops(waves)
     if rehearse:
         lines.append(("WRITTEN", "nothing: steps 1-4, then what was there boots again; the servers are down meanwhile"))

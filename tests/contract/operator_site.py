@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,15 +18,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from repave.api.asgi import install_wire
-from repave.api.operator import build_operator_router
+from repave.api.operator import Desk, build_operator_router
 from repave.app import ImageDesk
 from repave.auth import Authenticator
+from repave.auth.login import Logins
 from repave.bmc import BmcAddress, BmcFacts, Power
 from repave.domain.model import Image, Project, Role
 from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.fetch import ImageSources
 from repave.images.store import ImageStore
+from repave.pages import build_pages_router
 from repave.secrets import Sealer
 from repave.store import Store, new_id
 from repave.workflow.fleet import Fleet
@@ -53,6 +55,8 @@ class Bmcs:
         if self.rotate == "dies":
             self.known[address.url] = "unreachable"
 
+    model: str = "R1"
+
     def probe(self, address: BmcAddress) -> BmcFacts:
         self.asked.append(address)
         what = self.known.get(address.url, "unreachable")
@@ -61,7 +65,7 @@ class Bmcs:
         if address.password != self.passwords.get(address.url, BMC_PASSWORD):
             raise BmcError("auth")
         uuid = f"00000000-0000-0000-0000-{int(what[2:]):012}"
-        return BmcFacts("/redfish/v1/Systems/1", "ACME", "R1", what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
+        return BmcFacts("/redfish/v1/Systems/1", "ACME", self.model, what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
 
 
 @dataclass
@@ -98,12 +102,10 @@ class Site:
 
 
 @contextlib.contextmanager
-def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources: ImageSources | None = None) -> Iterator[Site]:
+def start_site(
+    folder: Path, *, media_url: str = "http://media.invalid", sources: ImageSources | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> Iterator[Site]:
     folder.mkdir(exist_ok=True)
-
-    def now() -> datetime:
-        return datetime.now(UTC)
-
     store = Store.open(f"sqlite:///{folder / 'repave.db'}", sealer=Sealer.open(folder / "secret" / "key"), now=now)
     project, other = store.access.add_project("default"), store.access.add_project("other")
     tokens = {role.value: store.access.add_credential(project.id, f"the {role.value}", role)[2] for role in Role}
@@ -116,10 +118,9 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
-    app.include_router(build_operator_router(
-        store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
-        set_bmc_password=bmcs.set_password,
-    ))  # fmt: skip
+    desk = Desk(store, fleet, images, authenticator.authenticate, bmcs.probe, find_unreachable, bmcs.set_password)
+    app.include_router(build_operator_router(desk))
+    app.include_router(build_pages_router(desk, Logins(store.people, now=now)))
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)

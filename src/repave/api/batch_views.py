@@ -78,7 +78,8 @@ def run_json(run: RunRow, beside: Beside) -> Json:
         "eta_s": eta_s(run.step, in_step_s, beside.usual) if working else None,
         "eta_high_s": eta_s(run.step, in_step_s, beside.slow) if working and not late else None,
         "gives_up_at": beside.gives_up_at if working else None, "cancelling": run.cancel is not None and run.ended_at is None,
-        "rehearse": run.rehearse, "rehearsal": _rehearsal_json(run, beside.usual) if run.outcome == Ending.REHEARSED.value else None,
+        "usual_durations_s": dict(beside.usual), "rehearse": run.rehearse,
+        "rehearsal": _rehearsal_json(run, beside.usual) if run.outcome == Ending.REHEARSED.value else None,
     }  # fmt: skip
 
 

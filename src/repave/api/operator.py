@@ -95,7 +95,7 @@ class Desk:
     fleet: Admits
     images: Images
     authenticate: Callable[[Request], Credential]
-    probe: Callable[[BmcAddress], BmcFacts]
+    probe: Callable[[BmcAddress], BmcFacts]  # asks a BMC what it is and touches nothing; raises BmcError
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     set_bmc_password: Callable[[BmcAddress, str], None]
     waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings
@@ -136,12 +136,17 @@ def _is_site_admin(credential: Credential, store: Store) -> bool:
     return site is not None and credential.project_id == site.id and credential.role is Role.ADMIN
 
 
+def check_role(credential: Credential, role: Role) -> None:
+    """Raises not-allowed where this is less."""
+    if not credential.role.includes(role):
+        raise RequestError("not-allowed", f"This needs the role {role.value}; this is {credential.role.value}.", role=role.value)
+
+
 def _needs(role: Role) -> Callable[[Request, str | None], Scope]:
     def scope(request: Request, project: str | None = None) -> Scope:
         desk: Desk = request.state.desk
         credential = desk.authenticate(request)
-        if not credential.role.includes(role):
-            raise RequestError("not-allowed", f"This needs the role {role.value}; this key is {credential.role.value}.", role=role.value)
+        check_role(credential, role)
         if project is None:
             return Scope(credential, desk)
         named = desk.store.access.find_project(project)
@@ -162,15 +167,20 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
-    "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
+    "in-progress": 409, "too-many": 429,
+    "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
     "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 
 
+def status_of(error: RepaveError) -> int:
+    return _STATUS.get(error.slug) or _STATUS_BY_WHO.get(error.problem.who, 409)
+
+
 def render_problem(error: RepaveError) -> JSONResponse:
     """RFC 9457, with our own fields beside the standard ones."""
-    status = _STATUS.get(error.slug) or _STATUS_BY_WHO.get(error.problem.who, 409)
+    status = status_of(error)
     body = error.as_json() | {"type": f"urn:repave:error:{error.code}", "status": status, "detail": str(error)}
     headers = {"WWW-Authenticate": "SDK-HMAC-SHA256"} if status == 401 else None  # the one HTTP scheme taken; X-Auth-Token is none
     return JSONResponse(body, status, headers, media_type="application/problem+json")
@@ -267,27 +277,16 @@ def remove_key(scope: Admin, key_id: str) -> None:
     scope.store.access.remove_credential(scope.project_id, key_id)
 
 
-def build_operator_router(
-    *,
-    store: Store,
-    fleet: Admits,
-    images: Images,
-    authenticate: Callable[[Request], Credential],
-    probe: Callable[[BmcAddress], BmcFacts],
-    find_unreachable: Callable[[str], str | None],
-    set_bmc_password: Callable[[BmcAddress, str], None],
-    waits_s: Mapping[Step, float] | None = None,
-) -> APIRouter:
-    """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
+def build_operator_router(desk: Desk) -> APIRouter:
+    """All routes under /repave/v1."""
     # The resources use what this module defines, so they are imported when it is complete.
-    from repave.api import operator_batches, operator_events, operator_images, operator_servers
-
-    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, set_bmc_password, waits_s or {})
+    from repave.api import operator_batches, operator_events, operator_images, operator_servers, operator_users
 
     async def attach(request: Request) -> None:
         request.state.desk = desk
 
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
-    for part in (router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router):
+    parts = (operator_users.router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router)
+    for part in (router, *parts):
         everything.include_router(part)
     return everything

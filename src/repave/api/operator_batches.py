@@ -292,6 +292,13 @@ def show_run(scope: Viewer, run_id: str) -> Json:
     return _show(scope, _get_batch(scope, run.batch_id), [run])[0]
 
 
+@router.get("/servers/{reference}/runs")
+def list_runs_of_server(scope: Viewer, reference: str, limit: int = 10) -> Json:
+    """Newest first, as their batches show them."""
+    runs = scope.store.runs.list_newest_of(get_server(scope, reference).id, limit=max(1, min(limit, 100)))
+    return render_list([_show(scope, _get_batch(scope, run.batch_id), [run])[0] for run in runs])
+
+
 def _show(scope: Scope, batch: Batch, runs: Sequence[RunRow]) -> list[Json]:
     """These runs of this batch."""
     events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)

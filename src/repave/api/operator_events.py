@@ -40,6 +40,13 @@ def _read(scope: Scope, after: int, batch: str | None, limit: int, *, newest: bo
     return [_event_json(e, servers) for e in events]
 
 
+def list_newest(scope: Scope, *, before: int | None = None, batch: str | None = None, server_id: str | None = None, limit: int = 50) -> list[Json]:
+    """Newest first."""
+    events = scope.store.events.list_newest(scope.project_id, before=before, batch_id=batch, server_id=server_id, limit=limit)
+    servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]} if events else {}
+    return [_event_json(e, servers) for e in events]
+
+
 @router.get("/events")
 def list_events(
     scope: Viewer,

@@ -28,6 +28,7 @@ COMMANDS = {
     "batch": ("batch:app", "Batches: ls, show, watch, wait, report, cancel, pause, resume, retry."),
     "project": ("site:project", "Projects: add, ls."),
     "key": ("site:key", "Keys (AK/SK and token): add, ls, rm."),
+    "user": ("user:app", "People who may log in to the pages: add, ls, rm."),
     "db": ("db:app", "The site's database: copy it into another one."),
     "bmc": ("bmc:app", "One BMC, without server or database: probe, boot-media, eject, power."),
     "init": ("site:init", "Make a site here: settings, key, CA, database; prints the first key once."),

@@ -6,13 +6,14 @@ import enum
 import json
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from repave.errors import RepaveError, RequestError, Who
+from repave.errors import RepaveError, Who
+from repave.folding import check_known as check_known
 from repave.folding import count as count
 from repave.folding import fold as fold
 from repave.folding import size as size
+from repave.folding import unfold as unfold_names
 
 Json = dict[str, Any]
 
@@ -154,20 +155,7 @@ def read_secret(prompt: str, *, from_stdin: bool, variable: str | None = None, t
 
 def unfold(text: str) -> list[str]:
     """The names of a nodeset, in its order. Raises Usage."""
-    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
-
     try:
-        return [str(name) for name in NodeSet(text, resolver=RESOLVER_NOGROUP)]
-    except NodeSetException as error:
-        raise Usage(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
-
-
-def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
-    """Raises RequestError naming the unknown ones and what may have been meant."""
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        from difflib import get_close_matches
-
-        meant = get_close_matches(missing[0], known, 1)
-        hint = f" Did you mean {meant[0]}?" if meant else ""
-        raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")
+        return unfold_names(text)
+    except ValueError as error:
+        raise Usage(str(error)) from None

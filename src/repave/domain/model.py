@@ -77,6 +77,17 @@ class Credential:
 
 
 @dataclass(frozen=True)
+class User:
+    """A person with a login of their own, in one project. The password is kept as its argon2id hash only."""
+
+    id: str
+    project_id: str
+    name: str
+    role: Role
+    created_at: datetime
+
+
+@dataclass(frozen=True)
 class Server:
     """A physical machine. `bmc_password` is sealed in the store and opened only for the driver."""
 

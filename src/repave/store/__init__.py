@@ -19,6 +19,7 @@ from repave.store.events import Events
 from repave.store.images import Images
 from repave.store.marks import Marks
 from repave.store.migrations import bring_up_to_date
+from repave.store.people import People
 from repave.store.runs import NewRun, Runs
 from repave.store.servers import Servers
 
@@ -30,7 +31,7 @@ class Store(Database):
         super().__init__(engine, sealer, now)
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
         self.runs, self.batches, self.events = Runs(self), Batches(self), Events(self)
-        self.marks = Marks(self)
+        self.marks, self.people = Marks(self), People(self)
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:

@@ -19,6 +19,7 @@ from repave.domain.model import (
     RunRow,
     Server,
     Step,
+    User,
 )
 
 Row = Mapping[Any, Any]
@@ -37,6 +38,10 @@ def project(row: Row) -> Project:
 
 def credential(row: Row) -> Credential:
     return _pick(Credential, row, role=Role(row["role"]))  # type: ignore[no-any-return]
+
+
+def user(row: Row) -> User:
+    return _pick(User, row, role=Role(row["role"]))  # type: ignore[no-any-return]
 
 
 def server(row: Row) -> Server:

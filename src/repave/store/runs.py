@@ -193,6 +193,13 @@ class Runs:
         query = sa.select(RUNS).where(RUNS.c.server_id == server_id).order_by(RUNS.c.id.desc()).limit(limit)
         return [rows.run(r) for r in self._db.rows(query)]
 
+    def find_last_word(self, project_id: str) -> datetime | None:
+        """When the agent of a live run of this project was last heard."""
+        row = self._db.row(
+            sa.select(sa.func.max(RUNS.c.seen_at, type_=RUNS.c.seen_at.type).label("at")).where(RUNS.c.project_id == project_id, RUNS.c.ended_at.is_(None))
+        )
+        return row["at"] if row else None
+
     def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
         """Newest first."""
         query = sa.select(BATCHES).where(BATCHES.c.project_id == project_id).order_by(BATCHES.c.id.desc()).limit(limit)

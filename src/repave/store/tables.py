@@ -55,6 +55,16 @@ CREDENTIALS = sa.Table(
     _at("expires_at"), _at("created_at", null=False),
 )  # fmt: skip
 
+# People, and where each is logged in: a random token's SHA-256, until it expires.
+USERS = sa.Table(
+    "users", META, _id(), Column("name", Text, nullable=False, unique=True), _ref("project_id", "projects"), _text("role"),
+    _text("password_hash"), _at("created_at", null=False),
+)  # fmt: skip
+
+LOGINS = sa.Table(
+    "logins", META, Column("token_sha256", Text, primary_key=True), _ref("user_id", "users"), _at("expires_at", null=False),
+)  # fmt: skip
+
 SERVERS = sa.Table(
     "servers", META, _id(), Column("name", Text, nullable=False, unique=True), _ref("project_id", "projects"),
     _text("bmc_url"), _text("bmc_username"), _text("bmc_password_sealed"), _text("bmc_tls_verify"),

@@ -1,0 +1,73 @@
+// The fleet's selection: boxes and the nodeset are one. The nodeset is folded by the server, so both ways give what the command line would.
+"use strict";
+(() => {
+  const field = document.getElementById("nodeset"), form = document.getElementById("choose");
+  if (!field) return;
+  const number = document.getElementById("chosen"), command = document.getElementById("command");
+  const image = form.elements.image;
+  let last = null;
+
+  const boxes = () => [...form.querySelectorAll("input[name=tick]")];
+  const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
+
+  async function ask(query) {
+    const answer = await fetch(`/fold?${new URLSearchParams(query)}`);
+    return answer.ok ? answer.json() : null;
+  }
+
+  function tell(nodeset, count) {
+    number.textContent = count ? String(count) : "";
+    command.textContent = `repave reinstall ${nodeset ? `'${nodeset}'` : "NODESET"} --image ${image.value || "IMAGE"} --plan-only`;
+    const address = new URL(location);
+    if (nodeset) address.searchParams.set("sel", nodeset); else address.searchParams.delete("sel");
+    history.replaceState(null, "", address);
+  }
+
+  async function ticked() {
+    const names = chosen();
+    const folded = names.length ? await ask({ names: names.join(",") }) : { nodeset: "", names: [] };
+    field.value = folded.nodeset;
+    tell(folded.nodeset, names.length);
+  }
+
+  async function typed() {
+    const unfolded = field.value.trim() ? await ask({ nodeset: field.value.trim() }) : { nodeset: "", names: [] };
+    field.setAttribute("aria-invalid", unfolded ? "false" : "true");
+    if (!unfolded) { number.textContent = "?"; return; }
+    const wanted = new Set(unfolded.names);
+    boxes().forEach((box) => { box.checked = wanted.has(box.value); });
+    tell(unfolded.nodeset, unfolded.names.length);
+  }
+
+  form.addEventListener("click", (event) => { // shift: all between
+    const box = event.target.closest("input[name=tick]");
+    if (!box) return;
+    const all = boxes();
+    if (event.shiftKey && last) {
+      const [from, to] = [all.indexOf(last), all.indexOf(box)].sort((a, b) => a - b);
+      all.slice(from, to + 1).forEach((other) => { other.checked = box.checked; });
+    }
+    last = box;
+    ticked();
+  });
+
+  let painting = null; // drag over boxes: each gets what the first one got
+  form.addEventListener("pointerdown", (event) => {
+    const label = event.target.closest(".tile label");
+    painting = label && event.pointerType === "mouse" ? { value: !label.querySelector("input").checked, moved: false } : null;
+  });
+  form.addEventListener("pointerover", (event) => {
+    if (!painting || !(event.buttons & 1)) return;
+    const tile = event.target.closest(".tile");
+    if (!tile) return;
+    painting.moved = true;
+    tile.querySelector("input").checked = painting.value;
+  });
+  addEventListener("pointerup", () => { if (painting?.moved) ticked(); painting = null; });
+
+  field.addEventListener("input", typed);
+  image.addEventListener("change", typed);
+  form.addEventListener("submit", () => boxes().forEach((box) => { box.disabled = true; })); // the nodeset says it
+  addEventListener("pageshow", () => boxes().forEach((box) => { box.disabled = false; }));
+  typed();
+})();

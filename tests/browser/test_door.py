@@ -1,0 +1,178 @@
+"""Who comes in, and what keeps everybody else out. Asked over HTTP, without a browser."""
+
+import json
+import re
+import subprocess
+import sys
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operator_site import Site
+from person import Person
+from scene import PERSON_PASSWORD, Clock, add_image
+
+
+@pytest.fixture
+def ann(site: Site) -> Person:
+    person = Person(site.url)
+    assert person.log_in().status_code == 303
+    return person
+
+
+def user(site: Site, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    env = {"REPAVE_ENDPOINT": site.url, "REPAVE_TOKEN": site.tokens["admin"], "PATH": "/usr/bin:/bin"}
+    return subprocess.run([sys.executable, "-m", "repave.cli.main", "user", *words], input=stdin, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_a_person_is_added_logs_in_is_listed_and_is_out_at_once_when_removed(site: Site) -> None:
+    made = user(site, "add", "eve", "--role", "operator", "--password-stdin", stdin="eves-own-long-secret\n")
+    assert (made.returncode, made.stdout) == (0, "eve  operator\n"), made.stderr
+    eve = Person(site.url)
+    assert eve.log_in("eve", "eves-own-long-secret").headers["location"] == "/"
+    assert eve.get("/").status_code == 200
+    listed = json.loads(user(site, "ls", "--json").stdout)["items"]
+    assert ("eve", "operator") in {(u["name"], u["role"]) for u in listed}
+    assert user(site, "rm", "eve").returncode == 0
+    assert eve.get("/").headers["location"] == "/login"
+    types = [e["type"] for e in site.ask("GET", "/events").json()["items"]]
+    assert {"user.added", "user.logged-in", "user.removed"} <= set(types)
+
+
+def test_a_password_is_stored_as_an_argon2id_hash_and_shown_nowhere(site: Site) -> None:
+    assert user(site, "add", "eve", "--password-stdin", stdin="short\n").returncode == 3
+    Person(site.url).log_in()
+    found = site.store.people.find_user("ann")
+    assert found is not None and found[1].startswith("$argon2id$")
+    database = next(Path(str(site.store.engine.url.database)).parent.glob("repave.db*")).read_bytes()
+    assert PERSON_PASSWORD.encode() not in database
+    assert PERSON_PASSWORD not in site.ask("GET", "/users").text and "argon2" not in site.ask("GET", "/users").text
+
+
+def test_only_an_admin_adds_people(site: Site) -> None:
+    body = {"name": "eve", "role": "admin", "password": "eves-own-long-secret"}
+    answers = [site.ask("POST", "/users", json=body, as_=role).status_code for role in ("viewer", "operator", "admin", "admin")]
+    assert answers == [403, 403, 201, 409]
+
+
+def test_a_person_sees_their_own_project_only(site: Site) -> None:
+    site.add_server("db07")
+    elsewhere = site.ask("POST", "/users", json={"name": "olga", "role": "admin", "password": "olgas-own-secret"}, as_="other")
+    assert elsewhere.status_code == 201
+    olga = Person(site.url)
+    olga.log_in("olga", "olgas-own-secret")
+    assert "db07" not in olga.get("/").text and olga.get("/s/db07").status_code == 404
+
+
+def test_the_cookie_is_for_http_and_this_site_only_and_its_token_is_in_the_database_as_a_hash(site: Site) -> None:
+    person = Person(site.url)
+    cookie = SimpleCookie(person.log_in().headers["set-cookie"].split(", repave-form")[0])["repave"]
+    assert (cookie["httponly"], cookie["samesite"], cookie["path"], cookie["secure"]) == (True, "strict", "/", "")
+    assert int(cookie["max-age"]) == 12 * 3600
+    database = b"".join(p.read_bytes() for p in Path(str(site.store.engine.url.database)).parent.glob("repave.db*"))
+    assert cookie.value.encode() not in database
+    by_tls = Person(site.url)
+    by_tls.session.headers["X-Forwarded-Proto"] = "https"  # uvicorn believes this machine's own proxies
+    answer = by_tls.get("/login")
+    assert "Secure" in answer.headers["set-cookie"]
+
+
+def test_a_login_ends_after_twelve_hours_and_by_logging_out(site: Site, clock: Clock, ann: Person) -> None:
+    clock.add(11 * 3600)
+    assert ann.get("/").status_code == 200
+    clock.add(2 * 3600)
+    assert ann.get("/b?x=1").headers["location"] == "/login?next=%2Fb%3Fx%3D1"
+    assert ann.get("/live/").status_code == 401
+    ann.log_in()
+    cookie = ann.session.cookies["repave"]
+    assert ann.send("/logout", {}).headers["location"] == "/login"
+    again = Person(site.url)
+    again.session.cookies.set("repave", cookie)
+    assert again.get("/").headers["location"] == "/login"
+
+
+def test_a_wrong_name_and_a_wrong_password_are_told_in_the_same_words(site: Site) -> None:
+    pages = []
+    for name, password in (("ann", "wrong-wrong-wrong"), ("nobody", "wrong-wrong-wrong")):
+        answer = Person(site.url).log_in(name, password)
+        assert answer.status_code == 401 and password not in answer.text
+        pages.append(re.sub(r'value="[^"]*"', "", answer.text))
+    assert pages[0] == pages[1]
+
+
+def test_guessing_is_slow_and_a_good_password_does_not_help_meanwhile(site: Site) -> None:
+    person = Person(site.url)
+    assert [person.log_in("ann", "wrong-wrong-wrong").status_code for _ in range(5)] == [401] * 5
+    refused = person.log_in()
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 30
+    assert person.log_in("vic").status_code == 303
+
+
+def test_a_login_never_leads_elsewhere(site: Site) -> None:
+    for where in ("//evil.invalid", "https://evil.invalid", "/\\evil.invalid", "javascript:alert(1)", "/a\r\nb"):
+        assert Person(site.url).log_in(next=where).headers["location"] == "/", where
+
+
+def test_a_form_without_the_token_of_this_login_does_nothing(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    vic = Person(site.url)
+    vic.log_in("vic")
+    for token in ("", "0" * 64, vic.form_token("/")):
+        answer = ann.post("/lock", {"form": token, "servers": "web01", "reason": "x"})
+        assert (answer.status_code, "not from a page of yours" in answer.text) == (403, True)
+    stolen = Person(site.url).post("/login", {"form": ann.form_token("/"), "name": "ann", "password": PERSON_PASSWORD})
+    assert stolen.status_code == 403
+    assert site.ask("GET", "/servers/web01").json()["lock"] is None
+    assert ann.send("/lock", {"servers": "web01", "reason": "mine"}).headers["location"] == "/s/web01"
+    assert site.ask("GET", "/servers/web01").json()["lock"]["by"] == "ann"
+
+
+ACTS: list[tuple[str, dict[str, Any]]] = [
+    ("/lock", {"servers": "web01", "reason": "x"}), ("/s/web01/unlock", {}), ("/b/none/pause", {}), ("/b/none/resume", {}), ("/b/none/cancel", {}),
+    ("/reinstall", {"servers": "web01", "words": "erase 1"}),
+]  # fmt: skip
+
+
+def test_a_viewer_changes_nothing(site: Site) -> None:
+    site.add_server("web01")
+    vic = Person(site.url)
+    vic.log_in("vic")
+    before = site.store.events.last_seq(site.project.id)
+    for path, fields in ACTS:
+        answer = vic.send(path, fields)
+        assert (answer.status_code, "needs the role operator" in answer.text) == (403, True), path
+    assert site.store.events.last_seq(site.project.id) == before
+
+
+def test_every_answer_forbids_scripts_styles_frames_and_addresses_of_others(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    for path, status in (("/", 200), ("/b", 200), ("/s/web01", 200), ("/s/none", 404), ("/login", 200), ("/plan?servers=web01", 200), ("/b/none", 404)):
+        answer = ann.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert answer.status_code == status, path
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cache-control"] == "no-store"
+        assert not re.search(r"""<script(?![^>]*\ssrc="/static/)|\sstyle=|\son[a-z]+=|(src|href)="(?!/|#)""", answer.text), path
+
+
+def test_what_a_name_holds_is_text_and_no_html(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    site.ask("POST", "/servers/web01/lock", json={"reason": "<script>alert(1)</script>"})
+    for path in ("/", "/s/web01", "/events", "/?q=<script>alert(1)</script>", "/s/<script>", "/plan?servers=<script>", '/?sel="><script>'):
+        assert "<script>alert" not in ann.get(path).text and '"><script>' not in ann.get(path).text, path
+
+
+def test_a_link_from_elsewhere_is_followed_once_more_from_here(site: Site) -> None:
+    answer = Person(site.url).get("/b", headers={"Sec-Fetch-Site": "cross-site"})
+    assert answer.status_code == 200 and 'http-equiv="refresh"' in answer.text
+
+
+def test_all_files_are_ours_and_small(site: Site, ann: Person) -> None:
+    add_image(site, "tiny")
+    names = re.findall(r'"(/static/[^"]+)"', ann.get("/").text)
+    sizes = {name: len(ann.get(name).content) for name in names}
+    assert len(sizes) >= 5 and sum(sizes.values()) < 150_000
+    assert all("immutable" in ann.get(name).headers["cache-control"] for name in sizes)
+    for name in ("..%2fdoor.py", "../door.py", "door.py", "nothing.css", "%2e%2e/x.css"):
+        assert ann.get(f"/static/{name}").status_code == 404
