@@ -97,7 +97,8 @@ def wait(*what: str, timeout: float | None = None, project: Project = None, json
     if json:
         show_json({"items": runs, "next": None})
     else:
-        show("\n".join("  ".join(filter(None, row)) for row in folded_rows(open_ or runs)))
+        for row in folded_rows(open_ or runs):
+            show("  ".join(filter(None, row)))
     if not in_time:
         say(f"--timeout has passed: {fold(r['server'] for r in open_)} not ended; all goes on.  Next: repave watch {batches[-1]['id']}")
         return Exit.TIMEOUT
