@@ -182,8 +182,10 @@ def row_cells(group: Sequence[Json], now: datetime | None = None) -> list[str]:
     rate = sum(run["rate_bytes_per_s"] or 0 for run in group)
     seconds = [run["durations_s"].get(run["step"], 0) for run in group]
     if first["late"]:
-        side += f" · late: usual {duration(first['usual_s'])}, now {duration(max(seconds))}{_gives_up(group, max(seconds), now or datetime.now(UTC))}"
-    elif first["cancelling"]:
+        now_s = max(seconds)
+        told = f"late: now {duration(now_s)}, usual {duration(first['usual_s'])}{_gives_up(group, now_s, now or datetime.now(UTC))}"
+        return [step, span(percents, "%"), f"{size(rate)}/s" if rate else "", "", f"{told} · {side}"]
+    if first["cancelling"]:
         side += " · going back"
     return [step, span(percents, "%"), f"{size(rate)}/s" if rate else "", duration(max(seconds)), side]
 

@@ -32,9 +32,6 @@ class Fifty:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.names = [f"web{n:02}" for n in range(1, SERVERS + 1)]
-        for name in self.names:
-            site.add_server(name, root_disk=f"serial=S{name}")
-        site.add_image("tiny")
         body = {"servers": self.names, "image": "tiny", "password": NEW_PASSWORD, "max_failed": 49}
         self.batch = site.ask("POST", "/reinstall", json=body).json()["id"]
         by_id = {s.id: s.name for s in site.store.servers.list_servers(site.project.id)[0]}
@@ -61,10 +58,21 @@ class Fifty:
         return {"REPAVE_ENDPOINT": self.site.url, "REPAVE_TOKEN": self.site.tokens["admin"]}
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with start_site(tmp_path_factory.mktemp("screen") / "site") as site:
+        for n in range(1, SERVERS + 1):
+            site.add_server(f"web{n:02}", root_disk=f"serial=S{n}")
+        site.add_image("tiny")
+        yield site
+
+
 @pytest.fixture
-def fifty(tmp_path: Path) -> Iterator[Fifty]:
-    with start_site(tmp_path / "site") as site:
-        yield Fifty(site)
+def fifty(site: Site) -> Iterator[Fifty]:
+    batch = Fifty(site)
+    yield batch
+    for run in site.store.runs.list_runs(live=True):  # so that the next test may have a batch of its own
+        site.store.runs.record_ending(run.id, Ending.RETURNED, None)
 
 
 def counts_of(lines: list[str]) -> dict[str, int]:

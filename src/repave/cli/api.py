@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from repave.cli.client import Client
+from repave.cli.options import Project
 from repave.cli.output import Exit, Json, Usage, show, show_json
 
 
@@ -19,7 +20,7 @@ def api(
     /,
     *,
     data: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    project: str | None = None,
+    project: Project = None,
 ) -> int:
     """Send one request as the key that this command line has, and print the answer. docs/api.md has the routes.
 

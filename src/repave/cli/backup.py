@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from repave.cli.options import AsJson
 from repave.cli.output import Exit, Usage, count, say, show, show_json
 from repave.cli.site import _site_folder
 
 
-def backup(file: Path, folder: Path | None = None, /, *, json: bool = False) -> None:
+def backup(file: Path, folder: Path | None = None, /, *, json: AsJson = False) -> None:
     """Write database, key file, CA, settings and the admin's key into FILE (0600). The service may run.
 
     Parameters
@@ -31,7 +32,7 @@ def backup(file: Path, folder: Path | None = None, /, *, json: bool = False) -> 
     )
 
 
-def restore(file: Path | None = None, folder: Path | None = None, /, *, accept_database: bool = False, json: bool = False) -> None:
+def restore(file: Path | None = None, folder: Path | None = None, /, *, accept_database: bool = False, json: AsJson = False) -> None:
     """Put the site of a backup in place. Everything is checked first; what was there is kept. Stop the service before.
 
     Runs that were under way in the backup end as error `restored`: nothing is powered and nothing written for them. Reinstall those servers anew.
@@ -74,7 +75,7 @@ def _known_site(folder: Path | None) -> Path:
     return found
 
 
-def health(*, json: bool = False) -> int:
+def health(*, json: AsJson = False) -> int:
     """What the service says of itself: database, disk, generation. Exit code 1 where one is not well."""
     from repave.cli.client import Client
 

@@ -11,6 +11,7 @@ from cyclopts import App
 from repave.cli.client import Client
 from repave.cli.following import ended_code, follow, is_batch_id, wait_for_runs
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import AsJson, PasswordStdin, Project, Yes
 from repave.cli.output import Exit, Json, check_known, confirm, may_redraw, say, show, show_json, unfold, warn
 from repave.cli.summary import show_summary
 from repave.domain.waves import Waves
@@ -29,13 +30,13 @@ _REPORT = {
 
 
 @app.command(name="ls")
-def list_batches(*, limit: int = 20, project: str | None = None, form: Form = TABLE) -> None:
+def list_batches(*, limit: int = 20, project: Project = None, form: Form = TABLE) -> None:
     """List batches, newest first."""
     show_list(Client(project).items("/batches", limit=limit), _LIST, form)
 
 
 @app.command(name="show")
-def show_batch(batch_id: str | None = None, /, *, project: str | None = None, json: bool = False) -> None:
+def show_batch(batch_id: str | None = None, /, *, project: Project = None, json: AsJson = False) -> None:
     """One batch (default: the newest) and its runs, folded; each run whole with --json."""
     client = Client(project)
     batch = client.get(f"/batches/{batch_id or _newest(client)}")
@@ -49,7 +50,7 @@ def show_batch(batch_id: str | None = None, /, *, project: str | None = None, js
 
 
 @app.command
-def watch(batch_id: str | None = None, /, *, timeout: float | None = None, project: str | None = None, json: bool = False) -> int:
+def watch(batch_id: str | None = None, /, *, timeout: float | None = None, project: Project = None, json: bool = False) -> int:
     """Follow a batch (default: the newest) until it ends.
 
     Exit code: 0 all run, 10 some failed, 11 all failed, 12 stopped by its limit, 13 cancelled, 124 --timeout, 130 Ctrl-C.
@@ -69,7 +70,7 @@ def watch(batch_id: str | None = None, /, *, timeout: float | None = None, proje
 
 
 @app.command
-def wait(*what: str, timeout: float | None = None, project: str | None = None, json: bool = False) -> int:
+def wait(*what: str, timeout: float | None = None, project: Project = None, json: bool = False) -> int:
     """Wait, silently, until batches or the newest runs of servers have ended (default: the newest batch). Then says how.
 
     Exit code: as of `watch`. After --timeout it names the servers that have not ended, their steps and why they wait.
@@ -96,7 +97,8 @@ def wait(*what: str, timeout: float | None = None, project: str | None = None, j
     if json:
         show_json({"items": runs, "next": None})
     else:
-        show("\n".join("  ".join(filter(None, row)) for row in folded_rows(open_ or runs)))
+        for row in folded_rows(open_ or runs):
+            show("  ".join(filter(None, row)))
     if not in_time:
         say(f"--timeout has passed: {fold(r['server'] for r in open_)} not ended; all goes on.  Next: repave watch {batches[-1]['id']}")
         return Exit.TIMEOUT
@@ -125,7 +127,7 @@ def _runs_awaited(client: Client, what: Sequence[str]) -> dict[str, set[str]]:
 
 
 @app.command
-def report(batch_id: str | None = None, /, *, project: str | None = None, form: Form = TABLE) -> int:
+def report(batch_id: str | None = None, /, *, project: Project = None, form: Form = TABLE) -> int:
     """What became of each server of a batch (default: the newest): what it runs, how that was proved, or why not. Exit code: as of `watch`.
 
     As it is now, where the batch has not ended. With -o json the batch is beside the items.
@@ -156,7 +158,7 @@ def _report_row(run: Json) -> Json:
 
 
 @app.command
-def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: bool = False, project: str | None = None, json: bool = False) -> int:
+def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: Yes = False, project: Project = None, json: AsJson = False) -> int:
     """Cancel what has not crossed the line of a batch (default: the newest), or of some of its servers: their old OS runs again.
 
     Says what will happen to each server before it asks. What is past the line finishes.
@@ -182,7 +184,7 @@ def cancel(batch_id: str | None = None, nodeset: str | None = None, /, *, yes: b
 
 
 @app.command
-def pause(batch_id: str | None = None, /, *, project: str | None = None) -> None:
+def pause(batch_id: str | None = None, /, *, project: Project = None) -> None:
     """Begin nothing more of a batch (default: the newest); what is under way goes on."""
     client = Client(project)
     batch = client.post(f"/batches/{batch_id or _newest(client)}/pause", {})
@@ -190,7 +192,7 @@ def pause(batch_id: str | None = None, /, *, project: str | None = None) -> None
 
 
 @app.command
-def resume(batch_id: str | None = None, /, *, project: str | None = None) -> None:
+def resume(batch_id: str | None = None, /, *, project: Project = None) -> None:
     """Let a paused batch (default: the newest) go on."""
     client = Client(project)
     batch = client.post(f"/batches/{batch_id or _newest(client)}/resume", {})
@@ -200,8 +202,8 @@ def resume(batch_id: str | None = None, /, *, project: str | None = None) -> Non
 @app.command
 def retry(
     batch_id: str | None = None, /, *, rehearse: bool = False, canary: int | None = None, at_once: int | None = None, max_failed: int | None = None,
-    yes: bool = False, expect: int | None = None, password_stdin: bool = False, detach: bool = False, timeout: float | None = None,
-    project: str | None = None, json: bool = False,
+    yes: Yes = False, expect: int | None = None, password_stdin: PasswordStdin = False, detach: bool = False, timeout: float | None = None,
+    project: Project = None, json: AsJson = False,
 ) -> int:  # fmt: skip
     """Reinstall again what did not end well in a batch (default: the newest), each with its image: a new batch, after plan and confirmation.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
+from repave.cli.options import AsJson
 from repave.cli.output import Usage, count, say, show, show_json
 from repave.cli.site import _site_folder
 from repave.config import SETTINGS_FILE, Settings, load_settings
@@ -14,7 +15,7 @@ app = App(name="db")
 
 
 @app.command
-def copy(folder: Path | None = None, /, *, to: str, json: bool = False) -> None:
+def copy(folder: Path | None = None, /, *, to: str, json: AsJson = False) -> None:
     """Copy all that the site's database knows into another, empty one. Stop the service first; the original stays as it is.
 
     Parameters
@@ -40,7 +41,7 @@ def copy(folder: Path | None = None, /, *, to: str, json: bool = False) -> None:
 
 
 @app.command
-def check(folder: Path | None = None, /, *, json: bool = False) -> None:
+def check(folder: Path | None = None, /, *, json: AsJson = False) -> None:
     """Look whether the database is whole and every event of the audit as it was written. Changes nothing; the service may run.
 
     Parameters

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from repave.cli.client import Client
+from repave.cli.options import AsJson, Project
 from repave.cli.output import Exit, Json, check_known, say, show, show_json, unfold
 from repave.errors import RepaveError
 from repave.folding import count, fold, size
@@ -26,7 +27,7 @@ class Finding:
     do: str = ""
 
 
-def doctor(nodeset: str | None = None, /, *, project: str | None = None, json: bool = False) -> int:
+def doctor(nodeset: str | None = None, /, *, project: Project = None, json: AsJson = False) -> int:
     """Whether reinstalls can be taken, and whether these servers' BMCs (default: all) answer as the servers we know.
 
     Exit code: 0 nothing stands in the way, 10 something does, 5 no service.

@@ -6,6 +6,7 @@ import json as jsonlib
 
 from repave.cli.client import Client
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import Project
 from repave.cli.output import Exit, Json, show
 from repave.errors import RepaveError
 from repave.folding import parse_time
@@ -14,7 +15,7 @@ _COLUMNS = {"SEQ": "seq", "AT": "at", "TYPE": "type", "SERVER": "server", "ACTOR
 _NAMED = ("seq", "at", "type", "actor", "server", "server_id", "batch", "run")
 
 
-def events(*, follow: bool = False, batch: str | None = None, after: int | None = None, limit: int = 50, project: str | None = None, form: Form = TABLE) -> int:
+def events(*, follow: bool = False, batch: str | None = None, after: int | None = None, limit: int = 50, project: Project = None, form: Form = TABLE) -> int:
     """The newest events, oldest of them first.
 
     Parameters

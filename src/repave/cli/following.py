@@ -189,11 +189,15 @@ def _follow_json(client: Client, batch_id: str, give_up_at: float | None) -> Jso
     """Events, one a line. Asked for again and again: a stream that is silent could not be left when the time is over."""
     after = 0
     for batch in batch_states(client, batch_id, give_up_at):
-        # Read after the batch: what is there when it has ended is all there will be.
-        while events := client.items("/events", batch=batch_id, after=after):
-            for event in events:
-                after = event["seq"]
-                show(jsonlib.dumps(event, ensure_ascii=False))
+        try:
+            # Read after the batch: what is there when it has ended is all there will be.
+            while events := client.items("/events", batch=batch_id, after=after):
+                for event in events:
+                    after = event["seq"]
+                    show(jsonlib.dumps(event, ensure_ascii=False))
+        except RepaveError as error:
+            if error.slug != "service-unreachable" or batch["state"] != "working":
+                raise
         if batch["state"] != "working":
             return batch
     return None

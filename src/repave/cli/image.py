@@ -18,6 +18,7 @@ from cyclopts import App
 
 from repave.cli.client import Client
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import AsJson, Project, Yes
 from repave.cli.output import Exit, Json, Usage, confirm, count, may_redraw, say, show, show_fields, show_json, size
 from repave.errors import RepaveError, RequestError
 
@@ -43,8 +44,8 @@ def send_image(
     sha256: str | None = None,
     signature: str | None = None,
     on_service: bool = False,
-    project: str | None = None,
-    json: bool = False,
+    project: Project = None,
+    json: AsJson = False,
 ) -> None:
     """Give the service a disk image, which it checks and stores in pieces: a file here, one on its own machine, or an http(s) URL.
 
@@ -124,7 +125,7 @@ def _follow_import(ask: Callable[[], Json], client: Client, name: str) -> Json:
 
 
 @app.command(name="pack")
-def pack_image(file: Path, folder: Path, /, *, arch: Literal["amd64", "arm64"] = "amd64", json: bool = False) -> None:
+def pack_image(file: Path, folder: Path, /, *, arch: Literal["amd64", "arm64"] = "amd64", json: AsJson = False) -> None:
     """Write a disk image's pieces and its manifest into a folder that any web server can serve. Needs no service.
 
     Parameters
@@ -206,14 +207,14 @@ def _readable(image: dict[str, object]) -> dict[str, object]:
 
 
 @app.command(name="ls")
-def list_images(*, project: str | None = None, form: Form = TABLE) -> None:
+def list_images(*, project: Project = None, form: Form = TABLE) -> None:
     """List images."""
     items = Client(project).items("/images")
     show_list(items if form.is_json else [_readable(i) for i in items], _LIST, form)
 
 
 @app.command(name="show")
-def show_image(image: str, /, *, project: str | None = None, json: bool = False) -> None:
+def show_image(image: str, /, *, project: Project = None, json: AsJson = False) -> None:
     """One image (name or id) and the servers that run it."""
     found = Client(project).get(f"/images/{image}")
     if json:
@@ -223,7 +224,7 @@ def show_image(image: str, /, *, project: str | None = None, json: bool = False)
 
 
 @app.command(name="verify")
-def verify_image(image: str, /, *, boot: bool = False, project: str | None = None, json: bool = False) -> int:
+def verify_image(image: str, /, *, boot: bool = False, project: Project = None, json: AsJson = False) -> int:
     """Read every piece of an image (name or id) and compare it with its digest. What a run found damaged is trusted again where all are right.
 
     Parameters
@@ -272,7 +273,7 @@ def _find_store(manifest_sha256: str) -> ImageStore:
 
 
 @app.command(name="rm")
-def remove_image(image: str, /, *, yes: bool = False, project: str | None = None) -> None:
+def remove_image(image: str, /, *, yes: Yes = False, project: Project = None) -> None:
     """Remove an image (name or id), and the pieces that no other has."""
     client = Client(project)
     found = client.get(f"/images/{image}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from cyclopts import App
 
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import AsJson
 from repave.cli.output import Usage, fold, say, show_json
 
 app = App(name="rack")
@@ -14,7 +15,7 @@ FOLDER = Path(".repave")
 
 
 @app.command
-def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None:
+def up(count: int = 2, /, *, scripted: bool = False, json: AsJson = False) -> None:
     """Bring up machines, their BMCs and the service; returns when all instances run.
 
     Parameters

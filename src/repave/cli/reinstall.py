@@ -7,6 +7,7 @@ from pathlib import Path
 
 from repave.cli.client import Client
 from repave.cli.following import follow
+from repave.cli.options import Project
 from repave.cli.output import Exit, Json, Refused, Usage, check_known, confirm, count, input_line, is_terminal, read_secret, say, show, show_json, unfold, warn
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.waves import Waves
@@ -32,7 +33,7 @@ def reinstall(
     password_stdin: bool = False,
     detach: bool = False,
     timeout: float | None = None,
-    project: str | None = None,
+    project: Project = None,
     json: bool = False,
 ) -> int:
     """Erase the root disk of each server and install an image on it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from repave.cli.client import Client
+from repave.cli.options import Project
 from repave.cli.output import Exit, Json, show, show_json
 from repave.domain.model import Step
 from repave.errors import RequestError
@@ -11,7 +12,7 @@ from repave.folding import GLYPHS, LATE, duration, parse_time, row_cells, size, 
 _LINE_BEFORE = Step.WRITE_IMAGE
 
 
-def run(server: str, /, *, attempt: int | None = None, project: str | None = None, json: bool = False) -> int:
+def run(server: str, /, *, attempt: int | None = None, project: Project = None, json: bool = False) -> int:
     """The newest run of a server (its name or id): steps, attempts, proof; or what an earlier one was.
 
     Parameters

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 
 from repave.cli.client import Client
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import AsJson, PasswordStdin, Project, Yes
 from repave.cli.output import (
     Exit,
     Json,
@@ -106,11 +107,11 @@ def add(
     blank: bool = False,
     windows: bool = False,
     image: str | None = None,
-    password_stdin: bool = False,
+    password_stdin: PasswordStdin = False,
     show_pairs: bool = False,
-    project: str | None = None,
-    yes: bool = False,
-    json: bool = False,
+    project: Project = None,
+    yes: Yes = False,
+    json: AsJson = False,
 ) -> int:
     """Add servers. Each BMC is asked what it is and its certificate is pinned; nothing is powered or written.
 
@@ -214,13 +215,13 @@ def _unfold_url(url: str) -> list[str]:
 
 
 @app.command(name="ls")
-def list_servers(*, project: str | None = None, form: Form = TABLE) -> None:
+def list_servers(*, project: Project = None, form: Form = TABLE) -> None:
     """List servers and what runs on them."""
     show_list(Client(project).items("/servers"), _LIST, form)
 
 
 @app.command(name="show")
-def show_server(name: str, /, *, project: str | None = None, json: bool = False) -> None:
+def show_server(name: str, /, *, project: Project = None, json: AsJson = False) -> None:
     """Everything known of one server."""
     found = Client(project).get(f"/servers/{name}")
     if json:
@@ -235,10 +236,10 @@ def set_servers(
     /,
     *,
     settings: Settings = _NOTHING_SAID,
-    password_stdin: bool = False,
+    password_stdin: PasswordStdin = False,
     repin: Annotated[bool, Parameter(help="Trust and pin the certificate that the BMC shows now. Compare fingerprints first.")] = False,
     dhcp: Annotated[bool, Parameter(help="Forget the static network settings.")] = False,
-    project: str | None = None,
+    project: Project = None,
 ) -> int:
     """Change what is said of servers. Where it is about the BMC, the BMC is asked first and must be the same server's."""
     body = settings.body() | ({"repin": True} if repin else {}) | ({"network": None} if dhcp else {})
@@ -253,7 +254,7 @@ def set_servers(
 
 
 @app.command(name="probe")
-def probe_servers(nodeset: str, /, *, project: str | None = None, form: Form = TABLE) -> int:
+def probe_servers(nodeset: str, /, *, project: Project = None, form: Form = TABLE) -> int:
     """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
     client, names = _named(nodeset, project)
     done = _on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
@@ -309,7 +310,7 @@ def _tell_errors(bad: dict[str, RepaveError]) -> None:
 
 
 @app.command
-def lock(nodeset: str, /, *, reason: str, project: str | None = None) -> int:
+def lock(nodeset: str, /, *, reason: str, project: Project = None) -> int:
     """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
     client, names = _named(nodeset, project)
     done = _on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
@@ -317,7 +318,7 @@ def lock(nodeset: str, /, *, reason: str, project: str | None = None) -> int:
 
 
 @app.command
-def unlock(nodeset: str, /, *, project: str | None = None) -> int:
+def unlock(nodeset: str, /, *, project: Project = None) -> int:
     """Let these servers be reinstalled again."""
     client, names = _named(nodeset, project)
     return _tell_done(_on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
@@ -326,7 +327,7 @@ def unlock(nodeset: str, /, *, project: str | None = None) -> int:
 @app.command
 def replace(
     name: str, /, *, password_stdin: bool = False, repin: Annotated[bool, Parameter(help="Trust and pin the new board's certificate.")] = False,
-    yes: bool = False, expect_serial: str | None = None, project: str | None = None, json: bool = False,
+    yes: bool = False, expect_serial: str | None = None, project: Project = None, json: AsJson = False,
 ) -> None:  # fmt: skip
     """After a board swap: the server is known by the serial number, UUID and MACs that its BMC shows now. Both are shown, and confirmed by typing.
 
@@ -367,7 +368,7 @@ def _plain(value: object) -> str:
 
 
 @app.command
-def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, project: str | None = None) -> int:
+def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, project: Project = None) -> int:
     """Give the account that Repave uses at these servers' BMCs a new password, and store it. The first server goes alone: where it fails, no other is asked.
 
     At each moment what opens a BMC is stored: a rotation that was cut off is finished by the next login, or by the same command again.
@@ -396,7 +397,7 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
 
 
 @app.command(name="rm")
-def remove_servers(nodeset: str, /, *, yes: bool = False, project: str | None = None) -> int:
+def remove_servers(nodeset: str, /, *, yes: Yes = False, project: Project = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
     client, names = _named(nodeset, project)
     confirm(f"Forget {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from repave.cli.lists import TABLE, Form, show_list
+from repave.cli.options import AsJson, Project
 from repave.cli.output import Usage, count, fold, say, show, show_json
 from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 
@@ -112,7 +113,7 @@ def show_overview() -> None:
     counts = " · ".join(f"{states.count(state)} {state}" for state in ("running", "pending", "error") if state in states)
     show(f"{client.endpoint.url}   {count(len(servers), 'server')}{': ' + counts if counts else ''} · {count(len(images), 'image')}")
     live = [b for b in batches if b["state"] == "working"]
-    for batch in live:
+    for batch in live[:3]:  # with the first and the last line it stays a few
         show(f"Working: batch {batch['id']} · {batch['image'] or 'current image'} · {batch['counts']['working']} of {sum(batch['counts'].values())}")
     if live:
         show("Next:  repave watch")
@@ -127,7 +128,7 @@ def show_overview() -> None:
         show(f"Next:  repave reinstall '{fold(fit or [s['name'] for s in servers])}' --image {image['name']} --plan-only")
 
 
-def whoami(*, json: bool = False) -> None:
+def whoami(*, json: AsJson = False) -> None:
     """Which key this is, and what it may do."""
     from repave.cli.client import Client
 
@@ -171,7 +172,7 @@ def explain(code: str | None = None, /, *, form: Form = TABLE) -> None:
 
 
 @project.command(name="add")
-def add_project(name: str, /, *, json: bool = False) -> None:
+def add_project(name: str, /, *, json: AsJson = False) -> None:
     """Add a project."""
     from repave.cli.client import Client
 
@@ -198,8 +199,8 @@ def add_key(
     *,
     role: Literal["viewer", "operator", "admin"] = "viewer",
     expires: str | None = None,
-    project: str | None = None,
-    json: bool = False,
+    project: Project = None,
+    json: AsJson = False,
 ) -> None:
     """Add a key. AK, SK and token are printed this once.
 
@@ -228,7 +229,7 @@ def _expiry(text: str | None) -> str | None:
 
 
 @key.command(name="ls")
-def list_keys(*, project: str | None = None, form: Form = TABLE) -> None:
+def list_keys(*, project: Project = None, form: Form = TABLE) -> None:
     """List the keys of a project."""
     from repave.cli.client import Client
 
@@ -237,7 +238,7 @@ def list_keys(*, project: str | None = None, form: Form = TABLE) -> None:
 
 
 @key.command(name="rm")
-def remove_key(key: Annotated[str, Parameter(help="Its name, id or AK (repave key ls).")], /, *, project: str | None = None) -> None:
+def remove_key(key: Annotated[str, Parameter(help="Its name, id or AK (repave key ls).")], /, *, project: Project = None) -> None:
     """Remove a key: its token and signatures are refused from now on."""
     from repave.cli.client import Client
 
