@@ -58,6 +58,7 @@ from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
+from repave.workflow.console_files import ConsoleFiles
 from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
@@ -139,6 +140,7 @@ class Site:
     watch: Watch
     media_sweep: MediaSweep
     desk: ImageDesk
+    console_files: ConsoleFiles
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -193,7 +195,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     images = ImageStore(settings.images_dir)
     ca_pem = (secret_dir / "ca.pem").read_text()
     media_urls, agent_url = tuple(settings.media_url.split()), settings.agent_url.rstrip("/")
-    places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back)
+    places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back, settings.console_files)
 
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
@@ -226,7 +228,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
         sweep = MediaSweep(store, open_bmc, every_s=settings.media_sweep_s)
         sources = ImageSources(settings.import_dir, settings.import_keyring, settings.import_local_addresses)
         desk = ImageDesk(images, images.root, settings.images_quota_bytes, formats=settings.image_formats.split(), sources=sources)
-        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk)
+        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, ConsoleFiles(store, settings.console_files))
     finally:
         store.close()
 
@@ -337,7 +339,7 @@ def _serve_site(settings: Settings) -> None:
                 certificate = _certificate(settings, "chunks.pem", settings.chunks_url, settings.chunks_listen)  # nginx may want it too
                 if listener := sockets.get("chunks_listen"):
                     stack.enter_context(start_chunk_process(listener, site.images.root, _chunk_key_path(settings), certificate))
-                with site.watch.running(), site.media_sweep.running():
+                with site.watch.running(), site.media_sweep.running(), site.console_files.running():
                     uvloop.run(_serve(site, sockets))
             finally:
                 site.engine.stop()

@@ -270,7 +270,7 @@ def build_operator_router(
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
-    from repave.api import operator_batches, operator_events, operator_images, operator_servers
+    from repave.api import operator_batches, operator_console, operator_events, operator_images, operator_servers
 
     desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
 
@@ -278,6 +278,14 @@ def build_operator_router(
         request.state.desk = desk
 
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
-    for part in (router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router):
+    for part in (
+        router,
+        operator_servers.router,
+        operator_images.router,
+        operator_images.imports,
+        operator_batches.router,
+        operator_console.router,
+        operator_events.router,
+    ):
         everything.include_router(part)
     return everything

@@ -194,7 +194,7 @@ def cancel_batch(scope: Operator, batch_id: str, chosen: Chosen) -> Json:
 
 @router.post("/runs/{run_id}/cancel")
 def cancel_run(scope: Operator, run_id: str) -> Json:
-    run = _get_run(scope, run_id)
+    run = get_run(scope, run_id)
     return _cancel(scope, _get_batch(scope, run.batch_id), [run], _server_names(scope, [run]))
 
 
@@ -229,7 +229,7 @@ def _get_batch(scope: Scope, batch_id: str) -> Batch:
     return batch
 
 
-def _get_run(scope: Scope, run_id: str) -> RunRow:
+def get_run(scope: Scope, run_id: str) -> RunRow:
     run = scope.store.runs.find_run(run_id)
     if run is None or run.project_id != scope.project_id:
         raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
@@ -263,7 +263,7 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
 @router.get("/runs/{run_id}")
 def show_run(scope: Viewer, run_id: str) -> Json:
     """As its batch shows it."""
-    run = _get_run(scope, run_id)
+    run = get_run(scope, run_id)
     return _show(scope, _get_batch(scope, run.batch_id), [run])[0]
 
 

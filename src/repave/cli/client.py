@@ -80,14 +80,21 @@ class Client:
 
     def follow(self, after: int = 0, **params: Any) -> Iterator[Json]:
         """Events as they come (SSE), until the service ends the stream."""
+        return self.follow_stream("/events", after, params)
+
+    def follow_stream(self, path: str, after: int, params: Json) -> Iterator[Json]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        with self._send("GET", "/events", params, headers=headers, stream=True, timeout=(5, 60)) as answer:
+        with self._send("GET", path, params, headers=headers, stream=True, timeout=(5, 60)) as answer:
             try:
                 for line in answer.iter_lines(chunk_size=1):
                     if line.startswith(b"data: "):
                         yield json.loads(line[6:])
             except requests.RequestException:
                 raise RepaveError("service-unreachable", f"The stream from {self.endpoint.url} broke off.") from None
+
+    def fetch(self, path: str, **params: Any) -> bytes:
+        """A body that is no JSON."""
+        return self._send("GET", path, params).content
 
     def _ask(self, method: str, path: str, params: Json, **how: Any) -> Json:
         answer = self._send(method, path, params, **how)

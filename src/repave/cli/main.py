@@ -44,6 +44,7 @@ app.command("repave.cli.site:explain", name="explain", help="What an error code 
 app.command("repave.cli.reinstall:reinstall", name="reinstall", help="Erase servers and install an image on them: plan, confirmation, progress.")
 app.command("repave.cli.batch:watch", name="watch", help="Follow a batch (the newest) until it ends.")
 app.command("repave.cli.batch:cancel", name="cancel", help="Cancel what has not crossed the line of a batch (the newest).")
+app.command("repave.cli.console:console", name="console", help="What a server's console said in its newest run, from the first byte.")
 app.command("repave.cli.batch:retry", name="retry", help="Reinstall again what did not end well in a batch (the newest).")
 
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from repave.secrets import Sealer
 from repave.store.access import Access
 from repave.store.batches import Batches, Cancelled
+from repave.store.consoles import Consoles
 from repave.store.database import Database, Enqueue, Tell, new_id, open_engine
 from repave.store.events import Events
 from repave.store.images import Images
@@ -30,7 +31,7 @@ class Store(Database):
         super().__init__(engine, sealer, now)
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
         self.runs, self.batches, self.events = Runs(self), Batches(self), Events(self)
-        self.marks = Marks(self)
+        self.marks, self.consoles = Marks(self), Consoles(self)
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:

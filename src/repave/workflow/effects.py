@@ -24,6 +24,7 @@ from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
 from repave.store import Store
+from repave.workflow.console_files import begin_console
 from repave.workflow.run import Json
 
 
@@ -46,6 +47,7 @@ class Places:
     ca_pem: str
     graceful_s: float = 60.0
     read_back: str = "sample"
+    console_files: str = ""
 
 
 class ServerEffects:
@@ -67,6 +69,7 @@ class ServerEffects:
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.PREFLIGHT)
         self.store.runs.get_run_secret(run_id)
+        begin_console(self.store, self.places.console_files, run_id, server)
         if own := find_own_host(server, self.store.servers.list_hosts()):
             raise RunFailed("own-host", f"It has {own}.")
         if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url, self.places.chunks_url):

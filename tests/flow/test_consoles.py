@@ -1,0 +1,90 @@
+"""What machines say during a run is kept with it: whole, bounded, in order, and without the run's secrets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import requests
+from conftest import PASSWORD, wait_until
+from secret_scan import find_in
+
+
+@pytest.fixture
+def console_of(lab):
+    """GET console of a run: the answer."""
+
+    def ask(run_id, as_="token", **params):
+        url = f"{lab.values['endpoint']}/repave/v1/runs/{run_id}/console"
+        return requests.get(url, params=params, headers={"X-Auth-Token": lab.values[as_]}, timeout=30)
+
+    return ask
+
+
+def test_a_run_keeps_what_its_server_said_from_the_first_byte_and_what_its_agent_said(lab, console_of):
+    before = lab.console("lab01")
+    lab.reinstall(["lab01"], "tiny-1")
+    run = lab.wait_for_end(lab.newest_batch())["lab01"]
+    added = lab.console("lab01").removeprefix(before)
+    wait_until(lambda: console_of(run["id"]).text == added, deadline_s=10, what=lambda: console_of(run["id"]).text)
+    whole = console_of(run["id"])
+    assert whole.headers["X-Repave-Source"] == "serial" and "boot: CD" in added and "home: taken" in added
+    agents = console_of(run["id"], source="agent").text
+    assert agents == "".join(line for line in added.splitlines(keepends=True) if line.startswith("repave-agent")) and "then power-off" in agents
+    part = console_of(run["id"], after=100)
+    assert part.text == added[100:] and part.headers["X-Repave-Next"] == str(len(added))
+
+
+def test_a_console_is_followed_live_and_the_stream_ends_with_the_run(lab, console_of):
+    lab.set_faults(lab02="hold-disk-boot")  # the new OS comes up when the test says so
+    lab.reinstall(["lab02"], "tiny-1")
+    batch = lab.newest_batch()
+    lab.wait_for_event(batch, "run.step", step="power-off")
+    command = [sys.executable, "-m", "repave.cli.main", "console", "lab02", "--follow"]
+    follower = subprocess.Popen(
+        command,
+        cwd=lab.folder,
+        env=os.environ | {"REPAVE_ENDPOINT": lab.values["endpoint"], "REPAVE_TOKEN": lab.values["token"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(iter(follower.stdout.readline, "")))
+    reader.start()
+    wait_until(lambda: any("boot: disk" in line for line in said), deadline_s=60, what=lambda: "".join(said))
+    assert lab.runs(batch)["lab02"]["state"] == "working"
+    lab.set_faults()
+    assert follower.wait(60) == 0
+    reader.join()
+    assert "boot: CD" in "".join(said) and said[-1] == "home: taken\n"
+
+
+def test_a_secret_that_a_console_says_is_masked_in_what_is_kept(lab, console_of):
+    """A canary: the machine itself says the run's tokens and hash, as a debugging OS might. No file and no answer has them."""
+    lab.set_faults(lab03="no-hello")
+    lab.reinstall(["lab03"], "tiny-1", password=f"{PASSWORD}-console")
+    batch = lab.newest_batch()
+    lab.wait_for_event(batch, "run.step", step="boot-ramdisk")
+    run_id = lab.runs(batch)["lab03"]["id"]
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcw\n-----END PRIVATE KEY-----\n"
+    with lab.machines["lab03"].console.open("a") as console:
+        console.write(f"root:$6$rounds=5000$saltsalt$abcdefghijklmnopqrstuvwxyz0123456789:1:0::\n{key}\x1b[31mred\x1b[0m and the end\n")
+    wait_until(lambda: "and the end" in console_of(run_id).text, deadline_s=10, what=lambda: console_of(run_id).text)
+    lab.client.post(f"/batches/{batch}/cancel", {})
+    lab.wait_for_end(batch)
+    shown = console_of(run_id).content
+    assert b"red and the end" in shown and b"MIIE" not in shown and b"\x1b" not in shown
+    assert find_in(shown, [f"{PASSWORD}-console"]) == []
+
+
+def test_who_may_not_see_a_run_does_not_see_its_console(lab, console_of):
+    lab.reinstall(["lab04"], "tiny-1")
+    run = lab.wait_for_end(lab.newest_batch())["lab04"]
+    assert console_of(run["id"], as_="readonly_token").status_code == 200 and console_of(run["id"], as_="expired_token").status_code == 401
+    theirs = requests.get(f"{lab.values['endpoint']}/repave/v1/runs/{run['id']}/console", headers={"X-Auth-Token": lab.values["other"]["token"]}, timeout=30)
+    assert theirs.status_code == 404
+    assert console_of(run["id"], source="bmc").status_code == 400
