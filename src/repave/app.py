@@ -8,6 +8,8 @@ import ctypes
 import functools
 import gc
 import hashlib
+import importlib.metadata
+import platform
 import signal
 import socket
 import ssl
@@ -28,6 +30,7 @@ import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
+from repave import __version__
 from repave.api.agent import MAX_BODY_BYTES, ChunkPlaces, build_agent_router
 from repave.api.asgi import BodyLimit, EchoAsk, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
@@ -58,6 +61,7 @@ from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
+from repave.workflow.bmc_talk import keep_talk
 from repave.workflow.console_files import ConsoleFiles
 from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
@@ -200,7 +204,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
     @contextlib.contextmanager
-    def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[Bmc]:
+    def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None, run_id: str = "") -> Iterator[Bmc]:
         def may_write() -> None:
             before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
@@ -208,8 +212,11 @@ def open_site(settings: Settings) -> Iterator[Site]:
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
-        with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc:
-            yield bmc
+        with contextlib.ExitStack() as stack:
+            observe = stack.enter_context(keep_talk(store, run_id, also_secret=address.password)) if run_id else lambda exchange: None
+            yield stack.enter_context(
+                RedfishBmc(address, observe=observe, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot)
+            )
 
     effects = ServerEffects(store, images, open_bmc, places)
     waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s, settings.forward_pause_s, settings.return_pause_s)
@@ -250,6 +257,13 @@ def probe_bmc(address: BmcAddress) -> BmcFacts:
         return bmc.probe()
 
 
+def describe_site(settings: Settings) -> dict[str, Any]:
+    """Versions, and the settings; what is secret in them the reader masks (case_file.py)."""
+    names = ("dbos", "sqlalchemy", "sushy", "fastapi", "uvicorn", "cryptography")
+    versions = {name: importlib.metadata.version(name) for name in names} | {"repave": __version__, "python": platform.python_version()}
+    return {"versions": versions | {"kernel": platform.release()}, "settings": settings.model_dump(mode="json")}
+
+
 def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
@@ -261,6 +275,7 @@ def build_api(site: Site) -> FastAPI:
     )
     app.include_router(build_operator_router(
         store=site.store, fleet=site.fleet, images=site.desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
+        describe_site=lambda: describe_site(site.settings),
     ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
     install_wire(app)

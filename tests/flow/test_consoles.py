@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 import requests
 from conftest import PASSWORD, wait_until
 from secret_scan import find_in
+
+from repave.secrets import Sealer
 
 
 @pytest.fixture
@@ -64,21 +70,27 @@ def test_a_console_is_followed_live_and_the_stream_ends_with_the_run(lab, consol
 
 
 def test_a_secret_that_a_console_says_is_masked_in_what_is_kept(lab, console_of):
-    """A canary: the machine itself says the run's tokens and hash, as a debugging OS might. No file and no answer has them."""
+    """A canary: the machine itself says the run's tokens and a key, as a debugging OS might."""
     lab.set_faults(lab03="no-hello")
     lab.reinstall(["lab03"], "tiny-1", password=f"{PASSWORD}-console")
     batch = lab.newest_batch()
     lab.wait_for_event(batch, "run.step", step="boot-ramdisk")
     run_id = lab.runs(batch)["lab03"]["id"]
     key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcw\n-----END PRIVATE KEY-----\n"
-    with lab.machines["lab03"].console.open("a") as console:
-        console.write(f"root:$6$rounds=5000$saltsalt$abcdefghijklmnopqrstuvwxyz0123456789:1:0::\n{key}\x1b[31mred\x1b[0m and the end\n")
+    sealer = Sealer.open(lab.folder / "site/secret/key")
+    tokens = [sealer.derive_for_run(run_id, purpose) for purpose in ("agent", "session", "media", "nonce")]
+    written = "\n".join(f"{token} {token.encode().hex()} {base64.b64encode(token.encode()).decode()}" for token in tokens)
+    file = lab.machines["lab03"].console
+    said_before = file.stat().st_size
+    with file.open("a") as console:
+        console.write(f"{written}\n{key}\x1b[31mred\x1b[0m and the end\n")
     wait_until(lambda: "and the end" in console_of(run_id).text, deadline_s=10, what=lambda: console_of(run_id).text)
     lab.client.post(f"/batches/{batch}/cancel", {})
     lab.wait_for_end(batch)
+    os.truncate(file, said_before)  # or the observers would find in it what this test put there
     shown = console_of(run_id).content
     assert b"red and the end" in shown and b"MIIE" not in shown and b"\x1b" not in shown
-    assert find_in(shown, [f"{PASSWORD}-console"]) == []
+    assert find_in(shown, [f"{PASSWORD}-console", *tokens]) == []
 
 
 def test_who_may_not_see_a_run_does_not_see_its_console(lab, console_of):
@@ -88,3 +100,37 @@ def test_who_may_not_see_a_run_does_not_see_its_console(lab, console_of):
     theirs = requests.get(f"{lab.values['endpoint']}/repave/v1/runs/{run['id']}/console", headers={"X-Auth-Token": lab.values["other"]["token"]}, timeout=30)
     assert theirs.status_code == 404
     assert console_of(run["id"], source="bmc").status_code == 400
+
+
+def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_and_no_secret(lab, tmp_path):
+    password = f"{PASSWORD}-case"
+    lab.set_faults(lab05="ignore-override")
+    with lab.short_waits(4):
+        lab.reinstall(["lab05"], "tiny-1", password=password)
+        batch = lab.newest_batch()
+        lab.wait_for_event(batch, "run.step", step="insert-media")
+        run_id = lab.runs(batch)["lab05"]["id"]
+        sealer = Sealer.open(lab.folder / "site/secret/key")
+        tokens = [sealer.derive_for_run(run_id, purpose) for purpose in ("agent", "session", "media", "nonce")]
+        assert lab.wait_for_end(batch)["lab05"]["state"] == "failed"
+        env = os.environ | {"REPAVE_ENDPOINT": lab.values["endpoint"], "REPAVE_TOKEN": lab.values["token"]}
+        files = []
+        for folder in ("one", "two"):
+            done = subprocess.run([sys.executable, "-m", "repave.cli.main", "case", batch, "--to", tmp_path / folder], env=env, capture_output=True, text=True)
+            assert done.returncode == 0 and "Next: repave explain Repave.2110" in done.stderr, done.stderr
+            files.append(Path(done.stdout.strip()))
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with tarfile.open(files[0]) as tar:
+        parts = {entry.name.partition("/")[2]: tar.extractfile(entry).read().decode() for entry in tar}
+    assert {"README.txt", "run.json", "events.jsonl", "console-serial.txt", "bmc.jsonl", "server.json", "site.json"} <= set(parts)
+    assert all(word in parts["README.txt"] for word in ("Repave.2110", "before the line", "root disk was not written", f"repave batch retry {batch}"))
+    talk = [json.loads(line) for line in parts["bmc.jsonl"].splitlines()]
+    insert = next(e for e in talk if e["path"].endswith("InsertMedia"))
+    assert insert["method"] == "POST" and insert["status"] < 300 and insert["sent"]["Image"].endswith(f"/media/{run_id}/***/boot.iso") and insert["ms"] >= 0
+    assert "as before" in [e.get("answer") for e in talk] and {e["method"] for e in talk} == {"GET", "POST", "PATCH"}
+    assert "boot: disk" in parts["console-serial.txt"] and json.loads(parts["site.json"])["versions"]["dbos"]
+    steps = [json.loads(line)["data"].get("step") for line in parts["events.jsonl"].splitlines()]
+    assert [s for s in steps if s] == ["preflight", "power-off", "insert-media", "boot-ramdisk"]
+    machine, admin = lab.machines["lab05"], json.loads((lab.folder / "site/admin.json").read_text())
+    secrets = [password, machine.bmc_password, admin["token"], admin["sk"], *tokens]
+    assert find_in(files[0].read_bytes(), secrets) == [] and all(find_in(text.encode(), secrets) == [] for text in parts.values())

@@ -97,6 +97,7 @@ class Desk:
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
+    describe_site: Callable[[], Json] = dict  # versions, and settings without secrets
     imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
 
 
@@ -267,12 +268,13 @@ def build_operator_router(
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
     find_unreachable: Callable[[str], str | None],
+    describe_site: Callable[[], Json] = dict,
 ) -> APIRouter:
     """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
     # The resources use what this module defines, so they are imported when it is complete.
     from repave.api import operator_batches, operator_console, operator_events, operator_images, operator_servers
 
-    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, describe_site)
 
     async def attach(request: Request) -> None:
         request.state.desk = desk

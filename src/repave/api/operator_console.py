@@ -1,4 +1,4 @@
-"""/repave/v1/runs/{id}/console: what the agent and the server's serial console said during a run, from the first byte, as text or as a live stream."""
+"""/repave/v1/runs/{id}/console and /case: what was said during a run, from the first byte, as text or as a live stream; and all of a run in one file."""
 
 import asyncio
 import json
@@ -11,8 +11,9 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from repave.api.operator import ProblemRoute, Scope, Viewer
-from repave.api.operator_batches import get_run
+from repave.api.case_file import MEDIA_TYPE, Case, build_case, case_name
+from repave.api.operator import Operator, ProblemRoute, Scope, Viewer
+from repave.api.operator_batches import get_run, show_run
 from repave.domain.model import Source
 from repave.errors import RequestError
 
@@ -49,6 +50,19 @@ def show_console(
         return StreamingResponse(_follow(scope, run.id, which, after), media_type="text/event-stream", headers=headers)
     found = consoles.read(run.id, which, after=after, most=most)
     return Response(found.text, media_type="text/plain; charset=utf-8", headers=headers | {"X-Repave-Next": str(found.next_at)})
+
+
+@router.get("/runs/{run_id}/case")
+def fetch_case(scope: Operator, run_id: str) -> Response:
+    """One tar.gz (case_file.py). An operator's: it has serial numbers, addresses and settings."""
+    run = get_run(scope, run_id)
+    store = scope.store
+    case = Case(
+        run, show_run(scope, run_id), store.servers.get_server(run.server_id), store.images.find_image(run.project_id, run.image_id),
+        store.events.list_events(scope.project_id, batch_id=run.batch_id, limit=100_000), scope.desk.describe_site(),
+    )  # fmt: skip
+    headers = {"Cache-Control": "no-store", "Content-Disposition": f'attachment; filename="{case_name(run, case.server)}.tar.gz"'}
+    return Response(build_case(store, case), media_type=MEDIA_TYPE, headers=headers)
 
 
 async def _follow(scope: Scope, run_id: str, source: Source, after: int) -> AsyncIterator[str]:

@@ -45,6 +45,7 @@ app.command("repave.cli.reinstall:reinstall", name="reinstall", help="Erase serv
 app.command("repave.cli.batch:watch", name="watch", help="Follow a batch (the newest) until it ends.")
 app.command("repave.cli.batch:cancel", name="cancel", help="Cancel what has not crossed the line of a batch (the newest).")
 app.command("repave.cli.console:console", name="console", help="What a server's console said in its newest run, from the first byte.")
+app.command("repave.cli.case:case", name="case", help="One file a failed run of a batch (the newest): cause, next command, everything that was seen.")
 app.command("repave.cli.batch:retry", name="retry", help="Reinstall again what did not end well in a batch (the newest).")
 
 

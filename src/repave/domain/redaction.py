@@ -13,13 +13,14 @@ from typing import Any
 
 MASK = "***"
 _SHORTEST = 6  # a shorter secret would mask ordinary words
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_]|[()][0-9A-Za-z])")  # ECMA-48: CSI, OSC, C1, character sets
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")  # ECMA-35 and 48: CSI, OSC, all others
 _UNPRINTABLE = re.compile(r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]")
 _SHAPES = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S),
     re.compile(r"^\s*[A-Za-z0-9+/]{60,}={0,2}\s*$", re.M),  # a line of a PEM body, where its beginning came in an earlier piece
     re.compile(r"\$(?:1|2[aby]|5|6|y|gy|7)\$[./0-9A-Za-z$=,]{20,}"),  # crypt(5)
     re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"),
+    re.compile(r"(?i)(?<=password=)[^\s&\"']+"),
     re.compile(r"(?<=://)[^/\s:@\"]+:[^/\s@\"]+(?=@)"),  # a login in a URL
 )
 _MEDIA = re.compile(r"(/media/[^/\s\"]+/)[^/\s\"]+")  # boot media's path: whoever knows it may fetch them

@@ -31,10 +31,12 @@ from repave.workflow.run import Json
 class OpenBmc(Protocol):
     """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it.
 
+    With a `run_id`, what is said is kept with that run (bmc_talk.py).
+
     Addresses change hands: each call looks who answers before it changes anything, and raises what `verify_system` raises.
     """
 
-    def __call__(self, server: Server, before_write: Callable[[], None] = ...) -> AbstractContextManager[Bmc]: ...
+    def __call__(self, server: Server, before_write: Callable[[], None] = ..., run_id: str = ...) -> AbstractContextManager[Bmc]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ServerEffects:
         if misfit is not None:
             raise misfit
         self._verify_image(run.batch_id, image)
-        with self.open_bmc(server) as bmc:
+        with self.open_bmc(server, run_id=run_id) as bmc:
             power = bmc.probe().power
             bmc.check_media(media_urls(self.places, self.store, run_id))
         self.store.servers.record_power(server.id, power.value)
@@ -226,7 +228,7 @@ class ServerEffects:
         def require() -> None:
             self._refuse_over(self._get_live(run_id))
 
-        return self.open_bmc(server, require)
+        return self.open_bmc(server, require, run_id)
 
     def _open_live(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
         """The BMC for as long as the run has not ended."""
@@ -234,7 +236,7 @@ class ServerEffects:
         def require() -> None:
             self._get_live(run_id)
 
-        return self.open_bmc(server, require)
+        return self.open_bmc(server, require, run_id)
 
     def _take_media_out(self, bmc: Bmc, server: Server, run_id: str) -> None:
         """The override first: where only that could be done, the media that are still in say whose it was (media_sweep.py)."""
