@@ -23,7 +23,10 @@ def up(count: int = 2, /, *, scripted: bool = False, json: bool = False) -> None
     scripted
         No QEMU: the real agent against a file as its disk; seconds instead of minutes.
     """
-    from repave.lab.rack import MOST_QEMU, MOST_SCRIPTED, rack_up
+    try:
+        from repave.lab.rack import MOST_QEMU, MOST_SCRIPTED, rack_up
+    except ModuleNotFoundError as missing:  # an installed Repave has what the service needs
+        raise Usage(f"The virtual rack is part of the source tree ({missing.name} is not installed here): there, make run or make rack.") from None
 
     most = MOST_SCRIPTED if scripted else MOST_QEMU
     if not 1 <= count <= most:
