@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help package package-test faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
+.PHONY: help env package package-test faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -22,6 +22,9 @@ $(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
 
 run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
 	@$(VENV)/bin/python -m repave.lab.demo
+
+env: ## Endpoint, project id, AK and SK of the rack that make run has up, as shell exports
+	@$(REPAVE) rack env
 
 test: install ## All tests; T=unit|contract|flow|rack|power_loss for one lane
 	@tools/test $(T)

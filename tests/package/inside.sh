@@ -15,8 +15,10 @@ mount -t tmpfs none "$copy/tmp"
 cp "$package" "$copy/tmp/repave.deb"
 cp "$disc" "$copy/tmp/boot.iso"
 ip link set lo up
-in_copy() { chroot "$copy" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 "$@"; }
-as_service() { in_copy setpriv --reuid repave --regid repave --clear-groups --no-new-privs "$@"; }
+enter=(chroot "$copy" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8)
+demote=(setpriv --reuid repave --regid repave --clear-groups --no-new-privs)
+in_copy() { "${enter[@]}" "$@"; }
+as_service() { in_copy "${demote[@]}" "$@"; }
 
 in_copy dpkg --install /tmp/repave.deb
 in_copy getent passwd repave >/dev/null
@@ -34,7 +36,7 @@ cp "$copy/tmp/boot.iso" "$copy/var/lib/repave/data/boot.iso"
 chmod 644 "$copy/var/lib/repave/data/boot.iso"
 mount --bind "$copy/etc/repave" "$copy/etc/repave" # as ProtectSystem=strict has it
 mount -o remount,bind,ro "$copy/etc/repave"
-as_service $(sed -n 's/^ExecStart=//p' "$copy$unit") 2>"$base/log" &
+"${enter[@]}" "${demote[@]}" $(sed -n 's/^ExecStart=//p' "$copy$unit") 2>"$base/log" &
 service=$!
 for _ in $(seq 150); do
   in_copy repave health >/dev/null 2>&1 && break
@@ -46,7 +48,7 @@ in_copy repave whoami
 fact served
 
 as_service touch /etc/repave/x 2>/dev/null && exit 1
-[ -z "$(find "$copy/var/lib/repave" -not -user repave -not -name boot.iso)" ]
+[ -z "$(in_copy find /var/lib/repave -not -user repave -not -name boot.iso)" ]
 fact settings are read-only for it
 
 kill -TERM $service
