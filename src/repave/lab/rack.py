@@ -97,6 +97,8 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
     logs = folder / "rack"
     with phase("5/6 rack", log=lambda: _newest_log(logs, folder), fix="repave rack down; is memory free (1 GiB a machine)?") as took:
         rack, other = QemuRack(logs, count=count, data_disk=data_disk), ScriptedRack(folder / "other", count=1)
+        service = _start(folder, agent_host="10.0.2.2", boot_iso=boot_iso)
+        say(f"5/6 rack     Repave answers at {service.endpoint}  {took()}; {count} machines behind {count} Redfish BMCs boot their old OS")
         machines = rack.start(root_disk_bytes=ROOT_DISK_BYTES)
         proxies, bmc_urls = start_proxies(logs, machines)
         write_private(folder / PROXIES_FILE, json.dumps(dataclasses.asdict(proxies)).encode())
@@ -105,8 +107,6 @@ def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], 
             write_old_os(images["tiny-1"], machine.root_disk, password_hash=password_hash, hostname=machine.name, size_bytes=ROOT_DISK_BYTES)
             power_on(machine)
         other_machines = other.start()
-        service = _start(folder, agent_host="10.0.2.2", boot_iso=boot_iso)
-        say(f"5/6 rack     Repave answers at {service.endpoint}  {took()}; {count} machines boot their old OS behind {count} Redfish BMCs")
         _import(service, images)
         for machine in machines:
             wait_for_ssh(machine, OLD_PASSWORD)
