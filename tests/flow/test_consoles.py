@@ -113,6 +113,8 @@ def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_
         sealer = Sealer.open(lab.folder / "site/secret/key")
         tokens = [sealer.derive_for_run(run_id, purpose) for purpose in ("agent", "session", "media", "nonce")]
         assert lab.wait_for_end(batch)["lab05"]["state"] == "failed"
+        shown = wait_until(lambda: _all_said(lab, "lab05", run_id), deadline_s=10, what=lambda: "its console's last lines are not there")
+        assert "boot: disk" in shown
         env = os.environ | {"REPAVE_ENDPOINT": lab.values["endpoint"], "REPAVE_TOKEN": lab.values["token"]}
         files = []
         for folder in ("one", "two"):
@@ -134,3 +136,9 @@ def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_
     machine, admin = lab.machines["lab05"], json.loads((lab.folder / "site/admin.json").read_text())
     secrets = [password, machine.bmc_password, admin["token"], admin["sk"], *tokens]
     assert find_in(files[0].read_bytes(), secrets) == [] and all(find_in(text.encode(), secrets) == [] for text in parts.values())
+
+
+def _all_said(lab, name, run_id):
+    """The run's console, where it has all that is in the server's file."""
+    shown = lab.client.fetch(f"/runs/{run_id}/console").decode()
+    return shown if lab.console(name).endswith(shown) else None

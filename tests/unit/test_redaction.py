@@ -30,7 +30,9 @@ def test_a_secret_in_json_is_masked_as_json_writes_it():
         "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXk\nlast\n-----END OPENSSH PRIVATE KEY-----\n",
         "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0B",
         "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj",
-        "Authorization: Bearer 0123456789abcdef",
+        "Authorization: Basic 0123456789abcdef",
+        "Bearer 0123456789abcdef",
+        f"1795968000.01a22808-9e4a-7d8a-b572-3ed960458a11.{'0123456789abcdef' * 4}",
         "http://10.0.0.1:8472/media/run-1/0123456789abcdef/boot.iso",
         "http://admin:hunter22@10.0.0.9/iso",
     ],
@@ -39,6 +41,15 @@ def test_what_looks_like_a_secret_is_masked_whoevers_it_is(text):
     cleaned = Redactor().clean(text)
     assert "***" in cleaned
     assert not any(part in cleaned for part in ("0123456789abcdef", "b3Blbn", "last", "MIIEv", "hunter22"))
+
+
+def test_digests_and_words_that_only_look_like_secrets_stay():
+    for text in (
+        "0123456789abcdef" * 4,
+        "basic initialization of ACPI",
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHUMxFPpSdVYHkBvRNXQ8m1Gp8p0cS2Rk6hB3y root@lab01",
+    ):
+        assert Redactor().clean(text) == text
 
 
 def test_codes_for_terminals_are_gone_and_words_of_all_languages_stay():

@@ -24,6 +24,7 @@ from repave.workflow.effects import record_late_proof
 
 LEASE_S = 60.0
 MAX_BODY_BYTES = 1024 * 1024
+MOST_LOG_CHARS = 4 * 1024 * 1024  # of one run in all, most of it forgotten; a write of a day says less than 100,000
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,9 @@ def build_agent_router(store: Store, images: ImageStore, chunks: ChunkPlaces) ->
         text = body.get("text")
         if not isinstance(text, str) or len(text.encode(errors="replace")) > protocol.LOG_BYTES:
             raise HTTPException(400)
-        if run.ended_at is not None:
+        if run.ended_at is not None or store.consoles.find_end(run.id, Source.AGENT) > MOST_LOG_CHARS:
             raise HTTPException(410)
-        hidden = Redactor([*store.runs.list_run_secrets(run.id), chunks.make_token(run), chunks.make_token(run).rpartition(".")[2]])
-        store.consoles.append(run.id, Source.AGENT, hidden.clean(text))
+        store.consoles.append(run.id, Source.AGENT, Redactor(store.runs.list_run_secrets(run.id)).clean(text))
         return {}
 
     @router.post("/home/v1/{run_id}")

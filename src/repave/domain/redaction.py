@@ -17,9 +17,12 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _UNPRINTABLE = re.compile(r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]")
 _SHAPES = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S),
-    re.compile(r"^\s*[A-Za-z0-9+/]{60,}={0,2}\s*$", re.M),  # a line of a PEM body, where its beginning came in an earlier piece
+    # A line of a PEM body, where its beginning came in an earlier piece; a digest in hex is none.
+    re.compile(r"^[ \t]*(?!(?:[0-9a-f]{64}|[0-9a-f]{128})[ \t]*$)[A-Za-z0-9+/]{60,}={0,2}[ \t]*$", re.M),
     re.compile(r"\$(?:1|2[aby]|5|6|y|gy|7)\$[./0-9A-Za-z$=,]{20,}"),  # crypt(5)
-    re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"),
+    re.compile(r"\b\d{10}\.[0-9a-f-]{36}\.[0-9a-f]{64}\b"),  # the right to fetch chunks (images/chunk_token.py)
+    re.compile(r"(?i)(?<=authorization: )[^\r\n]+"),
+    re.compile(r"\bBearer\s+[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"(?i)(?<=password=)[^\s&\"']+"),
     re.compile(r"(?<=://)[^/\s:@\"]+:[^/\s@\"]+(?=@)"),  # a login in a URL
 )

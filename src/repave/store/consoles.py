@@ -76,6 +76,11 @@ class Consoles:
         last = self._db.row(_LAST, run_id=run_id, source=source.value)
         return None if last is None else last["read_to"]
 
+    def find_end(self, run_id: str, source: Source) -> int:
+        """How many characters the stream has had in all."""
+        last = self._db.row(_LAST, run_id=run_id, source=source.value)
+        return 0 if last is None else last["at"] + last["chars"]
+
     def has(self, run_id: str, source: Source) -> bool:
         return self._db.row(_LAST, run_id=run_id, source=source.value) is not None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -19,55 +19,50 @@ from repave.store import Store
 from repave.store.database import OF_THE_STORE
 
 BODY_CHARS = 4096
-_MOST = 400  # of one step: a power state that is waited for a minute is read 60 times
+_READ_BYTES = 256 * 1024  # the largest real answer in the corpus has 60 KiB
+_MOST_LINES = 400  # of one step: a power state that is waited for a minute is read 60 times
 
 
 class BmcTalk:
-    """The talk of one step. Call it with each exchange."""
+    """The lines of one step. Call it with each exchange."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._exchanges: list[tuple[datetime, Exchange]] = []
+    def __init__(self, redactor: Redactor, now: Callable[[], datetime]) -> None:
+        self.lines: list[str] = []
+        self._redactor, self._now = redactor, now
+        self._last: dict[str, bytes] = {}
 
     def __call__(self, exchange: Exchange) -> None:
-        self._exchanges.append((self._store.now(), exchange))
-        if len(self._exchanges) > _MOST:
-            del self._exchanges[_MOST // 2]  # the middle: how it began and how it ended tell more
+        clean, answer = self._redactor.clean, exchange.answer[:_READ_BYTES]
+        line: dict[str, Any] = {"at": self._now().isoformat(timespec="milliseconds"), "method": exchange.method, "path": clean(exchange.path)}
+        line |= {"status": exchange.status, "ms": round(1000 * exchange.seconds)} | ({"why": clean(exchange.why)} if exchange.why else {})
+        if exchange.sent is not None:
+            line["sent"] = self._redactor.clean_json(exchange.sent)
+        if answer:
+            line["answer"] = "as before" if exchange.method == "GET" and self._last.get(exchange.path) == answer else self._body(exchange.answer)
+        self._last[exchange.path] = answer
+        self.lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if len(self.lines) > _MOST_LINES:
+            del self.lines[_MOST_LINES // 2]  # the middle: how it began and how it ended tell more
 
-    def render(self, redactor: Redactor) -> str:
-        last: dict[str, bytes] = {}
-        lines = []
-        for at, e in self._exchanges:
-            line: dict[str, Any] = {"at": at.isoformat(timespec="milliseconds"), "method": e.method, "path": redactor.clean(e.path)}
-            line |= {"status": e.status, "ms": round(1000 * e.seconds)} | ({"why": redactor.clean(e.why)} if e.why else {})
-            if e.sent is not None:
-                line["sent"] = redactor.clean_json(e.sent)
-            if e.answer and e.method == "GET" and last.get(e.path) == e.answer:
-                line["answer"] = "as before"
-            elif e.answer:
-                line["answer"] = _body(e.answer, redactor)
-            last[e.path] = e.answer
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        return "".join(lines)
+    def _body(self, data: bytes) -> Any:
+        """As JSON where it is small enough, else the beginning of it as a text."""
+        if len(data) > _READ_BYTES:
+            return f"{len(data)} bytes"
+        try:
+            value = self._redactor.clean_json(json.loads(data))
+            text = json.dumps(value, ensure_ascii=False)
+        except (ValueError, RecursionError):
+            return f"{len(data)} bytes that are not JSON"
+        return value if len(text) <= BODY_CHARS else f"{text[:BODY_CHARS]}… ({len(text)} characters)"
 
 
 @contextlib.contextmanager
 def keep_talk(store: Store, run_id: str, *, also_secret: str) -> Iterator[BmcTalk]:
     """What is observed in the block is kept with the run, however the block ends. A database that takes nothing now costs the talk, not the step."""
-    talk = BmcTalk(store)
+    talk = BmcTalk(Redactor([*store.runs.list_run_secrets(run_id), also_secret]), store.now)
     try:
         yield talk
     finally:
         with contextlib.suppress(*OF_THE_STORE):
-            if text := talk.render(Redactor([*store.runs.list_run_secrets(run_id), also_secret])):
-                store.consoles.append(run_id, Source.BMC, text)
-
-
-def _body(data: bytes, redactor: Redactor) -> Any:
-    """As JSON where it is that and small enough, else the beginning of its text."""
-    try:
-        value = redactor.clean_json(json.loads(data))
-    except (ValueError, RecursionError):
-        value = redactor.clean(data.decode(errors="replace"))
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return value if len(text) <= BODY_CHARS else f"{text[:BODY_CHARS]}… ({len(text)} characters)"
+            if talk.lines:
+                store.consoles.append(run_id, Source.BMC, "".join(talk.lines))
