@@ -212,11 +212,11 @@ def open_site(settings: Settings) -> Iterator[Site]:
         address = BmcAddress.of(server, store.servers.get_bmc_password(server.id))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
-        with contextlib.ExitStack() as stack:
-            observe = stack.enter_context(keep_talk(store, run_id, also_secret=address.password)) if run_id else lambda exchange: None
-            yield stack.enter_context(
-                RedfishBmc(address, observe=observe, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot)
-            )
+        with (
+            keep_talk(store, run_id, also_secret=address.password) as talk,
+            RedfishBmc(address, observe=talk, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc,
+        ):
+            yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
     waits = Waits(settings.agent_ready_s, settings.written_s, settings.proof_s, settings.forward_pause_s, settings.return_pause_s)

@@ -58,11 +58,14 @@ class BmcTalk:
 
 @contextlib.contextmanager
 def keep_talk(store: Store, run_id: str, *, also_secret: str) -> Iterator[BmcTalk]:
-    """What is observed in the block is kept with the run, however the block ends. A database that takes nothing now costs the talk, not the step."""
-    talk = BmcTalk(Redactor([*store.runs.list_run_secrets(run_id), also_secret]), store.now)
+    """What is observed in the block is kept with the run, however the block ends; of no run ("") nothing is.
+
+    A database that takes nothing now costs the talk, not the step.
+    """
+    talk = BmcTalk(Redactor([*(store.runs.list_run_secrets(run_id) if run_id else ()), also_secret]), store.now)
     try:
         yield talk
     finally:
         with contextlib.suppress(*OF_THE_STORE):
-            if talk.lines:
+            if run_id and talk.lines:
                 store.consoles.append(run_id, Source.BMC, "".join(talk.lines))
