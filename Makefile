@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
+.PHONY: help env package package-test faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,8 +23,17 @@ $(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
 run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
 	@$(VENV)/bin/python -m repave.lab.demo
 
+env: ## Endpoint, project id, AK and SK of the rack that make run has up, as shell exports
+	@$(REPAVE) rack env
+
 test: install ## All tests; T=unit|contract|browser|flow|rack|power_loss for one lane
 	@tools/test $(T)
+
+package: install ## dist/: the wheel and the Debian package
+	@tools/build-deb dist
+
+package-test: install ## Both built twice, installed, started, asked and removed, in places of their own (3 minutes)
+	@tools/test package
 
 power-loss: install ## Power lost at any write of the agent: 20,000 disks judged, 104 booted (20 minutes); IMAGES= BOOTS=
 	@$(VENV)/bin/python -u tests/power_loss $(if $(IMAGES),--images $(IMAGES)) $(if $(BOOTS),--boots $(BOOTS))

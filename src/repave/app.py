@@ -8,6 +8,8 @@ import ctypes
 import functools
 import gc
 import hashlib
+import importlib.metadata
+import platform
 import signal
 import socket
 import ssl
@@ -28,6 +30,7 @@ import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 
+from repave import __version__
 from repave.api.agent import MAX_BODY_BYTES, ChunkPlaces, build_agent_router
 from repave.api.asgi import BodyLimit, EchoAsk, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
@@ -61,6 +64,8 @@ from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
 from repave.workflow.bmc_login import find_password
+from repave.workflow.bmc_talk import keep_talk
+from repave.workflow.console_files import ConsoleFiles
 from repave.workflow.effects import Places, ServerEffects, verify_system
 from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
@@ -142,6 +147,7 @@ class Site:
     watch: Watch
     media_sweep: MediaSweep
     desk: ImageDesk
+    console_files: ConsoleFiles
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -196,12 +202,12 @@ def open_site(settings: Settings) -> Iterator[Site]:
     images = ImageStore(settings.images_dir)
     ca_pem = (secret_dir / "ca.pem").read_text()
     media_urls, agent_url = tuple(settings.media_url.split()), settings.agent_url.rstrip("/")
-    places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back)
+    places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back, settings.console_files)
 
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
     @contextlib.contextmanager
-    def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[Bmc]:
+    def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None, run_id: str = "") -> Iterator[Bmc]:
         def may_write() -> None:
             before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
@@ -209,7 +215,10 @@ def open_site(settings: Settings) -> Iterator[Site]:
         address = BmcAddress.of(server, find_password(store, server, probe_bmc))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
-        with RedfishBmc(address, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc:
+        with (
+            keep_talk(store, run_id, also_secret=address.password) as talk,
+            RedfishBmc(address, observe=talk, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc,
+        ):
             yield bmc
 
     effects = ServerEffects(store, images, open_bmc, places)
@@ -229,7 +238,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
         sweep = MediaSweep(store, open_bmc, every_s=settings.media_sweep_s)
         sources = ImageSources(settings.import_dir, settings.import_keyring, settings.import_local_addresses)
         desk = ImageDesk(images, images.root, settings.images_quota_bytes, formats=settings.image_formats.split(), sources=sources)
-        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk)
+        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, ConsoleFiles(store, settings.console_files))
     finally:
         store.close()
 
@@ -257,6 +266,13 @@ def set_bmc_password(address: BmcAddress, password: str) -> None:
         bmc.set_password(password)
 
 
+def describe_site(settings: Settings) -> dict[str, Any]:
+    """Versions, and the settings; what is secret in them the reader masks (case_file.py)."""
+    names = ("dbos", "sqlalchemy", "sushy", "fastapi", "uvicorn", "cryptography")
+    versions = {name: importlib.metadata.version(name) for name in names} | {"repave": __version__, "python": platform.python_version()}
+    return {"versions": versions | {"kernel": platform.release()}, "settings": settings.model_dump(mode="json")}
+
+
 def build_api(site: Site) -> FastAPI:
     """CloudDC's routes and our own."""
     app = _bare_app()
@@ -267,7 +283,10 @@ def build_api(site: Site) -> FastAPI:
         find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url, chunks_url=site.places.chunks_url
     )
     waits_s = {Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}
-    desk = Desk(site.store, site.fleet, site.desk, authenticator.authenticate, probe_bmc, find_unreachable, set_bmc_password, waits_s)
+    desk = Desk(
+        site.store, site.fleet, site.desk, authenticator.authenticate, probe_bmc, find_unreachable, set_bmc_password, waits_s,
+        lambda: describe_site(site.settings),
+    )  # fmt: skip
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(site.store.people, now=site.store.now)))
     app.include_router(build_health_router(site.watch.health))
@@ -347,7 +366,7 @@ def _serve_site(settings: Settings) -> None:
                 certificate = _certificate(settings, "chunks.pem", settings.chunks_url, settings.chunks_listen)  # nginx may want it too
                 if listener := sockets.get("chunks_listen"):
                     stack.enter_context(start_chunk_process(listener, site.images.root, _chunk_key_path(settings), certificate))
-                with site.watch.running(), site.media_sweep.running():
+                with site.watch.running(), site.media_sweep.running(), site.console_files.running():
                     uvloop.run(_serve(site, sockets))
             finally:
                 site.engine.stop()

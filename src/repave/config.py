@@ -106,6 +106,10 @@ class Settings(BaseSettings):
         default=None, description="OpenPGP keys (gpg --export) that may sign images fetched from a URL; empty = a URL needs a SHA-256."
     )
     import_local_addresses: bool = Field(default=False, description="A URL to import from may lead to this machine or to link-local addresses.")
+    console_files: str = Field(
+        default="", pattern=r"^$|^/.*\{server\}",
+        description="Files that servers' serial consoles are appended to (conman, conserver), /PATH/{server}.log; kept with each run. Empty = none.",
+    )  # fmt: skip
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 

@@ -43,6 +43,7 @@ AGENT = [
     Call("agent", "chunk", "GET", "/chunks/"),
     Call("agent", "progress", "POST", "/progress$"),
     Call("agent", "report", "POST", "/report$"),
+    Call("agent", "log", "POST", "/log$"),
     Call("agent", "call-home", "POST", "^/home/"),
 ]
 MEDIA = Call("media", "media", "GET", "^/media/")
@@ -127,6 +128,7 @@ def _always() -> list[Cell]:
         "later-chunk": dict.fromkeys((*ALWAYS, "stale"), "stopped"),
         "progress": dict.fromkeys((*ALWAYS, "stale"), "running"),
         "report": dict.fromkeys(NEVER_HEARD, "stopped-whole") | dict.fromkeys(("truncated", "lost-answer"), "running"),
+        "log": dict.fromkeys(ALWAYS, "running"),
         "call-home": dict.fromkeys(NEVER_HEARD, "unproved") | dict.fromkeys(("truncated", "lost-answer"), "running"),
     }
     cells = []

@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from repave.agent.protocol import ASK_HEADER
+from repave.agent.log import KEPT_BYTES, Console
+from repave.agent.protocol import ASK_HEADER, LOG_BYTES
 from repave.images.manifest import Chunk, Manifest, render_manifest
 
 MIB = 2**20
@@ -68,6 +69,8 @@ class FarEnd(http.server.ThreadingHTTPServer):
     def __init__(self, certificate: Certificate, folder: Path, image: bytes, *, disk_serial: str, disk_bytes: int) -> None:
         self.asked: list[tuple[str, str]] = []  # (bearer token, "POST /path")
         self.bodies: dict[str, list[dict[str, Any]]] = {}
+        self.logs: list[tuple[str, str]] = []  # (bearer token, lines) of each batch of the agent's console
+        self.log_status = 200
         self.hello_status = self.plan_status = self.cross_status = self.chunk_status = 200
         self.stop_in_stage = ""  # 410 to progress in this stage
         self.chunk_delay_s, self.lease_s = 0.0, 60.0
@@ -129,8 +132,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         end = self.server
-        end.asked.append((self.headers["Authorization"].removeprefix("Bearer "), f"POST {self.path}"))
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/agent/v1/log":  # not in `asked`: it comes whenever there is something to say
+            end.logs.append((self.headers["Authorization"].removeprefix("Bearer "), body["text"]))
+            return self.answer(end.log_status, b"{}")
+        end.asked.append((self.headers["Authorization"].removeprefix("Bearer "), f"POST {self.path}"))
         end.bodies.setdefault(self.path, []).append(body)
         status, value = {
             "/agent/v1/hello": (end.hello_status, {"session": SESSION, "poll_s": 0.05}),
@@ -446,3 +452,36 @@ def test_a_rehearsal_checks_and_measures_and_stops_before_the_line(rack: Rack) -
     assert (report["verified"], report["error"], report["disk_serial"]) == (False, None, "ROOT-1")
     assert report["rehearsal"]["fetched_bytes"] > 0 and report["rehearsal"]["data_bytes"] > 0
     assert rack.state["ended"] == "power-off"
+
+
+def test_what_the_agent_says_is_sent_to_its_last_line(rack: Rack) -> None:
+    rack.run()
+    sent = "".join(dict.fromkeys(text for _, text in rack.end.logs))
+    printed = [line for line in rack.output.splitlines(keepends=True) if line.startswith("repave-agent")]
+    assert sent == "".join(printed) and "hello:" in sent and "then power-off" in sent
+    assert {token for token, _ in rack.end.logs} == {SESSION}
+
+
+def test_lines_whose_answer_was_lost_are_sent_again_as_they_were(rack: Rack) -> None:
+    rack.end.lost = {"/agent/v1/log": 1}
+    assert rack.run() == 0
+    batches = [text for _, text in rack.end.logs]
+    assert batches[0] == batches[1] and "".join(dict.fromkeys(batches)).count("hello was answered") == 1
+
+
+@pytest.mark.parametrize("status", [404, 410, 500])
+def test_a_service_that_takes_no_lines_costs_the_run_nothing(rack: Rack, status: int) -> None:
+    rack.end.log_status = status
+    started = time.monotonic()
+    assert rack.run() == 0 and rack.end.reports[-1]["verified"] and time.monotonic() - started < 15
+    assert len(rack.end.logs) <= 2
+
+
+def test_a_console_that_says_too_much_keeps_its_newest_lines_and_says_how_many_are_missing() -> None:
+    console = Console()
+    for number in range(3000):
+        console.say(f"line {number} {'x' * 60}")
+    batches = list(iter(console.take, ""))
+    assert max(len(batch.encode()) for batch in batches) <= LOG_BYTES and sum(map(len, batches)) <= KEPT_BYTES + 100
+    missing = int(batches[0].split()[0].removeprefix("["))
+    assert f"line {missing} x" in batches[0] and f"line {missing - 1} x" not in "".join(batches) and "line 2999 x" in batches[-1]

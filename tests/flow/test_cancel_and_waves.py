@@ -222,7 +222,7 @@ class Racks:
             self.instances.append(self.store.servers.add_server(server, bmc_password="x", blank=False))
 
         @contextlib.contextmanager
-        def open_bmc(server, before_write=lambda: None):
+        def open_bmc(server, before_write=lambda: None, run_id=""):
             self.machines[server.id].before_write, self.machines[server.id].recognize = before_write, functools.partial(verify_system, server)
             yield self.machines[server.id]
 

@@ -219,7 +219,7 @@ class World:
         self.instance = self.store.servers.add_server(server, bmc_password="Canary-bmc-password", blank=blank)
 
         @contextlib.contextmanager
-        def open_bmc(known, before_write=lambda: None):
+        def open_bmc(known, before_write=lambda: None, run_id=""):
             self.machine.before_write, self.machine.recognize = before_write, functools.partial(verify_system, known)
             yield self.machine
 

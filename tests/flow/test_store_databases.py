@@ -13,15 +13,17 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
-from repave.domain.model import Credential, Image, Instance, Role, Server
+from repave.domain.model import Credential, Image, Instance, Role, Server, Source
 from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer
 from repave.store import Cancelled, Store, new_id
 from repave.store.chain import Checked, check_chain
+from repave.store.consoles import HEAD_CHARS, PART_CHARS, TAIL_CHARS
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date, open_scripts
 from repave.store.tables import META
+from repave.workflow.console_files import ConsoleFiles
 from repave.workflow.fleet import Fleet
 
 
@@ -253,3 +255,60 @@ def test_another_key_file_is_refused(database_url, tmp_path):
     with pytest.raises(RepaveError) as refused:
         Store.open(database_url, sealer=Sealer.open(tmp_path / "b/key"), now=now)
     assert refused.value.slug == "not-this-site"
+
+
+# ---- what was said around a run ----
+
+
+def live_run(many: Fleetful) -> tuple[Store, str]:
+    """The store, and a run of server s0."""
+    many.admit(0)
+    return many.store, many.store.runs.list_runs(live=True)[0].id
+
+
+def test_a_stream_that_is_too_long_keeps_its_beginning_and_its_end_and_shows_a_mark(many):
+    store, run_id = live_run(many)
+    lines = [f"{number:08}\n" for number in range(2 * (HEAD_CHARS + TAIL_CHARS) // 9)]
+    for at in range(0, len(lines), 400):
+        store.consoles.append(run_id, Source.AGENT, "".join(lines[at : at + 400]))
+    kept, at = "", 0
+    while (found := store.consoles.read(run_id, Source.AGENT, after=at)).next_at > at:
+        kept, at = kept + found.text, found.next_at
+    assert at == 9 * len(lines) and kept.startswith("00000000\n") and kept.endswith(lines[-1]) and kept.count("of the middle were left out") == 1
+    assert HEAD_CHARS + TAIL_CHARS - 3600 <= len(kept) <= HEAD_CHARS + TAIL_CHARS + 2 * 3600 + 100
+    assert store.consoles.read(run_id, Source.AGENT, after=at - 9).text == lines[-1]
+
+
+def test_a_batch_that_comes_twice_is_kept_once_and_one_of_two_readers_of_a_file_wins(many):
+    store, run_id = live_run(many)
+    for _ in range(2):
+        store.consoles.append(run_id, Source.AGENT, "once\n")
+    assert store.consoles.read(run_id, Source.AGENT).text == "once\n"
+    store.consoles.begin(run_id, Source.SERIAL, read_to=7)
+    store.consoles.begin(run_id, Source.SERIAL, read_to=99)
+    assert store.consoles.append(run_id, Source.SERIAL, "a", read_from=7, read_to=8)
+    assert not store.consoles.append(run_id, Source.SERIAL, "a", read_from=7, read_to=8)
+    assert store.consoles.read(run_id, Source.SERIAL).text == "a"
+
+
+def test_a_file_that_is_rotated_is_read_from_its_new_beginning_and_a_line_is_kept_when_it_is_whole(many, tmp_path):
+    store, run_id = live_run(many)
+    file = tmp_path / "s0.log"
+    file.write_text("of an earlier run\n")
+    store.consoles.begin(run_id, Source.SERIAL, read_to=file.stat().st_size)
+    files = ConsoleFiles(store, str(tmp_path / "{server}.log"))
+    with file.open("a") as out:
+        out.write("first\nhalf a li")
+    files.look()
+    assert store.consoles.read(run_id, Source.SERIAL).text == "first\n"
+    file.write_text("new\n")
+    files.look()
+    assert store.consoles.read(run_id, Source.SERIAL).text == "first\nnew\n"
+    file.rename(tmp_path / "away")
+    files.look()
+    (tmp_path / "away").rename(file)
+    with file.open("a") as out:
+        out.write("a word " * (3 * PART_CHARS // 7))
+    for _ in range(4):
+        files.look()
+    assert len(store.consoles.read(run_id, Source.SERIAL, most=1 << 20).text) == len("first\nnew\n") + 7 * (3 * PART_CHARS // 7)

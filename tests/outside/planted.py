@@ -64,8 +64,9 @@ BUGS = (
     _scene("the hash is stored in clear, on PostgreSQL", _FLEET, "sealer.seal_for_run(run_id, json.dumps(", "str(json.dumps(", "I8 ", ("--postgres", "lab01")),
     _scene("a run is said to have ended later than it did", "src/repave/store/endings.py", "    ended_at = row.ended_at or now\n",
         "    ended_at = row.ended_at or now + __import__('datetime').timedelta(seconds=60)\n", "I4 lab01: the client saw", ("lab01",)),
-    _scene("a file stays open for each look at a BMC", "src/repave/app.py", "        with RedfishBmc(address, before",
-        "        __import__('builtins').__dict__.setdefault('kept', []).append(open('/dev/null'))\n        with RedfishBmc(address, before", "I13 process"),
+    _scene("a file stays open for each look at a BMC", "src/repave/app.py", "        recognize = functools.partial(verify_system, server)\n",
+        "        __import__('builtins').__dict__.setdefault('kept', []).append(open('/dev/null'))\n"
+        "        recognize = functools.partial(verify_system, server)\n", "I13 process"),
     _scene("what begins is not counted for its batch", _WAVES, "                at_once += 1\n", "", "I14 ",
         ("--at-once", "1", "lab01", "lab03")),
     _scene("the power-off is not audited", _EFFECTS, "        self.store.runs.record_step(run_id, Step.POWER_OFF)\n", "", "I15 lab01: POST", ("lab01",)),

@@ -80,6 +80,7 @@ def start_far_end(folder: Path, plan: dict[str, Any], manifest: bytes, store: Im
     answers = {
         "/agent/v1/hello": {"session": "session-1", "poll_s": 0.1}, "/agent/v1/cross": {"epoch": 1, "lease_s": 60},
         "/agent/v1/progress": {"lease_s": 60, "chunk_token": "token-1"}, "/agent/v1/report": {"then": "power-off"},
+        "/agent/v1/log": {},
     }  # fmt: skip
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from repave.lab.os_images import build_tiny
 from repave.ramdisk import base, cpio
 from repave.ramdisk.build import BootFiles, build_ramdisk, fetch_packages, render_agent_archive, render_contents, run, unpack
 from repave.ramdisk.media import build_iso
@@ -39,6 +42,19 @@ def test_made_again_in_another_folder_they_are_bit_for_bit_the_same(files: BootF
         (tmp_path / name).mkdir()
         build_iso(files, tmp_path / name / "boot.iso")
     assert (tmp_path / "one/boot.iso").read_bytes() == (tmp_path / "two/boot.iso").read_bytes()
+
+
+def test_a_second_time_all_is_there_without_a_network(files: BootFiles, tmp_path: Path) -> None:
+    """What `make run` does before its rack, in a network namespace with nothing in it."""
+    again = (
+        "import sys, time; from pathlib import Path; from repave.lab.rack import build_boot_iso, build_images\n"
+        "cache, folder = map(Path, sys.argv[1:])\nbuild_boot_iso(cache, folder); build_images(cache, debian=False)"
+    )
+    build_tiny(CACHE)
+    started = time.monotonic()
+    done = subprocess.run(["unshare", "-rn", sys.executable, "-c", again, CACHE.resolve(), tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4/6 images   ✓ tiny-1, tiny-2" in done.stderr and time.monotonic() - started < 20
 
 
 def test_the_list_names_every_file_of_the_ramdisk_and_where_it_is_from(files: BootFiles) -> None:

@@ -5,15 +5,21 @@ The tests share one rack and follow each other: each begins with what the one be
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from rack_site import PASSWORDS, Site, open_site
 
 from repave.bmc import Power
+from repave.domain.redaction import Redactor
 from repave.images.store import ImageStore
+from repave.lab.faults import set_fault
 from repave.lab.rack import OLD_PASSWORD, start_service_again
 from repave.lab.ssh import SshRefused, ssh_login
 
@@ -47,7 +53,35 @@ def test_one_put_reinstalls_both_machines_and_touches_no_other_disk(site: Site) 
             site.login(name, OLD_PASSWORD, "true")
         assert site.digest(machine.data_disk) == before[name]
         assert machine.root_serial == runs[name]["proof"]["root_disk_serial"]
+        said = site.client.fetch(f"/runs/{runs[name]['id']}/console").decode()
+        assert said.index("repave-agent") > said.index("BdsDxe") >= 0, said[:500]  # from the firmware's first words on
+        assert said.replace("\n", "") in Redactor().clean(machine.console.read_text(errors="replace")).replace("\n", "")
     assert not list((site.folder / "site/secret/run-keys").iterdir())
+
+
+def test_a_machine_that_is_told_to_misbehave_does_so_until_it_is_told_none(site: Site) -> None:
+    folder = site.folder / "rack"
+    with contextlib.closing(sqlite3.connect(site.folder / "site/repave-data/repave.db")) as database:  # the API shows nobody where a BMC is
+        roots = {name: f"{url}/redfish/v1/" for name, url in database.execute("SELECT name, bmc_url FROM servers")}
+    set_fault(folder, "lab01", "silent-bmc")
+    wait_until(lambda: not answers(roots["lab01"]))
+    assert answers(roots["lab02"])
+    set_fault(folder, "lab01", "none")
+    wait_until(lambda: answers(roots["lab01"]))
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=10).ok
+    except requests.ConnectionError:
+        return False
+
+
+def wait_until(question: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not question():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_service_killed_before_and_after_the_line_finishes_the_batch_and_the_new_os_stays_itself_after_a_reboot(

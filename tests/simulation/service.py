@@ -275,7 +275,7 @@ class Service:
             self.time.sleep(MEDIA_SWEEP_S)
 
     @contextlib.contextmanager
-    def _open_bmc(self, worker: Worker, server: Server, before_write: Callable[[], None] = lambda: None) -> Iterator[SimBmc]:
+    def _open_bmc(self, worker: Worker, server: Server, before_write: Callable[[], None] = lambda: None, run_id: str = "") -> Iterator[SimBmc]:
         def may_write() -> None:
             before_write()
             worker.require()

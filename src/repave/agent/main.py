@@ -6,7 +6,7 @@ An agent that was killed is started again by the ramdisk, in the same boot: its 
 first one wrote, as far as its digests say so.
 How it ends: after the line, always powered off. Before the line nothing was written, so whatever happens the server gets back what it
 had: a report, and the order that answers it; where nobody answers or the run is over, the local disk is booted.
-What it prints goes to the serial console: one line a step, seconds since start, no secrets.
+What it prints goes to the serial console, and from the answered hello on to the service too (log.py): one line a step, seconds since start, no secrets.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from repave.agent.chunks import ChunkSource
 from repave.agent.client import BACKOFF_S, TRIES, Client, Refused, Unreachable
 from repave.agent.gpt import Partition, minimum_disk_bytes
 from repave.agent.lease import Lease, boot_clock
+from repave.agent.log import Console, LogSender
 from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
 from repave.agent.writer import WriteResult, write_image
@@ -40,25 +41,6 @@ _NOT_HERE = "this is not Repave's ramdisk. The agent runs on a server that is be
 
 class LocalBoot(Exception):
     """Nothing was written and nobody needs us: give the server back what it had."""
-
-
-class Console:
-    """Lines on stdout. `hide` is replaced wherever it would show, in errors too."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._hidden: list[str] = []
-
-    def hide(self, secret: str) -> None:
-        self._hidden.append(secret)
-
-    def clean(self, text: str) -> str:
-        for secret in filter(None, self._hidden):
-            text = text.replace(secret, "***")
-        return text
-
-    def say(self, text: str) -> None:
-        print(f"repave-agent {time.monotonic() - self._started:8.3f}s  {self.clean(text)}", flush=True)
 
 
 def run_in_ramdisk() -> None:
@@ -125,6 +107,7 @@ class Agent:
         self._machine = machine
         self._console = console
         self._client = Client(slot.agent_url, ca_pem=slot.ca_pem, token=slot.token)
+        self._log = LogSender(self._client, console)
         self._epoch = 0
         self._wrote = wrote
         self._proved: dict[str, bytes] = {}  # the chunk that was fetched before the line
@@ -161,6 +144,8 @@ class Agent:
             return self._end_failed(plan, error)
         except Exception as error:
             return self._end_failed(plan, RunFailed("agent-failed", self._console.clean(f"{type(error).__name__}: {error}")[:500]))
+        finally:
+            self._log.finish()
 
     def _say_hello(self) -> tuple[Inventory, float]:
         inventory = self._machine.read_inventory()
@@ -169,6 +154,7 @@ class Agent:
         answer = self._client.insist("POST", "/agent/v1/hello", protocol.render(inventory), while_true=self._patience()).json()
         self._console.hide(answer["session"])
         self._client.token = answer["session"]
+        self._log.start()
         self._console.say("hello was answered")
         return inventory, float(answer.get("poll_s", 1))
 
@@ -314,6 +300,7 @@ class Agent:
             self._console.say(f"reported; then {then}")
         except (Refused, Unreachable) as reason:
             self._console.say(f"the report was not taken: {reason}; then {then}")
+        self._log.finish()
         if then == "boot-local" and not self._writing:
             self._machine.boot_local_disk()
         else:

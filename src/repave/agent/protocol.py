@@ -9,6 +9,7 @@ All requests go to the provisioning listener over TLS verified with our CA alone
     GET  /agent/v1/config-drive  session       the config drive's image, bytes whose SHA-256 the plan names; only after the line
     POST /agent/v1/progress      session       Progress -> {"lease_s": 60, "chunk_token": TOKEN} | 410: stop writing at once
     POST /agent/v1/report        session       Report -> {"then": "power-off"}
+    POST /agent/v1/log           session       {"text": lines of the agent's console, at most LOG_BYTES} -> {}; sent again where the answer was lost
     POST /home/v1/{run_id}       nonce         HomeCall -> {} ; from the new OS, not the agent
 
 Each request, the new OS's too, carries a random value in `ASK_HEADER`; its answer, a refusal too, repeats it. Any other answer counts as none.
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ASK_HEADER = "X-Repave-Ask"
+LOG_BYTES = 16 * 1024  # of one batch
 SLOT_FILE = "repave-slot.json"  # at the root of the run's initramfs slot: the Slot below
 
 

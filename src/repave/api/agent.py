@@ -13,7 +13,8 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
 from repave.agent import protocol
-from repave.domain.model import RunRow
+from repave.domain.model import RunRow, Source
+from repave.domain.redaction import Redactor
 from repave.errors import CATALOGUE, RunFailed
 from repave.images.chunk_token import render_chunk_token
 from repave.images.store import ImageStore
@@ -23,6 +24,7 @@ from repave.workflow.effects import record_late_proof
 
 LEASE_S = 60.0
 MAX_BODY_BYTES = 1024 * 1024
+MOST_LOG_CHARS = 4 * 1024 * 1024  # of one run in all, most of it forgotten; a write of a day says less than 100,000
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,18 @@ def build_agent_router(store: Store, images: ImageStore, chunks: ChunkPlaces) ->
         if not store.runs.record_report(run.id, kept):
             raise HTTPException(410)
         return {"then": "power-off"}
+
+    @router.post("/agent/v1/log")
+    def log(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """What the agent's console said, kept with the run. A batch that comes twice is kept once."""
+        run = session_run(request)
+        text = body.get("text")
+        if not isinstance(text, str) or len(text.encode(errors="replace")) > protocol.LOG_BYTES:
+            raise HTTPException(400)
+        if run.ended_at is not None or store.consoles.find_end(run.id, Source.AGENT) > MOST_LOG_CHARS:
+            raise HTTPException(410)
+        store.consoles.append(run.id, Source.AGENT, Redactor(store.runs.list_run_secrets(run.id)).clean(text))
+        return {}
 
     @router.post("/home/v1/{run_id}")
     def home(request: Request, run_id: str, body: dict[str, Any]) -> dict[str, Any]:

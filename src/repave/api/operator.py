@@ -99,6 +99,7 @@ class Desk:
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     set_bmc_password: Callable[[BmcAddress, str], None]
     waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings
+    describe_site: Callable[[], Json] = dict  # versions, and settings without secrets
     imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
 
 
@@ -280,13 +281,15 @@ def remove_key(scope: Admin, key_id: str) -> None:
 def build_operator_router(desk: Desk) -> APIRouter:
     """All routes under /repave/v1."""
     # The resources use what this module defines, so they are imported when it is complete.
-    from repave.api import operator_batches, operator_events, operator_images, operator_servers, operator_users
+    from repave.api import operator_batches, operator_console, operator_events, operator_images, operator_servers, operator_users
 
     async def attach(request: Request) -> None:
         request.state.desk = desk
 
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
-    parts = (operator_users.router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router)
-    for part in (router, *parts):
+    for part in (
+        router, operator_users.router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router,
+        operator_console.router, operator_events.router,
+    ):  # fmt: skip
         everything.include_router(part)
     return everything

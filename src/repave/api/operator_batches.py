@@ -215,7 +215,7 @@ def cancel_batch(scope: Operator, batch_id: str, chosen: Chosen) -> Json:
 
 @router.post("/runs/{run_id}/cancel")
 def cancel_run(scope: Operator, run_id: str) -> Json:
-    run = _get_run(scope, run_id)
+    run = get_run(scope, run_id)
     return _cancel(scope, _get_batch(scope, run.batch_id), [run], _server_names(scope, [run]))
 
 
@@ -250,7 +250,7 @@ def _get_batch(scope: Scope, batch_id: str) -> Batch:
     return batch
 
 
-def _get_run(scope: Scope, run_id: str) -> RunRow:
+def get_run(scope: Scope, run_id: str) -> RunRow:
     run = scope.store.runs.find_run(run_id)
     if run is None or run.project_id != scope.project_id:
         raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
@@ -288,7 +288,7 @@ def list_runs(scope: Viewer, server: str, limit: int = 20) -> Json:
 @router.get("/runs/{run_id}")
 def show_run(scope: Viewer, run_id: str) -> Json:
     """As its batch shows it."""
-    run = _get_run(scope, run_id)
+    run = get_run(scope, run_id)
     return _show(scope, _get_batch(scope, run.batch_id), [run])[0]
 
 

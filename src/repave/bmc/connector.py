@@ -23,6 +23,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -50,6 +51,19 @@ GET_TRIES = 3
 GET_PAUSE_S = 0.5
 MAX_BAD_LOGINS = 3
 _TRY_AGAIN = (500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and what came of it. `status` is 0 and `why` is said where no answer came. Bodies may hold secrets; logins are not in them."""
+
+    method: str
+    path: str
+    status: int
+    seconds: float
+    sent: Any = None
+    answer: bytes = b""
+    why: str = ""
 
 
 class LostAnswer(BmcError):
@@ -140,7 +154,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
     `deadline` is in `time.monotonic()` seconds and is set by the driver for each of its calls.
     """
 
-    def __init__(self, address: BmcAddress, *, observe: Callable[[str], None], before_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, address: BmcAddress, *, observe: Callable[[Exchange], None], before_write: Callable[[], None] = lambda: None) -> None:
         """`before_write` is asked before each request but GET, when it is connected and only the sending is left; what it raises is the answer.
 
         Asked any earlier, a worker that is stopped for minutes while it connects would still send what it may no longer (engines.md 5).
@@ -211,6 +225,17 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         raise AssertionError("unreachable")
 
     def _send(self, method: str, url: str, data: Any, headers: dict[str, str | None], auth: Any) -> requests.Response:
+        """`_exchange`, observed however it ends."""
+        begun, path = time.monotonic(), urlsplit(url).path
+        try:
+            response = self._exchange(method, url, data, headers, auth)
+        except BmcError as error:
+            self._observe(Exchange(method, path, 0, time.monotonic() - begun, data, why=error.detail))
+            raise
+        self._observe(Exchange(method, path, response.status_code, time.monotonic() - begun, data, response.content))
+        return response
+
+    def _exchange(self, method: str, url: str, data: Any, headers: dict[str, str | None], auth: Any) -> requests.Response:
         """One request, one answer, read whole. Raises LostAnswer, or `tls`, `protocol`, `timeout`."""
         left = self.remaining_s()
         if left <= 0:
@@ -244,7 +269,6 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         finally:
             timer.cancel()
             self._wire.close()
-        self._observe(f"{what} -> {response.status_code}")
         return response
 
     @staticmethod

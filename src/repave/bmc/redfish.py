@@ -22,7 +22,7 @@ from sushy import exceptions as sushy_errors
 from sushy.resources.manager.virtual_media import VirtualMedia
 
 from repave.bmc import Bmc, BmcAddress, BmcFacts, Power, quirks
-from repave.bmc.connector import Connector, LostAnswer, NotJson, parse_json
+from repave.bmc.connector import Connector, Exchange, LostAnswer, NotJson, parse_json
 from repave.bmc.quirks import action_of, as_dict, as_list, as_text, link_of
 from repave.errors import BmcError
 
@@ -64,19 +64,20 @@ class RedfishBmc(Bmc):
     """The BMC at `address`. Every call ends within `deadline_s` (plus its own `graceful_s`).
 
     `recognize` is given serial and UUID with each reading of the system, so before each call changes anything; what it raises is the answer.
+    `observe` is told each request and what came of it.
     `paths` may be kept for the next RedfishBmc of the same address; `probe` finds them anew, and so does whatever follows a failure.
     Where the BMC has HttpBootUri and `http_boot` is `always`, or `where-needed` and no CD slot takes media, "media" below are what the firmware
     fetches itself (UEFI HTTP boot).
     """
 
     def __init__(
-        self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[str], None] | None = None,
+        self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[Exchange], None] = lambda exchange: None,
         before_write: Callable[[], None] = lambda: None, recognize: Callable[[str, str], None] = lambda serial, uuid: None, paths: Paths | None = None,
         http_boot: Literal["never", "where-needed", "always"] = "never",
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
         self._recognize, self._http_boot, self._username = recognize, http_boot, address.username
-        self._connector = Connector(address, observe=observe or (lambda line: None), before_write=before_write)
+        self._connector = Connector(address, observe=observe, before_write=before_write)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
         named = address.system_uri or (path if "/Systems/" in path else None)

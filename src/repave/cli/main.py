@@ -44,6 +44,8 @@ COMMANDS = {
     "watch": ("batch:watch", "Follow a batch (the newest) until it ends."),
     "wait": ("batch:wait", "Wait until batches, or the runs of servers, have ended."),
     "run": ("run:run", "One server's run: its steps, attempts and proof."),
+    "console": ("console:console", "What a server's console said in its newest run, from the first byte."),
+    "case": ("case:case", "One file a failed run of a batch (the newest): cause, next command, everything that was seen."),
     "report": ("batch:report", "What became of each server of a batch (the newest), for people, sheets or programs."),
     "cancel": ("batch:cancel", "Cancel what has not crossed the line of a batch (the newest)."),
     "retry": ("batch:retry", "Reinstall again what did not end well in a batch (the newest)."),

@@ -26,13 +26,17 @@ def _site_folder(folder: Path | None) -> Path:
 # ---- the site ----
 
 
-def init(folder: Path | None = None, /, *, api_listen: str | None = None, media_url: str | None = None, agent_url: str | None = None) -> None:
+def init(
+    folder: Path | None = None, /, *, state: Path | None = None, api_listen: str | None = None, media_url: str | None = None, agent_url: str | None = None
+) -> None:
     """Make a site: settings file, key file, CA, database, project `default` and its first admin key, printed once.
 
     Parameters
     ----------
     folder
         Where; default REPAVE_SITE, or here.
+    state
+        Where database, images, boot media and keys go; default beside the settings. A packaged service may write in /var/lib/repave alone.
     api_listen
         HOST:PORT of API and pages.
     media_url
@@ -46,6 +50,8 @@ def init(folder: Path | None = None, /, *, api_listen: str | None = None, media_
 
     folder = _site_folder(folder)
     changes = {"api_listen": api_listen, "media_url": media_url, "agent_url": agent_url}
+    if state is not None:
+        changes |= {"data_dir": str(state.resolve() / "data"), "key_file": str(state.resolve() / "secret" / "key")}
     made = init_site(folder, **{name: value for name, value in changes.items() if value is not None})
     admin = {
         "endpoint": f"http://{api_listen or '127.0.0.1:8470'}", "project_id": made.project.id, "token": made.token,

@@ -56,6 +56,14 @@ class Step(enum.StrEnum):
         return list(Step).index(self) + 1
 
 
+class Source(enum.StrEnum):
+    """Who speaks in a stream of a run's console."""
+
+    AGENT = "agent"
+    SERIAL = "serial"
+    BMC = "bmc"
+
+
 @dataclass(frozen=True)
 class Project:
     id: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import secrets
 import signal
 import sys
@@ -23,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from repave.cli.client import Client, Endpoint
+from repave.cli.output import fold
+from repave.lab.domain_xml import probe_kvm
+from repave.lab.phases import PhaseFailed
 from repave.lab.rack import OLD_PASSWORD, rack_down, rack_up
 from repave.lab.ssh import SshRefused, ssh_login
 from repave.secrets import write_private
@@ -51,6 +55,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started = time.monotonic()
     try:
+        show_check()
         lab = rack_up(COUNT, scripted=False, folder=FOLDER)
         client = Client(None, Endpoint(lab["endpoint"], lab["token"]))
         follow_unfinished(client)
@@ -58,19 +63,42 @@ def main() -> int:
         show_machines(client, lab)
         print(f"\n✓ {COUNT} machines run {IMAGE} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.")
         if stay:
-            print(f"Repave is running at {lab['endpoint']} (Ctrl-C stops it; make clean removes all).\nTry  .venv/bin/repave batch ls", flush=True)
+            print(render_next(lab), flush=True)
             with contextlib.suppress(KeyboardInterrupt):  # all is done: this is how one leaves
                 threading.Event().wait()
             print("\nstopping", flush=True)
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
         return 130
-    except Failed as failure:
-        print(f"\n✗ {failure}", flush=True)
+    except (Failed, PhaseFailed) as failure:
+        print(f"\n{'' if isinstance(failure, PhaseFailed) else '✗ '}{failure}", flush=True)
         return 1
     finally:
         rack_down(FOLDER)
     return 0
+
+
+def show_check() -> None:
+    """What this machine is, for whom the numbers astonish. The packages and the virtual environment are there: make has seen to it."""
+    started = time.monotonic()
+    kvm = "KVM works" if probe_kvm() else "KVM: does not work here → emulation, about 5x slower, all features work"
+    took = f"{time.monotonic() - started:.0f} s"
+    print(f"1/6 check    ✓ Python {platform.python_version()}, QEMU, OVMF · {kvm}  {took}  why: choose the fast path that works", flush=True)
+    print("2/6 python   ✓ locked packages in .venv  cached by lock file", flush=True)
+
+
+def render_next(lab: Json) -> str:
+    """The last thing on the screen: where it runs, what to try, how one's own program gets in, what to read."""
+    names = [i["name"] for i in lab["instances"][:COUNT]]
+    return "\n".join((
+        "Repave is running (Ctrl-C stops it; make clean removes all).",
+        f"  API        {lab['endpoint']}",
+        f"  Try        .venv/bin/repave reinstall '{fold(names)}' --image tiny-2      in another terminal, here",
+        f"             .venv/bin/repave rack fault {names[0]} ignore-boot-override, then again; none ends it",
+        f"             .venv/bin/repave console {names[0]} · .venv/bin/repave case · .venv/bin/repave batch ls",
+        "  Own SDK    export of endpoint, project id, AK/SK:  make env",
+        "  Next       docs/first-real-server.md · docs/install.md · docs/operations.md",
+    ))  # fmt: skip
 
 
 def follow_unfinished(client: Client) -> None:

@@ -8,6 +8,7 @@ Machines, BMCs and service are detached: they outlive the command that started t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -20,13 +21,15 @@ from typing import Any
 from repave.bmc import BmcAddress
 from repave.bmc.redfish import RedfishBmc
 from repave.lab import scripted_os
+from repave.lab.faults import start_proxies
 from repave.lab.machines import QemuRack
 from repave.lab.os_images import build_debian, build_tiny, write_old_os
+from repave.lab.phases import phase
 from repave.lab.processes import ProcessRef, is_alive, stop_processes
 from repave.lab.scripted import ScriptedRack
 from repave.lab.service import LAB_FILE, Service, import_image, register_machine, restart_service, start_service, write_lab_file
 from repave.lab.ssh import SshFailed, ssh_login
-from repave.lab.state import Machine
+from repave.lab.state import Machine, find_state
 from repave.password_hash import hash_password
 from repave.ramdisk.build import build_ramdisk
 from repave.ramdisk.media import build_iso
@@ -37,6 +40,8 @@ ROOT_DISK_BYTES = 4 << 30
 MOST_QEMU, MOST_SCRIPTED = 50, 1000  # more is a slip of the finger: a QEMU machine has a GiB of memory
 OLD_OS_S = 180.0  # an emulated machine needs 12 s for the tiny OS; two at once on two busy cores several times that
 SERVICE_FILE = "service.json"
+PROXIES_FILE = "proxies.json"
+_BLOCK = 1 << 20
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -53,7 +58,7 @@ def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, da
     """
     live = find_live_rack(folder)
     if live is not None and live["scripted"] is scripted and sum(i.get("os_type") != "Windows" for i in live["instances"]) >= count:
-        say("5/6 rack     the one that runs already")
+        say("5/6 rack     ✓ the one that runs already")
         return live
     rack_down(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,44 +75,51 @@ def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, da
 
 def build_boot_iso(cache: Path, folder: Path) -> Path:
     """The boot media's ISO of this checkout's agent."""
-    started = time.monotonic()
-    files = build_ramdisk(cache, progress=lambda line: say(f"3/6 ramdisk  {line}"))
-    iso = folder / "boot.iso"
-    build_iso(files, iso)
-    size, took = f"{iso.stat().st_size / 1e6:.1f} MB", f"{time.monotonic() - started:.0f} s"
-    say(f"3/6 ramdisk  {size} ISO, the system a server boots to be written; {took}, cached by its recipe")
+    with phase("3/6 ramdisk", fix="is Debian's mirror reachable? apt-get update, then again") as took:
+        files = build_ramdisk(cache, progress=lambda line: say(f"3/6 ramdisk  {line}"))
+        iso = folder / "boot.iso"
+        build_iso(files, iso)
+        say(f"3/6 ramdisk  ✓ {iso.stat().st_size / 1e6:.1f} MB ISO  {took()}  why: the system a server boots to be written · cached by its recipe")
     return iso
 
 
 def build_images(cache: Path, *, debian: bool) -> dict[str, Path]:
     """Something real to install, each from the cache where it is there."""
-    started = time.monotonic()
-    images = {name: build_tiny(cache, variant=name, progress=lambda line: say(f"4/6 images   {line}")) for name in ("tiny-1", "tiny-2")}
-    if debian:
-        images["debian-12"] = build_debian(cache, progress=lambda line: say(f"4/6 images   {line}"))
-    say(f"4/6 images   {', '.join(images)}; {time.monotonic() - started:.0f} s, cached by recipe")
+    with phase("4/6 images", fix="is Debian's mirror reachable, and are 3 GB of disk free? then again") as took:
+        images = {name: build_tiny(cache, variant=name, progress=lambda line: say(f"4/6 images   {line}")) for name in ("tiny-1", "tiny-2")}
+        if debian:
+            images["debian-12"] = build_debian(cache, progress=lambda line: say(f"4/6 images   {line}"))
+        say(f"4/6 images   ✓ {', '.join(images)}  {took()}  why: something real to install · cached by recipe")
     return images
 
 
 def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], data_disk: bool) -> Json:
-    started = time.monotonic()
-    rack, other = QemuRack(folder / "rack", count=count, data_disk=data_disk), ScriptedRack(folder / "other", count=1)
-    machines = rack.start(root_disk_bytes=ROOT_DISK_BYTES)
-    password_hash = hash_password(OLD_PASSWORD, rounds=5000)
-    for machine in machines:
-        write_old_os(images["tiny-1"], machine.root_disk, password_hash=password_hash, hostname=machine.name, size_bytes=ROOT_DISK_BYTES)
-        power_on(machine)
-    say(f"5/6 rack     {count} machines, {count} Redfish BMCs; their old OS boots")
-    other_machines = other.start()
-    service = _start(folder, agent_host="10.0.2.2", boot_iso=boot_iso)
-    _import(service, images)
-    for machine in machines:
-        wait_for_ssh(machine, OLD_PASSWORD)
-    registered = [(register_machine(service.client(), m, unit=n), m.ssh_port) for n, m in enumerate(machines, 1)]
-    lab = write_lab_file(folder, service, scripted=False, instances=registered, other=dataclasses.replace(other_machines[0], name="other01"))
-    took = f"{time.monotonic() - started:.0f} s"
-    say(f"5/6 rack     {', '.join(m.name for m in machines)} run the old OS, its old password works; Repave at {service.endpoint}; {took}")
+    logs = folder / "rack"
+    with phase("5/6 rack", log=lambda: _newest_log(logs, folder), fix="repave rack down; is memory free (1 GiB a machine)?") as took:
+        rack, other = QemuRack(logs, count=count, data_disk=data_disk), ScriptedRack(folder / "other", count=1)
+        service = _start(folder, agent_host="10.0.2.2", boot_iso=boot_iso)
+        say(f"5/6 rack     Repave answers at {service.endpoint}  {took()}; {count} machines behind {count} Redfish BMCs boot their old OS")
+        machines = rack.start(root_disk_bytes=ROOT_DISK_BYTES)
+        proxies, bmc_urls = start_proxies(logs, machines)
+        write_private(folder / PROXIES_FILE, json.dumps(dataclasses.asdict(proxies)).encode())
+        password_hash = hash_password(OLD_PASSWORD, rounds=5000)
+        for machine in machines:
+            write_old_os(images["tiny-1"], machine.root_disk, password_hash=password_hash, hostname=machine.name, size_bytes=ROOT_DISK_BYTES)
+            power_on(machine)
+        other_machines = other.start()
+        _import(service, images)
+        for machine in machines:
+            wait_for_ssh(machine, OLD_PASSWORD)
+        registered = [
+            (register_machine(service.client(), dataclasses.replace(m, bmc_url=bmc_urls[m.name]), unit=n), m.ssh_port) for n, m in enumerate(machines, 1)
+        ]
+        lab = write_lab_file(folder, service, scripted=False, instances=registered, other=dataclasses.replace(other_machines[0], name="other01"))
+        say(f"5/6 rack     ✓ {', '.join(m.name for m in machines)} run the old OS, its old password works  {took()}")
     return lab
+
+
+def _newest_log(*folders: Path) -> Path | None:
+    return max((path for folder in folders for path in folder.glob("*.log")), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _scripted_up(count: int, folder: Path) -> Json:
@@ -137,15 +149,18 @@ def _start(folder: Path, *, agent_host: str, boot_iso: Path) -> Service:
     return service
 
 
+def _find_recorded(path: Path) -> ProcessRef | None:
+    process = ProcessRef(**json.loads(path.read_text())) if path.exists() else None
+    return process if process and is_alive(process) else None
+
+
 def _record(folder: Path, process: ProcessRef) -> None:
     write_private(folder / SERVICE_FILE, json.dumps(dataclasses.asdict(process)).encode())
 
 
 def find_service(folder: Path) -> ProcessRef | None:
     """The service of this rack where it runs."""
-    path = folder / SERVICE_FILE
-    process = ProcessRef(**json.loads(path.read_text())) if path.exists() else None
-    return process if process and is_alive(process) else None
+    return _find_recorded(folder / SERVICE_FILE)
 
 
 def start_service_again(folder: Path) -> ProcessRef:
@@ -186,7 +201,7 @@ def find_live_rack(folder: Path) -> Json | None:
     if lab is None or find_service(folder) is None:
         return None
     if (folder / "other").exists():
-        return lab if QemuRack(folder / "rack").is_up() else None
+        return lab if QemuRack(folder / "rack").is_up() and _find_recorded(folder / PROXIES_FILE) else None
     return lab if ScriptedRack(folder / "rack").is_up() else None
 
 
@@ -196,11 +211,38 @@ def rack_state(folder: Path) -> Json | None:
     return dict(json.loads(path.read_text())) if path.exists() else None
 
 
+def describe_machines(folder: Path, *, digest: bool) -> list[Json]:
+    """The instances of the rack that is up; with `digest` what is on their root disks, holes and zeros alike."""
+    lab, state = rack_state(folder), find_state(folder / "rack")
+    disks = {m.name: m.root_disk for m in state.machines} if state else {}
+    return [i | ({"digest": digest_disk(disks[i["name"]])} if digest and i["name"] in disks else {}) for i in (lab or {}).get("instances", [])]
+
+
+def digest_disk(path: Path) -> str:
+    """SHA-256 over every block that is not zero, and where it is. Blocks about a second for each GiB of data."""
+    found = hashlib.sha256()
+    with path.open("rb") as disk:
+        at, end = 0, os.fstat(disk.fileno()).st_size
+        while at < end:
+            try:
+                at = os.lseek(disk.fileno(), at, os.SEEK_DATA) // _BLOCK * _BLOCK
+            except OSError:  # ENXIO: a hole up to the end
+                break
+            disk.seek(at)
+            block = disk.read(_BLOCK)
+            if block.strip(b"\0"):
+                found.update(at.to_bytes(8) + block)
+            at += _BLOCK
+    return found.hexdigest()
+
+
 def rack_down(folder: Path) -> None:
     """No process of the rack runs, its site and disks are gone; the cache stays. Repeatable."""
     service = find_service(folder)
     if service is not None:
         stop_processes([service], grace_s=10)
+    if proxies := _find_recorded(folder / PROXIES_FILE):
+        stop_processes([proxies])
     real = (folder / "other").exists()
     if (folder / "rack").exists():
         (QemuRack if real else ScriptedRack)(folder / "rack").stop()
@@ -208,7 +250,7 @@ def rack_down(folder: Path) -> None:
         ScriptedRack(folder / "other").stop()
     for name in ("rack", "other", "site"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (LAB_FILE, SERVICE_FILE):
+    for name in (LAB_FILE, SERVICE_FILE, PROXIES_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -54,6 +54,7 @@ def start_service(folder: Path, *, agent_host: str, boot_iso: Path, graceful_s: 
             site, api_listen=f"127.0.0.1:{api}", provisioning_listen=f"127.0.0.1:{provisioning}", media_listen=f"127.0.0.1:{media}",
             media_url=f"http://127.0.0.1:{media}", agent_url=f"https://{agent_host}:{provisioning}", boot_iso=str(boot_iso.resolve()),
             chunks_listen=f"127.0.0.1:{chunks}", graceful_s=graceful_s,
+            console_files=str(folder.resolve() / "rack" / "{server}.console"),
         )  # fmt: skip
         admin = {"endpoint": f"http://127.0.0.1:{api}", "project_id": first.project.id, "token": first.token, "ak": first.credential.ak, "sk": first.sk}
         write_private(admin_path, json.dumps(admin).encode())

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from repave.secrets import Sealer
 from repave.store.access import Access
 from repave.store.batches import Batches, Cancelled
+from repave.store.consoles import Consoles
 from repave.store.database import Database, Enqueue, Tell, new_id, open_engine
 from repave.store.events import Events
 from repave.store.images import Images
@@ -31,7 +32,7 @@ class Store(Database):
         super().__init__(engine, sealer, now)
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
         self.runs, self.batches, self.events = Runs(self), Batches(self), Events(self)
-        self.marks, self.people = Marks(self), People(self)
+        self.marks, self.people, self.consoles = Marks(self), People(self), Consoles(self)
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:

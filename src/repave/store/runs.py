@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from repave.domain.model import Batch, Instance, RunRow, Server, Step
 from repave.domain.states import GOOD_ENDINGS, Ending, next_situation
 from repave.domain.timing import ALIKE_NEWEST, MOVED_S, REAP_GRACE_S, is_late, usual_durations
-from repave.errors import RepaveError, RequestError
+from repave.errors import RepaveError, RequestError, RunFailed
 from repave.secrets import fingerprint
 from repave.store import rows
 from repave.store.database import Database
@@ -173,6 +173,15 @@ class Runs:
         row = self._db.row(_SECRET, run_id=run_id)
         secret: dict[str, str] = json.loads(self._db.sealer.unseal_for_run(run_id, row["secret_sealed"] if row else ""))
         return secret
+
+    def list_run_secrets(self, run_id: str) -> list[str]:
+        """What must not be shown of this run anywhere. Empty once its key is destroyed: none of it opens anything then."""
+        try:
+            secret = self.get_run_secret(run_id)
+            tokens = [self._db.sealer.derive_for_run(run_id, purpose) for purpose in ("agent", "session", "media", "nonce")]
+        except RunFailed:
+            return []
+        return [*tokens, secret["password"], *(line.strip() for line in secret["user_data"].splitlines() if len(line.strip()) >= 12)]
 
     def find_inventory(self, server_id: str) -> dict[str, Any] | None:
         """What the ramdisk saw of this server when it last was there."""

@@ -15,7 +15,7 @@ from repave.domain.own_host import says_something
 from repave.errors import RepaveError, RequestError
 from repave.store import rows
 from repave.store.database import Database, new_id
-from repave.store.tables import HOSTS, INSTANCES, RUNS, SERVERS
+from repave.store.tables import CONSOLES, HOSTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
 _BY_ID = sa.select(SERVERS).where(SERVERS.c.id == sa.bindparam("server_id"))
@@ -152,6 +152,7 @@ class Servers:
             if conn.execute(sa.select(RUNS.c.id).where(live)).first():
                 raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
             project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
+            conn.execute(sa.delete(CONSOLES).where(CONSOLES.c.run_id.in_(sa.select(RUNS.c.id).where(RUNS.c.server_id == server_id))))
             conn.execute(sa.delete(RUNS).where(RUNS.c.server_id == server_id))
             conn.execute(sa.delete(INSTANCES).where(INSTANCES.c.server_id == server_id))
             conn.execute(sa.delete(SERVERS).where(SERVERS.c.id == server_id))

@@ -123,6 +123,13 @@ EVENTS = sa.Table(
 )  # fmt: skip
 sa.Index("events_batch", EVENTS.c.batch_id, EVENTS.c.seq)
 
+# What was said around a run: `source` is agent, serial or bmc; `at` is where the stretch begins in its stream, in characters.
+CONSOLES = sa.Table(
+    "consoles", META, Column("run_id", Text, ForeignKey("runs.id"), primary_key=True), Column("source", Text, primary_key=True),
+    Column("part", Integer, primary_key=True), Column("at", sa.BigInteger, nullable=False), Column("chars", Integer, nullable=False), _text("text"),
+    Column("read_to", sa.BigInteger),
+)  # fmt: skip
+
 ANSWERS = sa.Table("answers", META, Column("key", Text, primary_key=True), _json("answer"), _at("at", null=False))
 
 WORKERS = sa.Table(

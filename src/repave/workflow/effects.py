@@ -25,16 +25,19 @@ from repave.errors import RunFailed
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.images.store import ImageStore
 from repave.store import Store
+from repave.workflow.console_files import begin_console
 from repave.workflow.run import Json
 
 
 class OpenBmc(Protocol):
     """The server's BMC, for one errand. `before_write` is asked right before anything is sent that changes the server; what it raises stops it.
 
+    With a `run_id`, what is said is kept with that run (bmc_talk.py).
+
     Addresses change hands: each call looks who answers before it changes anything, and raises what `verify_system` raises.
     """
 
-    def __call__(self, server: Server, before_write: Callable[[], None] = ...) -> AbstractContextManager[Bmc]: ...
+    def __call__(self, server: Server, before_write: Callable[[], None] = ..., run_id: str = ...) -> AbstractContextManager[Bmc]: ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Places:
     ca_pem: str
     graceful_s: float = 60.0
     read_back: str = "sample"
+    console_files: str = ""
 
 
 class ServerEffects:
@@ -68,6 +72,7 @@ class ServerEffects:
         self._refuse_over(run)
         self.store.runs.record_step(run_id, Step.PREFLIGHT)
         self.store.runs.get_run_secret(run_id)
+        begin_console(self.store, self.places.console_files, run_id, server)
         if own := find_own_host(server, self.store.servers.list_hosts()):
             raise RunFailed("own-host", f"It has {own}.")
         if place := find_unreachable_place(server.bmc_url, self.places.media_urls, self.places.agent_url, self.places.chunks_url):
@@ -79,7 +84,7 @@ class ServerEffects:
         if misfit is not None:
             raise misfit
         self._verify_image(run.batch_id, image)
-        with self.open_bmc(server) as bmc:
+        with self.open_bmc(server, run_id=run_id) as bmc:
             power = bmc.probe().power
             bmc.check_media(media_urls(self.places, self.store, run_id))
         self.store.servers.record_power(server.id, power.value)
@@ -231,7 +236,7 @@ class ServerEffects:
         def require() -> None:
             self._refuse_over(self._get_live(run_id))
 
-        return self.open_bmc(server, require)
+        return self.open_bmc(server, require, run_id)
 
     def _open_live(self, server: Server, run_id: str) -> AbstractContextManager[Bmc]:
         """The BMC for as long as the run has not ended."""
@@ -239,7 +244,7 @@ class ServerEffects:
         def require() -> None:
             self._get_live(run_id)
 
-        return self.open_bmc(server, require)
+        return self.open_bmc(server, require, run_id)
 
     def _take_media_out(self, bmc: Bmc, server: Server, run_id: str) -> None:
         """The override first: where only that could be done, the media that are still in say whose it was (media_sweep.py)."""
