@@ -163,6 +163,15 @@ def test_what_a_name_holds_is_text_and_no_html(site: Site, ann: Person) -> None:
         assert "<script>alert" not in ann.get(path).text and '"><script>' not in ann.get(path).text, path
 
 
+def test_a_nodeset_of_a_billion_names_is_refused_before_it_is_made(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    for nodeset in ("a[1-999999999]", "a[1-9999]b[1-9999]", "a[0-9,1-" + "9" * 5000 + "]"):
+        assert ann.get("/fold", params={"nodeset": nodeset}).status_code == 400
+        assert ann.get("/plan", params={"servers": nodeset}).status_code == 400
+        assert ann.get("/", params={"q": nodeset}).status_code == 200
+    assert ann.get("/fold", params={"nodeset": "web[01-12,20-30]!web05"}).json()["nodeset"] == "web[01-04,06-12,20-30]"
+
+
 def test_a_link_from_elsewhere_is_followed_once_more_from_here(site: Site) -> None:
     answer = Person(site.url).get("/b", headers={"Sec-Fetch-Site": "cross-site"})
     assert answer.status_code == 200 and 'http-equiv="refresh"' in answer.text
