@@ -121,6 +121,8 @@ def test_a_form_without_the_token_of_this_login_does_nothing(site: Site, ann: Pe
     for token in ("", "0" * 64, vic.form_token("/")):
         answer = ann.post("/lock", {"form": token, "servers": "web01", "reason": "x"})
         assert (answer.status_code, "not from a page of yours" in answer.text) == (403, True)
+    assert ann.post("/lock", {"form": ann.form_token("/")} | {f"f{n}": "x" for n in range(600)}).status_code == 400
+    assert ann.post("/lock", {"form": "x" * 70_000}).status_code == 400
     stolen = Person(site.url).post("/login", {"form": ann.form_token("/"), "name": "ann", "password": PERSON_PASSWORD})
     assert stolen.status_code == 403
     assert site.ask("GET", "/servers/web01").json()["lock"] is None

@@ -35,6 +35,7 @@ HEADERS = {
     "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 _FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of
+_MOST_FIELDS = 500
 _THEMES = ("system", "light", "dark")
 
 
@@ -120,7 +121,10 @@ def posted(request: Request) -> Posted:
     body = incoming(request)
     if body.too_large:
         raise RequestError("bad-request", "The form is too large: 64 KiB at most.")
-    return Posted(parse_qs(body.body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=500))
+    try:
+        return Posted(parse_qs(body.body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError:
+        raise RequestError("bad-request", f"The form has more than {_MOST_FIELDS} fields.") from None
 
 
 def visitor_of(request: Request) -> Visitor:
