@@ -6,6 +6,7 @@ when the first one is folded.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from repave.errors import RequestError
 
 Json = dict[str, Any]
 ALL_AT_ONCE = Waves()
+MOST_NAMES = 100_000  # in a nodeset
 ORDER = ("failed", "cancelled", "working", "waiting", "rehearsed", "running")
 GLYPHS = {"failed": "✗", "cancelled": "-", "working": "▶", "waiting": "·", "rehearsed": "✓", "running": "✓"}
 LATE = "▲"
@@ -38,10 +40,21 @@ def unfold(text: str) -> list[str]:
     """The names of a nodeset, in its order. Raises ValueError, which says how one is written."""
     from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
 
+    if _names_in(text) > MOST_NAMES:
+        raise ValueError(f"{text[:100]!r} has more than {MOST_NAMES} names.")
     try:
         return [str(name) for name in NodeSet(text, resolver=RESOLVER_NOGROUP)]
     except NodeSetException as error:
         raise ValueError(f"{text!r} is no nodeset: {error}. Write it as 'web[01-12]' or web01,web02.") from None
+
+
+def _names_in(text: str) -> int:
+    """At most so many names; counted before ClusterShell makes each of them, in memory."""
+    number = 1
+    for group in re.findall(r"\[([^\]]*)\]", text):
+        ends = [part.partition("/")[0].partition("-") for part in group.split(",")]
+        number *= sum(int(high) - int(low) + 1 if low.isdecimal() and high.isdecimal() else 1 for low, _, high in ends)
+    return number
 
 
 def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:

@@ -121,6 +121,8 @@ def test_a_form_without_the_token_of_this_login_does_nothing(site: Site, ann: Pe
     for token in ("", "0" * 64, vic.form_token("/")):
         answer = ann.post("/lock", {"form": token, "servers": "web01", "reason": "x"})
         assert (answer.status_code, "not from a page of yours" in answer.text) == (403, True)
+    assert ann.post("/lock", {"form": ann.form_token("/")} | {f"f{n}": "x" for n in range(600)}).status_code == 400
+    assert ann.post("/lock", {"form": "x" * 70_000}).status_code == 400
     stolen = Person(site.url).post("/login", {"form": ann.form_token("/"), "name": "ann", "password": PERSON_PASSWORD})
     assert stolen.status_code == 403
     assert site.ask("GET", "/servers/web01").json()["lock"] is None
@@ -161,6 +163,15 @@ def test_what_a_name_holds_is_text_and_no_html(site: Site, ann: Person) -> None:
     site.ask("POST", "/servers/web01/lock", json={"reason": "<script>alert(1)</script>"})
     for path in ("/", "/s/web01", "/events", "/?q=<script>alert(1)</script>", "/s/<script>", "/plan?servers=<script>", '/?sel="><script>'):
         assert "<script>alert" not in ann.get(path).text and '"><script>' not in ann.get(path).text, path
+
+
+def test_a_nodeset_of_a_billion_names_is_refused_before_it_is_made(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    for nodeset in ("a[1-999999999]", "a[1-9999]b[1-9999]", "a[0-9,1-" + "9" * 5000 + "]"):
+        assert ann.get("/fold", params={"nodeset": nodeset}).status_code == 400
+        assert ann.get("/plan", params={"servers": nodeset}).status_code == 400
+        assert ann.get("/", params={"q": nodeset}).status_code == 200
+    assert ann.get("/fold", params={"nodeset": "web[01-12,20-30]!web05"}).json()["nodeset"] == "web[01-04,06-12,20-30]"
 
 
 def test_a_link_from_elsewhere_is_followed_once_more_from_here(site: Site) -> None:

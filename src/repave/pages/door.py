@@ -35,6 +35,7 @@ HEADERS = {
     "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 _FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of
+_MOST_FIELDS = 500
 _THEMES = ("system", "light", "dark")
 
 
@@ -120,19 +121,28 @@ def posted(request: Request) -> Posted:
     body = incoming(request)
     if body.too_large:
         raise RequestError("bad-request", "The form is too large: 64 KiB at most.")
-    return Posted(parse_qs(body.body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=500))
+    try:
+        return Posted(parse_qs(body.body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError:
+        raise RequestError("bad-request", f"The form has more than {_MOST_FIELDS} fields.") from None
 
 
-def visitor(request: Request) -> Visitor:
-    """Raises not-logged-in; not-allowed where a form is not from one of our pages."""
+def visitor_of(request: Request) -> Visitor:
+    """Who is logged in, whatever they send. Raises not-logged-in."""
     house: House = request.state.house
     token = request.cookies.get(_cookie_name(request), "")
     credential = house.logins.find(token)
     if credential is None:
         raise RequestError("not-logged-in")
-    if request.method == "POST":
-        _check_form(house, posted(request), token)
     return Visitor(house, Scope(credential, house.desk), token)
+
+
+def visitor(request: Request) -> Visitor:
+    """Raises not-logged-in; not-allowed where a form is not from one of our pages."""
+    who = visitor_of(request)
+    if request.method == "POST":
+        _check_form(who.house, posted(request), who.token)
+    return who
 
 
 def _check_form(house: House, form: Posted, of: str) -> None:
@@ -175,20 +185,10 @@ def _error_page(request: Request, error: RepaveError) -> Response:
             return HTMLResponse(render("again.html", here=here, theme=_theme(request)))
         return RedirectResponse(f"/login?{urlencode({'next': here})}" if here != "/" else "/login", 303)
     try:
-        who: Visitor | None = visitor_of_page(request)
+        who: Visitor | None = visitor_of(request)
     except RepaveError:
         who = None
     return show(request, who, "error.html", Frame("That did not work"), error=error.as_json(), request_id=incoming(request).request_id, status=status_of(error))
-
-
-def visitor_of_page(request: Request) -> Visitor:
-    """Who is logged in, whatever form they sent."""
-    house: House = request.state.house
-    token = request.cookies.get(_cookie_name(request), "")
-    credential = house.logins.find(token)
-    if credential is None:
-        raise RequestError("not-logged-in")
-    return Visitor(house, Scope(credential, house.desk), token)
 
 
 def _theme(request: Request) -> str:
@@ -237,7 +237,7 @@ def add_view(router: APIRouter, path: str, template: str, view: View) -> None:
         return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     router.add_api_route(path, page, methods=["GET"], response_class=HTMLResponse)
-    router.add_api_route("/live" + (path if path != "/" else "/"), stream, methods=["GET"])
+    router.add_api_route(f"/live{path}", stream, methods=["GET"])
 
 
 def _asked(request: Request) -> dict[str, str]:

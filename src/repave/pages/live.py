@@ -34,7 +34,7 @@ class Room:
         self._changed = asyncio.Condition()
         self._painter: asyncio.Task[None] | None = None
 
-    async def enter(self) -> None:
+    def enter(self) -> None:
         self.pages += 1
         if self._painter is None:
             self._painter = asyncio.create_task(self._keep_painted())
@@ -87,7 +87,7 @@ class Live:
         room = self._rooms.get(key)
         if room is None or room.error is not None:
             room = self._rooms[key] = Room(lambda: self._read_version(project_id), paint)
-        await room.enter()
+        room.enter()
         try:
             shown: Frame | None = None
             asked_at = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -68,17 +67,6 @@ def parts() -> Any:
 
 def render(template: str, **values: Any) -> str:
     return templates().get_template(template).render(**values)
-
-
-def quote(text: str) -> str:
-    """As a shell wants it: a nodeset's brackets are no glob."""
-    import shlex
-
-    return shlex.quote(text)
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 @router.get("/static/{name}")

@@ -125,6 +125,10 @@
       return paused;
     },
   };
+  document.addEventListener("visibilitychange", () => { // a browser has six connections for all of a site's pages: those nobody looks at need none
+    if (paused) return;
+    if (document.hidden) { close(); tell("still", "○", `as of ${time(heard)} UTC`); } else { open(); }
+  });
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => { if (event.persisted) open(); });
   open();
