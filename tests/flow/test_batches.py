@@ -120,6 +120,28 @@ def test_a_windows_run_ends_running_and_its_password_is_nowhere_in_the_site_at_a
     assert lab.keys() == []
 
 
+def test_what_each_server_got_of_its_own_is_nowhere_in_clear_and_its_key_holds_over_a_kill(lab):
+    """Passwords and user data that differ by server; the same request again, with its Idempotency-Key, once the service was killed."""
+    own = {name: {"password": f"{CANARY}-{number}", "user_data": f"#!/bin/true {CANARY}", "hostname": f"own-{number}"} for number, name in enumerate(lab.names)}
+    body = {"servers": lab.names, "image": "tiny-1", "password": CANARY, "each": own}
+
+    def ask() -> requests.Response:
+        headers = {"X-Auth-Token": lab.values["token"], "Idempotency-Key": f"key-{CANARY}"}
+        return requests.post(f"{lab.values['endpoint']}/repave/v1/reinstall", json=body, headers=headers, timeout=60)
+
+    first = ask()
+    assert first.status_code == 202, first.text
+    lab.kill_service()
+    assert find_secret(iter(site_files(lab)), CANARY) == []
+    lab.start_service()
+    again = ask()
+    assert (again.status_code, again.json()["id"], again.headers["idempotent-replayed"]) == (202, first.json()["id"], "true")
+    assert {r["state"] for r in lab.wait_for_end(first.json()["id"]).values()} == {"running"}
+    for number, name in enumerate(lab.names):
+        assert f"first boot as own-{number};" in lab.console(name)
+    assert find_secret(iter(site_files(lab)), CANARY) == []
+
+
 # ---- a second request for the same instances ----
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -147,6 +147,50 @@ def test_of_two_requests_that_overlap_at_once_one_wins_whole(many, tmp_path):
     states = [many.store.servers.find_instance(many.credential.project_id, i.id).state.value for i in many.instances]
     assert states == ["pending"] * 10 + ["running"] * 2
     assert len([p for p in (tmp_path / "secret/run-keys").iterdir() if p.is_file()]) == 10  # the losers' keys are gone
+
+
+def test_of_one_key_used_at_once_on_two_workers_one_batch_comes_also_for_other_servers(many, database_url, tmp_path):
+    """Also where the servers differ, and nothing but the key stands between them."""
+    other = Store.open(database_url, sealer=many.store.sealer, now=now)
+    workers = [many.fleet, Fleet(other, lambda conn, runs: None, run_timeout_s=3600)]
+    for base in range(0, 8, 2):
+        start, keys = Barrier(2), {f"key-{base}": "request"}
+
+        def ask(number: int, base=base, start=start, keys=keys) -> str:
+            ids = [many.instances[base + number].id]
+            start.wait()
+            try:
+                workers[number].admit(credential=many.credential, instance_ids=ids, image_id=many.image.id, password="Canary-7!canary", answer_keys=keys)
+            except RequestError as refused:
+                return refused.slug
+            return "accepted"
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(ask, range(2))) == ["accepted", "key-used"]
+        answers = [store.access.find_answer(f"key-{base}", "request") for store in (many.store, other)]
+        assert answers[0] == answers[1] and answers[0]["batch_id"] in {r.batch_id for r in many.store.runs.list_runs()}
+    assert len(many.store.runs.list_runs()) == 4
+    other.close()
+
+
+def test_a_key_is_kept_with_its_batch_or_not_at_all_and_for_a_day(many):
+    def crash(conn, runs):
+        raise KeyboardInterrupt
+
+    about = dict(credential=many.credential, image_id=many.image.id, password="Canary-7!canary", answer_keys={"key": "request"})
+    many.store.enqueue = crash
+    with pytest.raises(KeyboardInterrupt):
+        many.fleet.admit(instance_ids=[many.instances[0].id], **about)
+    assert many.store.access.find_answer("key", "request") is None and many.store.runs.list_runs() == []
+    many.store.enqueue = lambda conn, runs: None
+    first = many.fleet.admit(instance_ids=[many.instances[0].id], **about).batch_id
+    assert many.store.access.find_answer("key", "request")["batch_id"] == first
+    with pytest.raises(RequestError, match="another request"):
+        many.store.access.find_answer("key", "other")
+    many.store.now = lambda: now() + timedelta(hours=25)
+    assert many.store.access.find_answer("key", "other") is None
+    second = many.fleet.admit(instance_ids=[many.instances[1].id], **about).batch_id
+    assert many.store.access.find_answer("key", "request")["batch_id"] == second != first
 
 
 def test_of_a_crossing_and_a_rollback_at_once_one_wins(many):

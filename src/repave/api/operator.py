@@ -6,14 +6,14 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 """
 
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -25,9 +25,11 @@ from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
 from repave.images.fetch import ImageSources
 from repave.store import Store
+from repave.workflow.fleet import Override
 
 SITE_PROJECT = "default"
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Admits(Protocol):
@@ -35,8 +37,8 @@ class Admits(Protocol):
 
     def admit(
         self, *, credential: Credential, instance_ids: list[str], image_id: str | None, password: str,
-        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_key: str | None = None, rehearse: bool = False,
-        waves: Waves = ..., image_ids: dict[str, str] | None = None,
+        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_keys: Mapping[str, str] = ..., rehearse: bool = False,
+        waves: Waves = ..., overrides: Mapping[str, Override] = ...,
     ) -> Any: ...  # fmt: skip
 
     def refuse_protected(self, servers: Sequence[Server]) -> None:
@@ -160,8 +162,8 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
-    "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
-    "database-unavailable": 503, "database-corrupt": 503,
+    "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "key-used": 422, "image-refused": 422,
+    "image-quota": 507, "service-unreachable": 503, "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 
@@ -195,6 +197,22 @@ class ProblemRoute(APIRoute):
 
 def render_list(items: list[Json], next_: int | str | None = None) -> Json:
     return {"items": items, "next": next_}
+
+
+MAX_PAGE = 1000
+After = Annotated[str | None, Query(max_length=200, description="Where to go on: the `next` of the page before. Stable under what is added meanwhile.")]
+Limit = Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="How many at most; without it all.")]
+PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at most.")]
+
+
+def one_more(limit: int | None) -> int | None:
+    """What to ask the store for, so that it is known whether another page follows."""
+    return None if limit is None else limit + 1
+
+
+def cut_page(found: Sequence[T], limit: int | None, key: Callable[[T], str]) -> tuple[Sequence[T], str | None]:
+    """The page and its `next`, out of a list of one more than `limit` where there is one more."""
+    return (found[:limit], key(found[limit - 1])) if limit is not None and len(found) > limit else (found, None)
 
 
 # ---- whoami, projects, keys ----
@@ -241,8 +259,10 @@ class NewKey(Body):
 
 
 @router.get("/keys")
-def list_keys(scope: Admin) -> Json:
-    return render_list([_credential_json(c) for c in scope.store.access.list_credentials(scope.project_id)])
+def list_keys(scope: Admin, after: After = None, limit: Limit = None) -> Json:
+    """Oldest first."""
+    found, following = cut_page(scope.store.access.list_credentials(scope.project_id, after=after, limit=one_more(limit)), limit, lambda c: c.id)
+    return render_list([_credential_json(c) for c in found], following)
 
 
 @router.post("/keys", status_code=201)

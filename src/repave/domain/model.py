@@ -206,6 +206,7 @@ class RunRow:
     cancel: dict[str, Any] | None = None  # why it was told to stop before the line (RepaveError.as_json)
     durations_s: dict[str, float] | None = None  # by step, written at the end
     late_step: str | None = None  # the last step that was said to be late
+    hostname: str | None = None  # of the new OS; None = the instance's name
 
     @property
     def past_the_line(self) -> bool:
