@@ -34,6 +34,7 @@ from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
+from repave.api.openapi import build_openapi_router
 from repave.api.operator import build_operator_router
 from repave.auth import Authenticator
 from repave.bmc import Bmc, BmcAddress, BmcFacts
@@ -261,6 +262,7 @@ def build_api(site: Site) -> FastAPI:
         store=site.store, fleet=site.fleet, images=site.desk, authenticate=authenticator.authenticate, probe=probe_bmc, find_unreachable=find_unreachable,
     ))  # fmt: skip
     app.include_router(build_health_router(site.watch.health))
+    app.include_router(build_openapi_router(app))
     install_wire(app)
     return app
 

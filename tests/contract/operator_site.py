@@ -16,8 +16,13 @@ from typing import Any
 import requests
 import uvicorn
 from fastapi import FastAPI
+from openapi_answers import Document
 
 from repave.api.asgi import install_wire
+from repave.api.clouddc import build_clouddc_router
+from repave.api.health import build_health_router
+from repave.api.limits import Limiter
+from repave.api.openapi import build_openapi_router, render_openapi
 from repave.api.operator import build_operator_router
 from repave.app import ImageDesk
 from repave.auth import Authenticator
@@ -61,11 +66,14 @@ class Site:
     url: str
     project: Project
     other: Project
+    document: Document
     tokens: dict[str, str]  # by role; "other" is an admin of the other project, not of the site
 
     def ask(self, method: str, path: str, *, as_: str = "admin", **how: Any) -> requests.Response:
         headers = {"X-Auth-Token": self.tokens[as_]} | how.pop("headers", {})
-        return requests.request(method, f"{self.url}/repave/v1{path}", headers=headers, timeout=20, **how)
+        answer = requests.request(method, f"{self.url}/repave/v1{path}", headers=headers, timeout=20, **how)
+        self.document.check(method, f"/repave/v1{path}".partition("?")[0], answer)
+        return answer
 
     def add_server(self, name: str, *, project: Project | None = None, **more: Any) -> dict[str, Any]:
         url = f"https://{name}.bmc.invalid"
@@ -108,6 +116,9 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
     app.include_router(build_operator_router(
         store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
     ))  # fmt: skip
+    app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=Limiter()))
+    app.include_router(build_health_router(lambda: {}))
+    app.include_router(build_openapi_router(app))
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -116,7 +127,7 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
         while not server.started:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Site(store, images, bmcs, f"http://127.0.0.1:{port}", project, other, tokens)
+        yield Site(store, images, bmcs, f"http://127.0.0.1:{port}", project, other, Document(render_openapi(app)), tokens)
     finally:
         server.should_exit = True
         thread.join(10)

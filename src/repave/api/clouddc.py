@@ -136,7 +136,7 @@ _REINSTALL_BODY = {"requestBody": {"required": True, "content": {"application/js
     "type": "object",
     "required": ["password", "instance_id_set"],
     "properties": {
-        "image_id": {"type": "string", "nullable": True, "description": "absent, null or empty: the current image of each instance"},
+        "image_id": {"type": ["string", "null"], "description": "absent, null or empty: the current image of each instance"},
         "password": {"type": "string", "minLength": 8, "maxLength": 26, "writeOnly": True},
         "instance_id_set": {"type": "array", "minItems": 1, "maxItems": 50, "uniqueItems": True, "items": {"type": "string", "format": "uuid"}},
     },
