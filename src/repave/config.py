@@ -105,6 +105,7 @@ class Settings(BaseSettings):
         default=None, description="OpenPGP keys (gpg --export) that may sign images fetched from a URL; empty = a URL needs a SHA-256."
     )
     import_local_addresses: bool = Field(default=False, description="A URL to import from may lead to this machine or to link-local addresses.")
+    webhook_local_addresses: bool = Field(default=False, description="A webhook's URL may lead to this machine or to link-local addresses.")
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 

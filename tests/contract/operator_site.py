@@ -22,6 +22,7 @@ from repave.api.asgi import install_wire
 from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
 from repave.api.limits import Limiter
+from repave.api.metrics import build_metrics_router
 from repave.api.openapi import build_openapi_router, render_openapi
 from repave.api.operator import build_operator_router
 from repave.app import ImageDesk
@@ -32,8 +33,10 @@ from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.fetch import ImageSources
 from repave.images.store import ImageStore
+from repave.metrics import Metrics
 from repave.secrets import Sealer
 from repave.store import Store, new_id
+from repave.webhooks import WebhookSender
 from repave.workflow.fleet import Fleet
 
 BMC_PASSWORD = "calvin-and-Hobbes-7"
@@ -109,15 +112,19 @@ def start_site(folder: Path, *, media_url: str = "http://media.invalid", sources
     bmcs, authenticator = Bmcs(), Authenticator(store.access, now=now)
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
+    webhooks = WebhookSender(store, local_addresses=True)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
     app.include_router(build_operator_router(
         store=store, fleet=fleet, images=images, authenticate=authenticator.authenticate, probe=bmcs.probe, find_unreachable=find_unreachable,
+        imports=[], send_test=webhooks.send_test,
     ))  # fmt: skip
     app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=Limiter()))
     app.include_router(build_health_router(lambda: {}))
+    metrics = Metrics(store, health=dict, chunk_bytes=lambda: 0, imports=[])
+    app.include_router(build_metrics_router(store, authenticator, metrics.render))
     app.include_router(build_openapi_router(app))
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))

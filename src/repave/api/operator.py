@@ -8,7 +8,7 @@ known by the same token or signature as on CloudDC's routes, and sees one projec
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from repave.bmc import BmcAddress, BmcFacts
-from repave.domain.model import Credential, Image, Role, Server
+from repave.domain.model import Credential, Image, Role, Server, Webhook
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
 from repave.images.fetch import ImageSources
@@ -99,7 +99,8 @@ class Desk:
     authenticate: Callable[[Request], Credential]
     probe: Callable[[BmcAddress], BmcFacts]
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
-    imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
+    imports: list[ImportProgress]  # under way in this process
+    send_test: Callable[[Webhook], None]
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
     "in-progress": 409, "locked": 409, "own-host": 409, "past-the-line": 409, "key-used": 422, "image-refused": 422,
-    "image-quota": 507, "service-unreachable": 503, "database-unavailable": 503, "database-corrupt": 503,
+    "image-quota": 507, "service-unreachable": 503, "webhook-failed": 502, "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 
@@ -287,17 +288,27 @@ def build_operator_router(
     authenticate: Callable[[Request], Credential],
     probe: Callable[[BmcAddress], BmcFacts],
     find_unreachable: Callable[[str], str | None],
+    imports: list[ImportProgress],
+    send_test: Callable[[Webhook], None],
 ) -> APIRouter:
-    """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError."""
+    """All routes under /repave/v1. `probe` asks a BMC what it is and touches nothing; it raises BmcError. `imports`: those under way are kept in there."""
     # The resources use what this module defines, so they are imported when it is complete.
-    from repave.api import operator_batches, operator_events, operator_images, operator_servers
+    from repave.api import operator_batches, operator_events, operator_images, operator_servers, operator_webhooks
 
-    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable)
+    desk = Desk(store, fleet, images, authenticate, probe, find_unreachable, imports, send_test)
 
     async def attach(request: Request) -> None:
         request.state.desk = desk
 
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
-    for part in (router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router, operator_events.router):
+    parts = (
+        operator_servers.router,
+        operator_images.router,
+        operator_images.imports,
+        operator_batches.router,
+        operator_events.router,
+        operator_webhooks.router,
+    )
+    for part in (router, *parts):
         everything.include_router(part)
     return everything

@@ -286,6 +286,30 @@ class Event(BaseModel):
     server_id: str | None = None
 
 
+class Webhook(BaseModel):
+    id: str
+    name: str
+    host: str
+    shape: Literal["standard", "slack"]
+    events: list[str]
+    created_by: str
+    created_at: datetime
+    tries: int = Field(description="Of the next event, so far in vain.")
+    next_at: datetime
+    trouble: str | None = Field(description="Why it was not taken.")
+    delivered_at: datetime | None
+
+
+class NewWebhookShown(Webhook):
+    """The secret is shown this once."""
+
+    secret: str
+
+
+class WebhookList(Listed):
+    items: list[Webhook]
+
+
 class Part(BaseModel):
     ok: bool
     text: str
@@ -341,5 +365,6 @@ ANSWERS: dict[str, type[BaseModel] | None] = {
     "list_images": ImageList, "show_image": ImageShown, "add_image": Image, "verify_image": Image, "remove_image": None, "list_imports": ImportList,
     "plan": Plan, "reinstall": BatchShown, "list_batches": BatchList, "show_batch": BatchShown, "pause_batch": BatchShown, "resume_batch": BatchShown,
     "cancel_batch": CancelledRunList, "cancel_run": CancelledRunList, "list_runs": RunList, "show_run": Run,
+    "list_webhooks": WebhookList, "show_webhook": Webhook, "add_webhook": NewWebhookShown, "send_test": Webhook, "remove_webhook": None,
     "list_events": EventList, "health": Health,
 }  # fmt: skip

@@ -27,6 +27,7 @@ for _name, _help in {
     "batch": "Batches: ls, show, watch, cancel, pause, resume, retry.",
     "project": "Projects: add, ls.",
     "key": "Keys (AK/SK and token): add, ls, rm.",
+    "webhook": "Webhooks, told when a batch or a run ends: add, ls, test, rm.",
     "db": "The site's database: copy it into another one.",
     "bmc": "One BMC, without server or database: probe, boot-media, eject, power.",
 }.items():

@@ -214,6 +214,25 @@ class RunRow:
 
 
 @dataclass(frozen=True)
+class Webhook:
+    """Who is told of some events of a project. URL and secret are sealed in the store and opened only to send."""
+
+    id: str
+    project_id: str
+    name: str
+    host: str
+    shape: str  # standard, slack
+    events: tuple[str, ...]
+    created_by: str
+    created_at: datetime
+    after_seq: int  # all events up to here are told
+    tries: int  # of the next one, so far in vain
+    next_at: datetime
+    trouble: str | None
+    delivered_at: datetime | None
+
+
+@dataclass(frozen=True)
 class Event:
     """One audited fact. `data` holds no secret and no BMC address."""
 
