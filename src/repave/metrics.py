@@ -10,7 +10,6 @@ import platform
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter as Tally
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from repave import __version__
 from repave.api.health import Part
 from repave.domain.model import InstanceState, Step
 from repave.domain.states import Ending
-from repave.errors import CATALOGUE
+from repave.errors import CATALOGUE, Who
 from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 
@@ -78,8 +77,10 @@ class _FromStore(Collector):
     def __init__(self, store: Store) -> None:
         self._store, self._lock = store, threading.Lock()
         self._seq, self._imported = 0, 0
-        self._endings: Tally[tuple[str, str]] = Tally()
-        self._late: Tally[str] = Tally()
+        # From 0 on: what Prometheus first sees as 1 is no increase to it.
+        self._endings = {ending.value: 0 for ending in Ending if ending is not Ending.ACCEPTED}
+        self._errors = {slug: 0 for slug, problem in CATALOGUE.items() if problem.who is not Who.REQUEST}
+        self._late = {step.value: 0 for step in Step}
         self._steps: dict[tuple[str, str], list[float]] = {}  # by step and model: how many in each bucket and beyond, then the sum
         self._models: set[str] = set()
 
@@ -100,9 +101,10 @@ class _FromStore(Collector):
                 for event in events:
                     self._count(event)
             families: list[Metric] = [
-                _counter("repave_runs", "Runs that ended, by how and by the class of their error.", ["outcome", "cause"], self._endings),
-                _counter("repave_late_steps", "Steps that took much longer than usual.", ["step"], {(step,): n for step, n in self._late.items()}),
-                _counter("repave_images_imported", "Images imported.", [], {(): self._imported}),
+                _counter("repave_runs", "Runs that ended, by how.", ["outcome"], self._endings),
+                _counter("repave_run_errors", "Runs that ended with an error, by its class (docs/errors.md).", ["cause"], self._errors),
+                _counter("repave_late_steps", "Steps that took much longer than usual.", ["step"], self._late),
+                _counter("repave_images_imported", "Images imported.", [], {"": self._imported}),
                 self._step_seconds(),
             ]
         live = figures.count_live()
@@ -127,8 +129,9 @@ class _FromStore(Collector):
         elif event["type"] == "run.late":
             self._late[data["step"]] += 1
         else:
-            cause = (data.get("error") or {}).get("class", "")
-            self._endings[data["outcome"], cause if cause in CATALOGUE else ""] += 1
+            self._endings[data["outcome"]] += 1
+            if cause := (data.get("error") or {}).get("class"):
+                self._errors[cause] = self._errors.get(cause, 0) + 1
             if data["outcome"] in _TIMED:
                 for step, seconds in (event["durations_s"] or {}).items():
                     self._add_seconds(step, self._name_model(event["model"] or ""), seconds)
@@ -162,10 +165,11 @@ def _gauge(name: str, says: str, labels: list[str], values: list[tuple[tuple[str
     return family
 
 
-def _counter(name: str, says: str, labels: list[str], values: Mapping[Any, float]) -> CounterMetricFamily:
+def _counter(name: str, says: str, labels: list[str], values: Mapping[str, float]) -> CounterMetricFamily:
+    """With one label, or none."""
     family = CounterMetricFamily(name, says, labels=labels)
     for of, value in values.items():
-        family.add_metric(of, value)
+        family.add_metric([of] if labels else [], value)
     return family
 
 

@@ -75,7 +75,8 @@ def test_it_counts_endings_causes_steps_live_and_late_runs(site: Site) -> None:
     site.store.runs.record_ending(runs["web01"], Ending.PROVED, None)
     site.store.runs.record_ending(runs["web02"], Ending.RETURNED, RepaveError("agent-silent").as_json())
     found = parse(scrape(site, site.tokens["viewer"]).content)
-    assert found["repave_runs_total{cause=,outcome=proved}"] == found["repave_runs_total{cause=agent-silent,outcome=returned}"] == 1
+    assert [found[f"repave_runs_total{{outcome={o}}}"] for o in ("proved", "returned", "write-failed")] == [1, 1, 0]
+    assert (found["repave_run_errors_total{cause=agent-silent}"], found["repave_run_errors_total{cause=no-proof}"]) == (1, 0)
     assert found["repave_step_seconds_count{model=R1,step=boot-ramdisk}"] == 1
     assert (
         found["repave_step_seconds_bucket{le=1800.0,model=R1,step=boot-ramdisk}"],
@@ -101,7 +102,7 @@ def test_what_happened_is_counted_alike_after_a_restart_and_on_every_worker(site
 
     first = begin()
     before = happened(first)
-    assert before["repave_runs_total{cause=,outcome=proved}"] == 6 and happened(begin()) == happened(first) == before
+    assert before["repave_runs_total{outcome=proved}"] == 6 and happened(begin()) == happened(first) == before
 
 
 def test_labels_are_few_and_no_value_of_a_secret_is_there(site: Site) -> None:
