@@ -15,9 +15,9 @@ import hmac
 import http.client
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +32,8 @@ from repave.errors import RepaveError
 from repave.outbound import AddressRefused, OutboundConnection
 from repave.store import Store
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # without a byte
+DELIVERY_S = 25.0  # in all, once its address is known
 CLAIM_S = 60.0  # above all that one delivery may take
 LOOK_S = 1.0
 AT_ONCE = 4  # hooks; one that hangs does not hold up the others
@@ -48,7 +49,6 @@ class WebhookSender:
         self._stop = threading.Event()
         self._looked: dict[str, int] = {}  # by hook: there is nothing for it up to this seq
         self._busy: set[str] = set()
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -58,15 +58,14 @@ class WebhookSender:
             yield
         finally:
             self._stop.set()
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            thread.join(timeout=1)
+            thread.join(timeout=1)  # a delivery under way is not waited for: it is done again in the next life
 
     def look(self) -> None:
-        """Each hook that is due is told what there is for it, in a thread of the pool."""
+        """Each hook that is due is told what there is for it, in a thread of its own; who must wait is due for longer next time, and goes first."""
         for hook in self._store.webhooks.list_due():
-            if hook.id not in self._busy and not self._stop.is_set():
+            if hook.id not in self._busy and len(self._busy) < AT_ONCE and not self._stop.is_set():
                 self._busy.add(hook.id)
-                self._pool.submit(self._tell_all, hook)
+                threading.Thread(target=self._tell_all, args=(hook,), name="webhook", daemon=True).start()
 
     def send_test(self, hook: Webhook) -> None:
         """A `webhook.test` was taken. Raises RepaveError webhook-failed."""
@@ -146,6 +145,9 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
     parts = urlsplit(url)
     default = 443 if parts.scheme == "https" else 80
     connection = OutboundConnection(parts.hostname or "", parts.port or default, parts.scheme, local_addresses, timeout_s=TIMEOUT_S)
+    timer = threading.Timer(DELIVERY_S, _cut, [connection])
+    timer.daemon = True
+    timer.start()
     try:
         connection.request("POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, {"Host": parts.netloc, **headers})
         status = connection.getresponse().status
@@ -156,8 +158,16 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         return f"it can not be reached ({type(error).__name__})"
     finally:
+        timer.cancel()
         connection.close()
     return None if 200 <= status < 300 else f"it answered {status}"
+
+
+def _cut(connection: OutboundConnection) -> None:
+    """Whoever reads from it reads its end."""
+    if connection.sock is not None:
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def render_slack(type_: str, data: dict[str, Any]) -> str:

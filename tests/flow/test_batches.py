@@ -65,6 +65,18 @@ def test_the_proof_names_the_disk_of_the_plan_and_the_host_key_is_kept(lab, batc
         assert run["proof"]["ssh_host_keys"][0].startswith("ssh-ed25519 ")
 
 
+def test_the_service_counts_what_it_did(lab, batch_of_six):
+    answer = requests.get(f"{lab.values['endpoint']}/metrics", headers={"Authorization": f"Bearer {lab.values['token']}"}, timeout=30)
+    found = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    assert float(found['repave_runs_total{outcome="proved"}']) >= 6
+    image = lab.image("tiny-1")
+    assert float(found["repave_chunk_bytes_total"]) >= 6 * image["stored_bytes"]
+    assert float(found['repave_bmc_requests_total{method="POST",outcome="2xx"}']) > 0
+    assert float(found['repave_healthy{part="database"}']) == 1
+    document = requests.get(f"{lab.values['endpoint']}/repave/v1/openapi.json", timeout=30).json()
+    assert {"/v1/{project_id}/instances/reinstall", "/repave/v1/reinstall", "/repave/v1/health"} <= document["paths"].keys()
+
+
 def test_no_key_of_an_ended_run_is_left_also_after_a_restart(lab, batch_of_six):
     assert lab.keys() == []
     lab.kill_service()

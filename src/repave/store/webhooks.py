@@ -16,7 +16,7 @@ from repave.store.tables import EVENTS, WEBHOOKS
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5, 3600
 
 # Made once: see database.py.
-_DUE = sa.select(WEBHOOKS).where(WEBHOOKS.c.next_at <= sa.bindparam("now", type_=WEBHOOKS.c.next_at.type)).order_by(WEBHOOKS.c.id)
+_DUE = sa.select(WEBHOOKS).where(WEBHOOKS.c.next_at <= sa.bindparam("now", type_=WEBHOOKS.c.next_at.type)).order_by(WEBHOOKS.c.next_at, WEBHOOKS.c.id)
 _NEXT = (
     sa.select(EVENTS)
     .where(EVENTS.c.project_id == sa.bindparam("project"), EVENTS.c.seq > sa.bindparam("after"), EVENTS.c.type.in_(sa.bindparam("types", expanding=True)))
