@@ -127,9 +127,9 @@ class _FromStore(Collector):
         if event["type"] == "image.added":
             self._imported += 1
         elif event["type"] == "run.late":
-            self._late[data["step"]] += 1
+            self._late[data["step"]] = self._late.get(data["step"], 0) + 1
         else:
-            self._endings[data["outcome"]] += 1
+            self._endings[data["outcome"]] = self._endings.get(data["outcome"], 0) + 1
             if cause := (data.get("error") or {}).get("class"):
                 self._errors[cause] = self._errors.get(cause, 0) + 1
             if data["outcome"] in _TIMED:

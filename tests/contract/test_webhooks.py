@@ -224,22 +224,24 @@ def test_the_service_tells_by_itself_while_it_runs(site: Site, receiver: Receive
 # ---- where it may lead, and who may ----
 
 
-@pytest.mark.parametrize("url", ["ftp://x/", "http://user:pw-canary@x/", "http://x/#a", "http://x/?a b", "no url", "http:///x", "https://x:0/"])
-def test_a_url_that_makes_no_sense_is_refused_without_repeating_it(site: Site, url: str) -> None:
-    answer = site.ask("POST", "/webhooks", json={"name": "ops", "url": url})
-    assert answer.status_code == 400 and "canary" not in answer.text and "url" in answer.json()["cause"]
+def test_a_url_that_makes_no_sense_is_refused_without_repeating_it(site: Site) -> None:
+    for url in ("ftp://x/", "http://user:pw-canary@x/", "http://x/#a", "http://x/?a b", "no url", "http:///x", "https://x:0/"):
+        answer = site.ask("POST", "/webhooks", json={"name": "ops", "url": url})
+        assert answer.status_code == 400 and "canary" not in answer.text and "url" in answer.json()["cause"], url
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "100.100.100.200"])
-def test_nothing_is_sent_to_this_machine_or_to_where_clouds_keep_their_metadata(site: Site, receiver: Receiver, host: str) -> None:
+def test_nothing_is_sent_to_this_machine_or_to_where_clouds_keep_their_metadata(site: Site, receiver: Receiver) -> None:
     port = receiver.url.split(":")[2].split("/")[0]
-    add_hook(site, Receiver(f"http://{host}:{port}/x"))
     sender = WebhookSender(site.store, local_addresses=False)
+    for number, host in enumerate(("127.0.0.1", "localhost", "169.254.169.254", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "100.100.100.200")):
+        add_hook(site, Receiver(f"http://{host}:{port}/x"), name=f"ops{number}")
     end(site, begin(site)["web01"])
-    look(site, sender)
-    assert receiver.got == [] and "webhook_local_addresses" in site.ask("GET", "/webhooks/ops").json()["trouble"]
+    for _ in range(2):  # four at once
+        look(site, sender)
+    hooks = site.store.webhooks.list_webhooks(site.project.id)
+    assert receiver.got == [] and all("webhook_local_addresses" in (hook.trouble or "") for hook in hooks)
     with pytest.raises(RepaveError, match="webhook_local_addresses"):
-        sender.send_test(site.store.webhooks.list_webhooks(site.project.id)[0])
+        sender.send_test(hooks[0])
 
 
 def test_webhooks_are_an_admins_and_of_one_project(site: Site, receiver: Receiver) -> None:

@@ -122,7 +122,7 @@ def _overrides(scope: Scope, target: Target, pairs: Sequence[tuple[Server, Insta
             raise RequestError("bad-request", f"each.{name}: it is there by its name and by its id.", field="each")
         given = {field: value for field, value in said.model_dump(exclude={"image"}).items() if value is not None}
         if isinstance(said, ServerOverride) and said.ssh_keys is not None:
-            check_ssh_keys(said.ssh_keys, f"each.{name}.ssh_keys")
+            _check_ssh_keys(said.ssh_keys, f"each.{name}.ssh_keys")
             given["ssh_keys"] = tuple(said.ssh_keys)
         if said.image:
             given["image_id"] = get_image(scope, said.image).id
@@ -222,7 +222,7 @@ def _answer_accepted(scope: Scope, batch_id: str, response: Response) -> Json:
 def _reinstall(scope: Scope, asked: Reinstall, response: Response, keys: Mapping[str, str], *, dry_run: bool) -> Json:
     if asked.plan is not None and asked.plan != _plan(scope, asked)["id"]:
         raise RequestError("conflict", "The plan is out of date: image, servers or states have changed since.", field="plan")
-    check_ssh_keys(asked.ssh_keys, "ssh_keys")
+    _check_ssh_keys(asked.ssh_keys, "ssh_keys")
     pairs = _resolve(scope, asked)
     overrides = _overrides(scope, asked, pairs)
     if asked.retry is not None and _get_batch(scope, asked.retry).rehearse and not asked.rehearse:
@@ -251,7 +251,7 @@ def _dry_run(scope: Scope, asked: Reinstall, overrides: Mapping[str, Override]) 
     return plan
 
 
-def check_ssh_keys(keys: Sequence[str], field: str) -> None:
+def _check_ssh_keys(keys: Sequence[str], field: str) -> None:
     """Each is a public key. Raises bad-request, which never repeats what may be a private one."""
     for number, key in enumerate(keys):
         if not _PUBLIC_KEY.fullmatch(key):
