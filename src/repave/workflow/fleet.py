@@ -81,16 +81,17 @@ class Fleet:
         project_id = credential.project_id
         instances = self._find_instances(project_id, instance_ids)
         images = self._find_images(project_id, instances, image_id, overrides)
-        passwords = {i.id: self._password_of(overrides.get(i.id, AS_THE_BATCH), password) for i in instances}
+        for_all = Override(password=password, ssh_keys=tuple(ssh_keys), user_data=user_data)
+        asked = {i.id: _fill(overrides.get(i.id, AS_THE_BATCH), for_all) for i in instances}
+        passwords = {i.id: (images[i.id].os_type, asked[i.id].password or "") for i in instances}
         if not rehearse:
-            check_passwords({i.id: (images[i.id].os_type, passwords[i.id]) for i in instances})
+            check_passwords(passwords)
         busy = [i.id for i in instances if not may_reinstall(i.state)]
         if busy:
             raise RequestError("in-progress", "", kind="state", ids=busy)
         servers = self.store.servers.get_servers([i.server_id for i in instances])
         self.refuse_protected([servers[i.server_id] for i in instances])
-        wanted = {(images[i.id].os_type, passwords[i.id]) for i in instances}
-        secrets = {each: "" if rehearse else self._secret(*each) for each in wanted}
+        secrets = {each: "" if rehearse else self._secret(*each) for each in {*passwords.values()}}
 
         now = self.store.now()
         batch = Batch(
@@ -102,12 +103,9 @@ class Fleet:
         try:
             self.store.sealer.make_run_keys(run_ids)
             runs = [
-                self._new_run(
-                    run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type, passwords[i.id]],
-                    _filled(overrides.get(i.id, AS_THE_BATCH), tuple(ssh_keys), user_data),
-                )
+                self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[passwords[i.id]], asked[i.id])
                 for run_id, i in zip(run_ids, instances, strict=True)
-            ]  # fmt: skip
+            ]
             self.store.runs.accept_batch(batch, runs, answer_keys=answer_keys, answer=answer)
         except BaseException:
             for run_id in run_ids:
@@ -151,10 +149,6 @@ class Fleet:
         """Linux: the sha512-crypt hash, once a batch and password; Windows: the password (cloudbase-init wants it)."""
         return password if os_type == "Windows" else hash_password(password)
 
-    @staticmethod
-    def _password_of(override: Override, password: str) -> str:
-        return password if override.password is None else override.password
-
     def _new_run(self, run_id: str, instance: Instance, server: Server, image: Image, secret: str, asked: Override) -> NewRun:
         sealer = self.store.sealer
         sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": asked.user_data}))
@@ -173,10 +167,6 @@ def check_passwords(wanted: Mapping[str, tuple[str, str]]) -> None:
             raise RequestError("bad-request", f"password {fault}.", field="password", ids=whose)
 
 
-def _filled(override: Override, ssh_keys: tuple[str, ...], user_data: str) -> Override:
-    """With the batch's keys and user data where the override says nothing of them."""
-    return replace(
-        override,
-        ssh_keys=ssh_keys if override.ssh_keys is None else override.ssh_keys,
-        user_data=user_data if override.user_data is None else override.user_data,
-    )
+def _fill(override: Override, for_all: Override) -> Override:
+    """What the override says nothing of is as for all."""
+    return replace(for_all, **{name: value for name, value in vars(override).items() if value is not None})
