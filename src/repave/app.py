@@ -37,13 +37,16 @@ from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
-from repave.api.operator import Desk, build_operator_router
+from repave.api.metrics import build_metrics_router
+from repave.api.openapi import build_openapi_router
+from repave.api.operator import Desk, ImportProgress, build_operator_router
 from repave.auth import Authenticator
 from repave.auth.login import Logins
 from repave.bmc import Bmc, BmcAddress, BmcFacts
+from repave.bmc.connector import CountRequest
 from repave.bmc.redfish import Paths, RedfishBmc
 from repave.ca import make_ca, make_certificate
-from repave.chunk_process import start_chunk_process
+from repave.chunk_process import ChunkBytes, start_chunk_process
 from repave.config import SETTINGS_FILE, Settings, load_settings, split_caches, split_listen
 from repave.domain.model import Credential, Image, Project, Role, Server, Step
 from repave.domain.urls import find_unreachable_place
@@ -55,6 +58,7 @@ from repave.images.headers import FORMATS
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.leftovers import sweep_files
+from repave.metrics import Metrics
 from repave.own_host import read_own_host
 from repave.pages import build_pages_router
 from repave.ramdisk.media import BootMedia
@@ -63,6 +67,7 @@ from repave.steady_clock import SteadyClock
 from repave.store import Store
 from repave.store.database import OF_THE_STORE, is_unavailable
 from repave.store.stand import check_file
+from repave.webhooks import WebhookSender
 from repave.workflow.bmc_login import find_password
 from repave.workflow.bmc_talk import keep_talk
 from repave.workflow.console_files import ConsoleFiles
@@ -148,6 +153,10 @@ class Site:
     media_sweep: MediaSweep
     desk: ImageDesk
     console_files: ConsoleFiles
+    metrics: Metrics
+    chunk_bytes: ChunkBytes
+    imports: list[ImportProgress]
+    webhooks: WebhookSender
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -204,6 +213,10 @@ def open_site(settings: Settings) -> Iterator[Site]:
     media_urls, agent_url = tuple(settings.media_url.split()), settings.agent_url.rstrip("/")
     places = Places(media_urls, agent_url, settings.chunks_url, ca_pem, settings.graceful_s, settings.read_back, settings.console_files)
 
+    watch = Watch(store, stand_path(settings.key_file), settings.data_dir)
+    chunk_bytes, imports = ChunkBytes(), list[ImportProgress]()
+    metrics = Metrics(store, health=watch.health, chunk_bytes=chunk_bytes.read, imports=imports)
+    webhooks = WebhookSender(store, local_addresses=settings.webhook_local_addresses)
     known_paths = dict[tuple[str, str | None], Paths]()  # one for each BMC spoken to; each run's preflight finds them anew
 
     @contextlib.contextmanager
@@ -217,7 +230,9 @@ def open_site(settings: Settings) -> Iterator[Site]:
         recognize = functools.partial(verify_system, server)
         with (
             keep_talk(store, run_id, also_secret=address.password) as talk,
-            RedfishBmc(address, observe=talk, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot) as bmc,
+            RedfishBmc(
+                address, observe=talk, before_write=may_write, recognize=recognize, paths=paths, http_boot=settings.uefi_http_boot, count=metrics.count_bmc
+            ) as bmc,
         ):
             yield bmc
 
@@ -234,11 +249,11 @@ def open_site(settings: Settings) -> Iterator[Site]:
         max_batch=settings.batch_max,
     )  # fmt: skip
     try:
-        watch = Watch(store, stand_path(settings.key_file), settings.data_dir)
         sweep = MediaSweep(store, open_bmc, every_s=settings.media_sweep_s)
         sources = ImageSources(settings.import_dir, settings.import_keyring, settings.import_local_addresses)
         desk = ImageDesk(images, images.root, settings.images_quota_bytes, formats=settings.image_formats.split(), sources=sources)
-        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, ConsoleFiles(store, settings.console_files))
+        consoles = ConsoleFiles(store, settings.console_files)
+        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, consoles, metrics, chunk_bytes, imports, webhooks)
     finally:
         store.close()
 
@@ -254,9 +269,9 @@ def _keep_chunk_key(settings: Settings, sealer: Sealer) -> None:
         write_private(path, key)
 
 
-def probe_bmc(address: BmcAddress) -> BmcFacts:
+def probe_bmc(address: BmcAddress, *, count: CountRequest = lambda method, outcome: None) -> BmcFacts:
     """What a new server's BMC says."""
-    with RedfishBmc(address) as bmc:
+    with RedfishBmc(address, count=count) as bmc:
         return bmc.probe()
 
 
@@ -283,13 +298,16 @@ def build_api(site: Site) -> FastAPI:
         find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url, chunks_url=site.places.chunks_url
     )
     waits_s = {Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}
+    probe = functools.partial(probe_bmc, count=site.metrics.count_bmc)
     desk = Desk(
-        site.store, site.fleet, site.desk, authenticator.authenticate, probe_bmc, find_unreachable, set_bmc_password, waits_s,
-        lambda: describe_site(site.settings),
+        site.store, site.fleet, site.desk, authenticator.authenticate, probe, find_unreachable, set_bmc_password, site.webhooks.send_test, site.imports,
+        waits_s, lambda: describe_site(site.settings),
     )  # fmt: skip
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(site.store.people, now=site.store.now)))
     app.include_router(build_health_router(site.watch.health))
+    app.include_router(build_metrics_router(site.store, authenticator, site.metrics.render))
+    app.include_router(build_openapi_router(app))
     install_wire(app)
     return app
 
@@ -365,8 +383,8 @@ def _serve_site(settings: Settings) -> None:
             try:
                 certificate = _certificate(settings, "chunks.pem", settings.chunks_url, settings.chunks_listen)  # nginx may want it too
                 if listener := sockets.get("chunks_listen"):
-                    stack.enter_context(start_chunk_process(listener, site.images.root, _chunk_key_path(settings), certificate))
-                with site.watch.running(), site.media_sweep.running(), site.console_files.running():
+                    stack.enter_context(start_chunk_process(listener, site.images.root, _chunk_key_path(settings), certificate, site.chunk_bytes))
+                with site.watch.running(), site.media_sweep.running(), site.console_files.running(), site.webhooks.running():
                     uvloop.run(_serve(site, sockets))
             finally:
                 site.engine.stop()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import socket
 import subprocess
 import sys
@@ -12,23 +14,38 @@ from pathlib import Path
 
 import structlog
 
+from repave.images.chunk_server import COUNTERS_BYTES
+
 AGAIN_S = 1.0
 
 log = structlog.get_logger()
 
 
+class ChunkBytes:
+    """How many bytes the chunk server has sent, also before it was started again: memory that both processes have."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("repave-chunk-bytes")
+        os.ftruncate(self.fd, COUNTERS_BYTES)
+        self._counters = memoryview(mmap.mmap(self.fd, COUNTERS_BYTES)).cast("Q")
+
+    def read(self) -> int:
+        return sum(self._counters)
+
+
 @contextlib.contextmanager
-def start_chunk_process(listener: socket.socket, images_dir: Path, key_path: Path, certificate: Path) -> Iterator[None]:
+def start_chunk_process(listener: socket.socket, images_dir: Path, key_path: Path, certificate: Path, sent: ChunkBytes | None = None) -> Iterator[None]:
     """It answers on `listener` for as long as the block runs. Who comes while it is started again waits in the listener's queue."""
+    sent = sent or ChunkBytes()
     command = [
-        sys.executable, "-P", "-m", "repave.images.chunk_server", str(images_dir), str(key_path), str(certificate), str(listener.fileno()),
+        sys.executable, "-P", "-m", "repave.images.chunk_server", str(images_dir), str(key_path), str(certificate), str(listener.fileno()), str(sent.fd),
     ]  # fmt: skip
     over = threading.Event()
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
         # Its standard input is a pipe that nobody writes to: however the service ends, the process reads the end of it and ends too.
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(listener.fileno(),))
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=(listener.fileno(), sent.fd))
 
     def keep() -> None:
         while True:

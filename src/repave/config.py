@@ -110,6 +110,7 @@ class Settings(BaseSettings):
         default="", pattern=r"^$|^/.*\{server\}",
         description="Files that servers' serial consoles are appended to (conman, conserver), /PATH/{server}.log; kept with each run. Empty = none.",
     )  # fmt: skip
+    webhook_local_addresses: bool = Field(default=False, description="A webhook's URL may lead to this machine or to link-local addresses.")
     rate_per_s: float = Field(default=50, gt=0, description="Requests a second and credential; above it 429. Lists: a fifth of it.")
     rate_burst: int = Field(default=200, gt=0, description="Requests a credential may send at once. Lists: half of it.")
 

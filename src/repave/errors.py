@@ -66,6 +66,8 @@ CATALOGUE: dict[str, Problem] = _table(
     ("1011", "batch-stopped", Who.REQUEST, False, "The batch was stopped by its own limit.", "More runs failed than its limit allows, or a canary did not go well.", "Read why the others failed; then repave batch retry.", _DISK),
     ("1012", "too-many", Who.REQUEST, True, "This key asks too often.", "It sent more requests a second than rate_per_s and rate_burst allow.", "Wait as long as Retry-After says, then send it again.", "this request started nothing"),
     ("1013", "no-route", Who.REQUEST, False, "There is no such path, or it takes another method.", "Wrong path, letter case, slash or method.", "Compare it with docs/api.md.", "everything"),
+    ("1030", "key-used", Who.REQUEST, False, "This Idempotency-Key came with another request.", "A key stands for one request, for a day.", "Send the first request again as it was, or this one with a new key.", "everything; the first request's batch goes on"),
+    ("1031", "webhook-failed", Who.REQUEST, True, "The webhook was not taken.", "The receiver can not be reached, or does not answer 2xx.", "Look at the receiver; then repave webhook test NAME.", "everything"),
     # 2: BMC. The slugs are the closed set that `repave bmc --json` prints as error.class.
     ("2101", "unreachable", Who.BMC, True, "The BMC does not answer.", "No connection, or none in time.", "Check cable, address and port; repave bmc probe URL.", _DISK),
     ("2102", "tls", Who.BMC, False, "The BMC's certificate is not the one we trust.", "It is not the pinned one, or TLS failed.", "Compare fingerprints, then repave server set NAME --repin.", "no password was sent"),

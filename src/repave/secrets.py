@@ -6,6 +6,7 @@ from a salt in a file of its own beside the key file: deleted rows stay in SQLit
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -41,6 +42,11 @@ class Secret:
 def new_token() -> str:
     """32 random bytes, URL-safe."""
     return _secrets.token_urlsafe(32)
+
+
+def new_webhook_secret() -> str:
+    """32 random bytes, written as Standard Webhooks writes them."""
+    return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"
 
 
 def fingerprint(token: str) -> str:

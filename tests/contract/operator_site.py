@@ -16,8 +16,14 @@ from typing import Any
 import requests
 import uvicorn
 from fastapi import FastAPI
+from openapi_answers import Document
 
 from repave.api.asgi import install_wire
+from repave.api.clouddc import build_clouddc_router
+from repave.api.health import build_health_router
+from repave.api.limits import Limiter
+from repave.api.metrics import build_metrics_router
+from repave.api.openapi import build_openapi_router, render_openapi
 from repave.api.operator import Desk, build_operator_router
 from repave.app import ImageDesk
 from repave.auth import Authenticator
@@ -28,9 +34,11 @@ from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.fetch import ImageSources
 from repave.images.store import ImageStore
+from repave.metrics import Metrics
 from repave.pages import build_pages_router
 from repave.secrets import Sealer
 from repave.store import Store, new_id
+from repave.webhooks import WebhookSender
 from repave.workflow.fleet import Fleet
 
 BMC_PASSWORD = "calvin-and-Hobbes-7"
@@ -76,11 +84,14 @@ class Site:
     url: str
     project: Project
     other: Project
+    document: Document
     tokens: dict[str, str]  # by role; "other" is an admin of the other project, not of the site
 
     def ask(self, method: str, path: str, *, as_: str = "admin", **how: Any) -> requests.Response:
         headers = {"X-Auth-Token": self.tokens[as_]} | how.pop("headers", {})
-        return requests.request(method, f"{self.url}/repave/v1{path}", headers=headers, timeout=20, **how)
+        answer = requests.request(method, f"{self.url}/repave/v1{path}", headers=headers, timeout=20, **how)
+        self.document.check(method, f"/repave/v1{path}".partition("?")[0], answer)
+        return answer
 
     def add_server(self, name: str, *, project: Project | None = None, **more: Any) -> dict[str, Any]:
         url = f"https://{name}.bmc.invalid"
@@ -114,13 +125,19 @@ def start_site(
     bmcs, authenticator = Bmcs(), Authenticator(store.access, now=now)
 
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)
+    webhooks = WebhookSender(store, local_addresses=True)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
-    desk = Desk(store, fleet, images, authenticator.authenticate, bmcs.probe, find_unreachable, bmcs.set_password)
+    desk = Desk(store, fleet, images, authenticator.authenticate, bmcs.probe, find_unreachable, bmcs.set_password, webhooks.send_test, [])
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(store.people, now=now)))
+    app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=Limiter()))
+    app.include_router(build_health_router(lambda: {}))
+    metrics = Metrics(store, health=dict, chunk_bytes=lambda: 0, imports=[])
+    app.include_router(build_metrics_router(store, authenticator, metrics.render))
+    app.include_router(build_openapi_router(app))
     install_wire(app)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -129,7 +146,7 @@ def start_site(
         while not server.started:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Site(store, images, bmcs, f"http://127.0.0.1:{port}", project, other, tokens)
+        yield Site(store, images, bmcs, f"http://127.0.0.1:{port}", project, other, Document(render_openapi(app)), tokens)
     finally:
         server.should_exit = True
         thread.join(10)

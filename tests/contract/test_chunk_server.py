@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ import pytest
 from repave.agent.chunks import ChunkSource
 from repave.agent.client import Refused
 from repave.ca import make_ca, make_certificate
-from repave.chunk_process import start_chunk_process
+from repave.chunk_process import ChunkBytes, start_chunk_process
 from repave.images.chunk_server import AT_ONCE
 from repave.images.chunk_token import find_token_run, render_chunk_token
 
@@ -49,6 +50,7 @@ class Site:
         self.certificate = make_certificate(folder, ["127.0.0.1", "localhost"], folder / "server.pem")
         self.key = folder / "chunks.key"
         self.key.write_bytes(KEY)
+        self.sent = ChunkBytes()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.tls = ssl.create_default_context(cafile=str(folder / "ca.pem"))
@@ -72,7 +74,7 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made = Site(tmp_path_factory.mktemp("chunks"))
-    with made.listener, start_chunk_process(made.listener, made.images, made.key, made.certificate):
+    with made.listener, start_chunk_process(made.listener, made.images, made.key, made.certificate, made.sent):
         yield made
 
 
@@ -172,7 +174,7 @@ def test_an_agent_with_many_connections_has_no_more_than_its_share(site: Site) -
 
 def test_a_chunk_server_that_dies_is_there_again_and_one_without_its_service_ends(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    with site.listener, start_chunk_process(site.listener, site.images, site.key, site.certificate):
+    with site.listener, start_chunk_process(site.listener, site.images, site.key, site.certificate, site.sent):
         source = site.source(token())
         assert source.fetch(NAMES[0]) == CHUNKS[NAMES[0]]
         first = find_children()
@@ -180,6 +182,10 @@ def test_a_chunk_server_that_dies_is_there_again_and_one_without_its_service_end
         assert source.fetch(NAMES[1], while_true=lambda: True) == CHUNKS[NAMES[1]]
         second = find_children()[-1]
         assert second != first[-1]
+        deadline = time.monotonic() + 10
+        while not 2_100_000 < site.sent.read() < 2_600_000:  # of both processes; what was just sent is counted a moment later, or never when it is killed
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     assert not Path(f"/proc/{second}").exists()
 
 

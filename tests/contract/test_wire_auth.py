@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from wire_site import PASSWORD, Headers, Site, open_site
 
+from repave.domain.states import Ending
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -133,3 +135,35 @@ def test_an_unsigned_payload_is_refused_for_json_and_not_json_elsewhere(site: Si
         headers = site.sign("PUT", path, b"{}", headers=[unsigned, ("Content-Type", kind)])
         assert site.reinstall(b"{}", headers).status == status
     assert site.reinstall(b"{}", site.sign("PUT", path, b"{}", headers=[unsigned])).status == 401
+
+
+# ---- Idempotency-Key ----
+
+
+def test_a_put_with_its_key_again_gets_the_first_202_and_another_body_is_refused(site: Site):
+    instance, other, before = site.add_instance(), site.add_instance(), site.count_batches()
+    headers = [("X-Auth-Token", site.operator.token), ("Idempotency-Key", "deploy-42")]
+    body = {"password": PASSWORD, "instance_id_set": [instance]}
+    first, again = site.reinstall(body, headers), site.reinstall(body, headers)
+    assert (first.status, again.status, again.text, again.headers["link"]) == (202, 202, first.text, first.headers["link"])
+    assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
+    refused = site.reinstall(body | {"instance_id_set": [other]}, headers)
+    assert (refused.status, refused.json["error_code"]) == (400, "iMetal.0001") and "Idempotency-Key" in refused.json["error_msg"]
+    assert site.count_batches() == before + 1
+    twice = site.reinstall(body, [*headers, ("Idempotency-Key", "other")])
+    assert (twice.status, twice.json["error_code"]) == (400, "iMetal.0001")
+    assert site.reinstall(body, [("Idempotency-Key", "deploy-42")]).status == 401
+
+
+def test_a_signature_that_came_second_under_a_key_opens_nothing_when_sent_again_without_it(site: Site):
+    """Whoever copies a request can leave out a header that is not signed."""
+    instance, before = site.add_instance(), site.count_batches()
+    body = json.dumps({"password": PASSWORD, "instance_id_set": [instance]}).encode()
+    path, key = f"{site.path}/instances/reinstall", ("Idempotency-Key", "k")
+    first = site.reinstall(body, [*site.sign("PUT", path, body, at=datetime.now(UTC) - timedelta(seconds=5)), key])
+    second = site.sign("PUT", path, body)
+    assert (first.status, site.reinstall(body, [*second, key]).status) == (202, 202)
+    for run in site.store.runs.list_runs(live=True):
+        site.store.runs.record_ending(run.id, Ending.RETURNED, None)
+    copied = site.reinstall(body, second)
+    assert (copied.status, copied.headers["link"], site.count_batches()) == (202, first.headers["link"], before + 1)

@@ -65,6 +65,18 @@ def test_the_proof_names_the_disk_of_the_plan_and_the_host_key_is_kept(lab, batc
         assert run["proof"]["ssh_host_keys"][0].startswith("ssh-ed25519 ")
 
 
+def test_the_service_counts_what_it_did(lab, batch_of_six):
+    answer = requests.get(f"{lab.values['endpoint']}/metrics", headers={"Authorization": f"Bearer {lab.values['token']}"}, timeout=30)
+    found = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    assert float(found['repave_runs_total{outcome="proved"}']) >= 6
+    image = lab.image("tiny-1")
+    assert float(found["repave_chunk_bytes_total"]) >= 6 * image["stored_bytes"]
+    assert float(found['repave_bmc_requests_total{method="POST",outcome="2xx"}']) > 0
+    assert float(found['repave_healthy{part="database"}']) == 1
+    document = requests.get(f"{lab.values['endpoint']}/repave/v1/openapi.json", timeout=30).json()
+    assert {"/v1/{project_id}/instances/reinstall", "/repave/v1/reinstall", "/repave/v1/health"} <= document["paths"].keys()
+
+
 def test_no_key_of_an_ended_run_is_left_also_after_a_restart(lab, batch_of_six):
     assert lab.keys() == []
     lab.kill_service()
@@ -118,6 +130,28 @@ def test_a_windows_run_ends_running_and_its_password_is_nowhere_in_the_site_at_a
     assert find_secret(iter(site_files(lab)), CANARY) == []
     assert scripted_os.find_config_drive(lab.machines["lab07"].root_disk) is None
     assert lab.keys() == []
+
+
+def test_what_each_server_got_of_its_own_is_nowhere_in_clear_and_its_key_holds_over_a_kill(lab):
+    """Passwords and user data that differ by server; the same request again, with its Idempotency-Key, once the service was killed."""
+    own = {name: {"password": f"{CANARY}-{number}", "user_data": f"#!/bin/true {CANARY}", "hostname": f"own-{number}"} for number, name in enumerate(lab.names)}
+    body = {"servers": lab.names, "image": "tiny-1", "password": CANARY, "each": own}
+
+    def ask() -> requests.Response:
+        headers = {"X-Auth-Token": lab.values["token"], "Idempotency-Key": f"key-{CANARY}"}
+        return requests.post(f"{lab.values['endpoint']}/repave/v1/reinstall", json=body, headers=headers, timeout=60)
+
+    first = ask()
+    assert first.status_code == 202, first.text
+    lab.kill_service()
+    assert find_secret(iter(site_files(lab)), CANARY) == []
+    lab.start_service()
+    again = ask()
+    assert (again.status_code, again.json()["id"], again.headers["idempotent-replayed"]) == (202, first.json()["id"], "true")
+    assert {r["state"] for r in lab.wait_for_end(first.json()["id"]).values()} == {"running"}
+    for number, name in enumerate(lab.names):
+        assert f"first boot as own-{number};" in lab.console(name)
+    assert find_secret(iter(site_files(lab)), CANARY) == []
 
 
 # ---- a second request for the same instances ----

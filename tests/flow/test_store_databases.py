@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -13,7 +13,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
-from repave.domain.model import Credential, Image, Instance, Role, Server, Source
+from repave.domain.model import Credential, Image, Instance, Role, Server, Source, Step
 from repave.domain.states import Ending
 from repave.errors import RepaveError, RequestError
 from repave.secrets import Sealer
@@ -22,6 +22,7 @@ from repave.store.chain import Checked, check_chain
 from repave.store.consoles import HEAD_CHARS, PART_CHARS, TAIL_CHARS
 from repave.store.database import open_engine
 from repave.store.migrations import bring_up_to_date, open_scripts
+from repave.store.runs import RUN_STATES
 from repave.store.tables import META
 from repave.workflow.console_files import ConsoleFiles
 from repave.workflow.fleet import Fleet
@@ -149,6 +150,93 @@ def test_of_two_requests_that_overlap_at_once_one_wins_whole(many, tmp_path):
     states = [many.store.servers.find_instance(many.credential.project_id, i.id).state.value for i in many.instances]
     assert states == ["pending"] * 10 + ["running"] * 2
     assert len([p for p in (tmp_path / "secret/run-keys").iterdir() if p.is_file()]) == 10  # the losers' keys are gone
+
+
+def test_of_one_key_used_at_once_on_two_workers_one_batch_comes_also_for_other_servers(many, database_url, tmp_path):
+    """Also where the servers differ, and nothing but the key stands between them."""
+    other = Store.open(database_url, sealer=many.store.sealer, now=now)
+    workers = [many.fleet, Fleet(other, lambda conn, runs: None, run_timeout_s=3600)]
+    for base in range(0, 8, 2):
+        start, keys = Barrier(2), {f"key-{base}": "request"}
+
+        def ask(number: int, base=base, start=start, keys=keys) -> str:
+            ids = [many.instances[base + number].id]
+            start.wait()
+            try:
+                workers[number].admit(credential=many.credential, instance_ids=ids, image_id=many.image.id, password="Canary-7!canary", answer_keys=keys)
+            except RequestError as refused:
+                return refused.slug
+            return "accepted"
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(ask, range(2))) == ["accepted", "key-used"]
+        answers = [store.access.find_answer(f"key-{base}", "request") for store in (many.store, other)]
+        assert answers[0] == answers[1] and answers[0]["batch_id"] in {r.batch_id for r in many.store.runs.list_runs()}
+    assert len(many.store.runs.list_runs()) == 4
+    other.close()
+
+
+def test_a_key_is_kept_with_its_batch_or_not_at_all_and_for_a_day(many):
+    def crash(conn, runs):
+        raise KeyboardInterrupt
+
+    about = dict(credential=many.credential, image_id=many.image.id, password="Canary-7!canary", answer_keys={"key": "request"})
+    many.store.enqueue = crash
+    with pytest.raises(KeyboardInterrupt):
+        many.fleet.admit(instance_ids=[many.instances[0].id], **about)
+    assert many.store.access.find_answer("key", "request") is None and many.store.runs.list_runs() == []
+    many.store.enqueue = lambda conn, runs: None
+    first = many.fleet.admit(instance_ids=[many.instances[0].id], **about).batch_id
+    assert many.store.access.find_answer("key", "request")["batch_id"] == first
+    with pytest.raises(RequestError, match="another request"):
+        many.store.access.find_answer("key", "other")
+    many.store.now = lambda: now() + timedelta(hours=25)
+    assert many.store.access.find_answer("key", "other") is None
+    second = many.fleet.admit(instance_ids=[many.instances[1].id], **about).batch_id
+    assert many.store.access.find_answer("key", "request")["batch_id"] == second != first
+
+
+def test_of_two_workers_one_delivers_to_a_webhook_and_nobody_goes_back(many, database_url):
+    project, other = many.credential.project_id, Store.open(database_url, sealer=many.store.sealer, now=now)
+    about = dict(name="ops", url="https://x/?k", host="x", secret="whsec_", shape="standard", events=["run.ended"], actor="op")
+    many.store.webhooks.add_webhook(project, **about)
+    batch = many.admit(0, 1)
+    for run in many.store.runs.list_runs(batch_id=batch):
+        many.store.runs.record_ending(run.id, Ending.PROVED, None)
+    hooks = [store.webhooks.list_due()[0] for store in (many.store, other)]
+    start = Barrier(2)
+
+    def claim(store: Store, hook: object) -> bool:
+        start.wait()
+        return store.webhooks.claim(hook, seconds=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(claim, (many.store, other), hooks)) == [False, True]
+    first, second = (e.seq for e in many.store.events.list_events(project, batch_id=batch) if e.type == "run.ended")
+    assert many.store.webhooks.find_next_event(hooks[0], 0).seq == first
+    many.store.webhooks.record_delivered(hooks[0], first)
+    many.store.webhooks.record_trouble(hooks[1], "late")  # of one that was thought dead
+    now_it_is = other.webhooks.find_webhook(project, "ops")
+    assert (now_it_is.after_seq, now_it_is.tries, other.webhooks.find_next_event(now_it_is, 0).seq) == (first, 0, second)
+    other.close()
+
+
+def test_what_is_counted_and_found_by_state_is_the_same_on_both_databases(many):
+    batch = many.admit(0, 1, 2, 3)
+    runs = many.store.runs.list_runs(batch_id=batch)
+    many.store.runs.record_step(runs[0].id, Step.PREFLIGHT)
+    for run, ending, error in ((runs[1], Ending.PROVED, None), (runs[2], Ending.RETURNED, "cancelled"), (runs[3], Ending.RETURNED, "unreachable")):
+        many.store.runs.record_ending(run.id, ending, RepaveError(error).as_json() if error else None)
+    found = {state: [r.id for r in many.store.runs.page_runs(many.credential.project_id, state=state)] for state in RUN_STATES}
+    assert found == {
+        "waiting": [], "working": [runs[0].id], "running": [runs[1].id], "rehearsed": [], "cancelled": [runs[2].id], "failed": [runs[3].id]
+    }  # fmt: skip
+    figures = many.store.figures
+    assert [(r["step"], bool(r["begun"]), bool(r["late"]), r["n"]) for r in figures.count_live()] == [("preflight", True, False, 1)]
+    assert figures.count_states()["pending"] == 1
+    counted = figures.list_counted(0)
+    assert [(e["type"], e["data"].get("outcome")) for e in counted] == [("image.added", None)] + [("run.ended", o) for o in ("proved", "returned", "returned")]
+    assert figures.list_counted(counted[-1]["seq"]) == []
 
 
 def test_of_a_crossing_and_a_rollback_at_once_one_wins(many):

@@ -7,7 +7,7 @@ validation, lookup. Each endpoint is a sync function in FastAPI's thread pool.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from repave.api.asgi import incoming
 from repave.api.body import UUID, ReinstallOptions, check_content_type, parse_reinstall
+from repave.api.idempotency import REPLAYED, name_request
 from repave.api.limits import Kind, Limiter
 from repave.api.wire_errors import bad_value, from_status, json_answer, no_instance, no_server, too_many
 from repave.auth import Authenticator, Caller, check_may
@@ -29,6 +30,7 @@ from repave.workflow.fleet import Fleet
 
 MIN_PAGE, MAX_PAGE = 10, 1000  # clouddc-api.md 2.5, 3.1
 MAX_FILTER_IDS = 100
+NO_HEADERS: Mapping[str, str] = {}
 POLL_AFTER_S = 5  # a hint on the 202: nothing changes faster
 # Every value that a page or an SDK names (2.2, 3.1): asking for one that we never use gives an empty list.
 INSTANCE_STATES = frozenset((
@@ -134,7 +136,7 @@ _REINSTALL_BODY = {"requestBody": {"required": True, "content": {"application/js
     "type": "object",
     "required": ["password", "instance_id_set"],
     "properties": {
-        "image_id": {"type": "string", "nullable": True, "description": "absent, null or empty: the current image of each instance"},
+        "image_id": {"type": ["string", "null"], "description": "absent, null or empty: the current image of each instance"},
         "password": {"type": "string", "minLength": 8, "maxLength": 26, "writeOnly": True},
         "instance_id_set": {"type": "array", "minItems": 1, "maxItems": 50, "uniqueItems": True, "items": {"type": "string", "format": "uuid"}},
     },
@@ -173,22 +175,22 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
         caller, sent = admit_caller(request, project_id, Role.OPERATOR, "change"), incoming(request)
         if sent.too_large:
             raise from_status(413)
-        if caller.replay_key and (answer := store.access.find_answer(caller.replay_key)):
-            return _accepted(answer["body"], answer.get("batch_id"))
+        keys = name_request(sent, caller.credential, store.sealer) | ({caller.replay_key: ""} if caller.replay_key else {})
+        if answer := _find_answer(store, keys):
+            return _accepted_before(answer)
         check_content_type(sent.presented.values("content-type"), sent.presented.values("content-encoding"))
         wanted = parse_reinstall(sent.body)
         check_passwords(project_id, wanted)
         try:
             admitted = fleet.admit(
                 credential=caller.credential, instance_ids=wanted.instance_ids, image_id=wanted.image_id,
-                password=wanted.password, answer_key=caller.replay_key,
+                password=wanted.password, answer_keys=keys,
             )  # fmt: skip
         except RepaveError:
-            # Two copies of one signed request at once: the second finds the first's instances busy, and its answer stored.
-            answer = store.access.find_answer(caller.replay_key) if caller.replay_key else None
-            if answer is None:
-                raise
-            return _accepted(answer["body"], answer.get("batch_id"))
+            # Two copies of one request at once: the second finds the first's instances busy, and its answer stored.
+            if answer := _find_answer(store, keys):
+                return _accepted_before(answer)
+            raise
         return _accepted({"instances": [{"id": i} for i in admitted.instance_ids]}, admitted.batch_id)
 
     @router.get("/instances/{instance_id}/status", response_model=InstanceStatus)
@@ -234,9 +236,22 @@ def build_clouddc_router(store: Store, fleet: Fleet, *, authenticate: Authentica
     return router
 
 
-def _accepted(body: dict[str, Any], batch_id: str | None) -> Response:
+def _find_answer(store: Store, keys: Mapping[str, str]) -> dict[str, Any] | None:
+    """The answer that one of the keys has already; from now on each has it, so that a signature which came second opens nothing later."""
+    found = {key: store.access.find_answer(key, request) for key, request in keys.items()}
+    answer = next(filter(None, found.values()), None)
+    for key in (key for key, request in keys.items() if answer and not found[key] and not request):
+        store.access.keep_answer(key, answer or {})
+    return answer
+
+
+def _accepted_before(answer: dict[str, Any]) -> Response:
+    return _accepted(answer["body"], answer.get("batch_id"), REPLAYED)
+
+
+def _accepted(body: dict[str, Any], batch_id: str | None, more: Mapping[str, str] = NO_HEADERS) -> Response:
     link = {"Link": f'</repave/v1/batches/{batch_id}>; rel="monitor"'} if batch_id else {}
-    return json_answer(202, body, {"Retry-After": str(POLL_AFTER_S), **link})
+    return json_answer(202, body, {"Retry-After": str(POLL_AFTER_S), **link, **more})
 
 
 def _status(instance: Instance) -> InstanceStatus:

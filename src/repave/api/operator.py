@@ -11,23 +11,25 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from repave.bmc import BmcAddress, BmcFacts
-from repave.domain.model import Credential, Image, Role, Server, Step
+from repave.domain.model import Credential, Image, Role, Server, Step, Webhook
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError, Who
 from repave.images.fetch import ImageSources
 from repave.store import Store
+from repave.workflow.fleet import Override
 
 SITE_PROJECT = "default"
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Admits(Protocol):
@@ -35,8 +37,8 @@ class Admits(Protocol):
 
     def admit(
         self, *, credential: Credential, instance_ids: list[str], image_id: str | None, password: str,
-        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_key: str | None = None, rehearse: bool = False,
-        waves: Waves = ..., image_ids: dict[str, str] | None = None,
+        ssh_keys: tuple[str, ...] = (), user_data: str = "", answer_keys: Mapping[str, str] = ..., rehearse: bool = False,
+        waves: Waves = ..., overrides: Mapping[str, Override] = ...,
     ) -> Any: ...  # fmt: skip
 
     def refuse_protected(self, servers: Sequence[Server]) -> None:
@@ -98,9 +100,10 @@ class Desk:
     probe: Callable[[BmcAddress], BmcFacts]  # asks a BMC what it is and touches nothing; raises BmcError
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     set_bmc_password: Callable[[BmcAddress, str], None]
+    send_test: Callable[[Webhook], None]
+    imports: list[ImportProgress]  # under way in this process
     waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings
     describe_site: Callable[[], Json] = dict  # versions, and settings without secrets
-    imports: list[ImportProgress] = field(default_factory=list)  # under way in this process
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,8 @@ Admin = Annotated[Scope, Depends(_needs(Role.ADMIN))]
 
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
-    "in-progress": 409, "too-many": 429,
-    "locked": 409, "own-host": 409, "past-the-line": 409, "image-refused": 422, "image-quota": 507, "service-unreachable": 503,
-    "database-unavailable": 503, "database-corrupt": 503,
+    "in-progress": 409, "too-many": 429, "locked": 409, "own-host": 409, "past-the-line": 409, "key-used": 422, "image-refused": 422,
+    "image-quota": 507, "service-unreachable": 503, "webhook-failed": 502, "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 
@@ -208,6 +210,22 @@ class ProblemRoute(APIRoute):
 
 def render_list(items: list[Json], next_: int | str | None = None) -> Json:
     return {"items": items, "next": next_}
+
+
+MAX_PAGE = 1000
+After = Annotated[str | None, Query(max_length=200, description="Where to go on: the `next` of the page before. Stable under what is added meanwhile.")]
+Limit = Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="How many at most; without it all.")]
+PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at most.")]
+
+
+def one_more(limit: int | None) -> int | None:
+    """What to ask the store for, so that it is known whether another page follows."""
+    return None if limit is None else limit + 1
+
+
+def cut_page(found: Sequence[T], limit: int | None, key: Callable[[T], str]) -> tuple[Sequence[T], str | None]:
+    """The page and its `next`, out of a list of one more than `limit` where there is one more."""
+    return (found[:limit], key(found[limit - 1])) if limit is not None and len(found) > limit else (found, None)
 
 
 # ---- whoami, projects, keys ----
@@ -260,8 +278,10 @@ class NewKey(Body):
 
 
 @router.get("/keys")
-def list_keys(scope: Admin) -> Json:
-    return render_list([_credential_json(c) for c in scope.store.access.list_credentials(scope.project_id)])
+def list_keys(scope: Admin, after: After = None, limit: Limit = None) -> Json:
+    """Oldest first."""
+    found, following = cut_page(scope.store.access.list_credentials(scope.project_id, after=after, limit=one_more(limit)), limit, lambda c: c.id)
+    return render_list([_credential_json(c) for c in found], following)
 
 
 @router.post("/keys", status_code=201)
@@ -281,7 +301,7 @@ def remove_key(scope: Admin, key_id: str) -> None:
 def build_operator_router(desk: Desk) -> APIRouter:
     """All routes under /repave/v1."""
     # The resources use what this module defines, so they are imported when it is complete.
-    from repave.api import operator_batches, operator_console, operator_events, operator_images, operator_servers, operator_users
+    from repave.api import operator_batches, operator_console, operator_events, operator_images, operator_servers, operator_users, operator_webhooks
 
     async def attach(request: Request) -> None:
         request.state.desk = desk
@@ -289,7 +309,7 @@ def build_operator_router(desk: Desk) -> APIRouter:
     everything = APIRouter(prefix="/repave/v1", dependencies=[Depends(attach)], tags=["operator"])
     for part in (
         router, operator_users.router, operator_servers.router, operator_images.router, operator_images.imports, operator_batches.router,
-        operator_console.router, operator_events.router,
+        operator_console.router, operator_events.router, operator_webhooks.router,
     ):  # fmt: skip
         everything.include_router(part)
     return everything

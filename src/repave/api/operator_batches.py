@@ -3,14 +3,19 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from repave.api.asgi import incoming
 from repave.api.batch_views import Beside, batch_json, estimate_json, run_durations, run_json, run_state, when_given_up
-from repave.api.operator import Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.api.clouddc import POLL_AFTER_S
+from repave.api.idempotency import REPLAYED, name_request
+from repave.api.operator import After, Body, Json, Operator, PageLimit, ProblemRoute, Scope, Viewer, cut_page, render_list
 from repave.api.operator_images import get_image
 from repave.api.operator_servers import get_server
 from repave.domain.model import Batch, Image, Instance, RunRow, Server, Step
@@ -20,15 +25,36 @@ from repave.domain.timing import slow_durations, usual_durations
 from repave.domain.waves import Waves
 from repave.errors import RepaveError, RequestError
 from repave.store import Cancelled
+from repave.workflow.fleet import AS_THE_BATCH, Override, check_passwords
 
 router = APIRouter(route_class=ProblemRoute)
+NO_KEYS: Mapping[str, str] = {}
 _MAX_NAMED = 50
 _PUBLIC_KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/]+=*( [^\r\n]*)?")  # sshd(8), AUTHORIZED_KEYS FILE FORMAT, without options
 
 
-class Target(Body):
-    """Which servers, and which image (name or id; absent = the one each has now). `retry`: those of a batch that did not end well, each its image."""
+class PlannedOverride(Body):
+    """What differs for one server and shows in a plan. `hostname`: of the new OS, instead of the instance's name."""
 
+    image: str | None = None
+    hostname: str | None = Field(default=None, pattern=r"^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$")
+
+
+class ServerOverride(PlannedOverride):
+    """What differs for one server; what is absent is as for the batch. Each password that differs takes a tenth of a second to hash."""
+
+    password: str | None = Field(default=None, max_length=200)
+    ssh_keys: list[str] | None = Field(default=None, max_length=20)
+    user_data: str | None = Field(default=None, max_length=32_768)
+
+
+class Target(Body):
+    """Which servers, and which image (name or id; absent = the one each has now). `retry`: those of a batch that did not end well, each its image.
+
+    `each`: what differs, by the name or instance id of a server among them.
+    """
+
+    each: Mapping[str, PlannedOverride] = Field(default={}, max_length=_MAX_NAMED)
     servers: list[str] = Field(default=[], max_length=_MAX_NAMED)
     instance_ids: list[str] = Field(default=[], max_length=_MAX_NAMED)
     image: str | None = None
@@ -38,6 +64,7 @@ class Target(Body):
 class Reinstall(Target):
     """`rehearse`: everything up to the line, nothing written, no password. Waves: domain/waves.py."""
 
+    each: Mapping[str, ServerOverride] = Field(default={}, max_length=_MAX_NAMED)
     password: str = Field(default="", max_length=200)
     ssh_keys: list[str] = Field(default=[], max_length=20)
     user_data: str = Field(default="", max_length=32_768)
@@ -85,8 +112,24 @@ def _retryable(scope: Scope, batch_id: str) -> list[RunRow]:
     return runs
 
 
-def _images_of_retry(scope: Scope, target: Target) -> dict[str, str]:
-    return {run.instance_id: run.image_id for run in _retryable(scope, target.retry)} if target.retry is not None else {}
+def _overrides(scope: Scope, target: Target, pairs: Sequence[tuple[Server, Instance]]) -> dict[str, Override]:
+    """By instance: what its run of the retried batch had, then what was said of it. Raises bad-request where something is said of another server."""
+    again = _retryable(scope, target.retry) if target.retry is not None else []
+    found = {run.instance_id: Override(image_id=run.image_id, hostname=run.hostname) for run in again}
+    named = {name: instance.id for server, instance in pairs for name in (server.name, instance.id)}
+    for name, said in target.each.items():
+        if name not in named:
+            raise RequestError("bad-request", f"each.{name}: there is no such server in this request.", field="each")
+        if named[name] in [named[other] for other in target.each if other != name]:
+            raise RequestError("bad-request", f"each.{name}: it is there by its name and by its id.", field="each")
+        given = {field: value for field, value in said.model_dump(exclude={"image"}).items() if value is not None}
+        if isinstance(said, ServerOverride) and said.ssh_keys is not None:
+            _check_ssh_keys(said.ssh_keys, f"each.{name}.ssh_keys")
+            given["ssh_keys"] = tuple(said.ssh_keys)
+        if said.image:
+            given["image_id"] = get_image(scope, said.image).id
+        found[named[name]] = replace(found.get(named[name], AS_THE_BATCH), **given)
+    return found
 
 
 def _plan(scope: Scope, target: Target) -> Json:
@@ -95,19 +138,20 @@ def _plan(scope: Scope, target: Target) -> Json:
     asked = get_image(scope, target.image) if target.image else None
     images = {i.id: i for i in scope.store.images.list_images(scope.project_id)}
     disks = {s.id: (scope.store.runs.find_inventory(s.id) or {}).get("disks", []) for s, _ in pairs}
-    again = _images_of_retry(scope, target)
+    overrides = _overrides(scope, target, pairs)
     history = {model: scope.store.runs.list_durations(model) for model in {s.model for s, _ in pairs}}
     usual, slow = ({model: round(sum(of(runs).values())) or None for model, runs in history.items()} for of in (usual_durations, slow_durations))
     erased, problems, facts = [], [], []
     for server, instance in pairs:
-        image = asked or images.get(again.get(instance.id) or instance.image_id or "")
+        own = overrides.get(instance.id, AS_THE_BATCH)
+        image = images.get(own.image_id or (asked.id if asked else instance.image_id) or "")
         seen = [d for d in disks[server.id] if is_candidate(d)]
         known = images.get(instance.image_id or "")
         os_now = known.name if known else "an image that was removed" if instance.image_id else None
         rule = ",".join(f"{k}={v}" for k, v in server.root_disk.items())
         erased.append({
             "server": server.name, "instance_id": instance.id, "model": server.model, "state": instance.state.value, "os_now": os_now,
-            "image": image.name if image else None, "os_type": image.os_type if image else None,
+            "image": image.name if image else None, "os_type": image.os_type if image else None, "hostname": own.hostname or instance.name,
             "root_disk": rule or "the one that boots, or the only one", "disks_seen": len(seen) or None, "keeps": server.keep_partitions,
             "usual_s": usual[server.model], "usual_high_s": slow[server.model], "usual_runs": len(history[server.model]),
             "careful": _cautions(server, instance, image, seen),
@@ -166,29 +210,75 @@ def plan(scope: Viewer, target: Target) -> Json:
 
 
 @router.post("/reinstall", status_code=202)
-def reinstall(scope: Operator, asked: Reinstall, response: Response) -> Json:
-    """All of them are accepted, each with one run; or nothing happened. The same rules as CloudDC's route."""
+def reinstall(scope: Operator, request: Request, asked: Reinstall, response: Response, dry_run: bool = False) -> Json:
+    """All of them are accepted, each with one run; or nothing happened. The same rules as CloudDC's route.
+
+    `dry_run`: 200 and the plan, nothing is begun. With an `Idempotency-Key` the same request sent again within a day begins nothing: it is answered with
+    the batch that it began, as that now stands, and `Idempotent-Replayed: true`; 422 `key-used` where the key came with another request.
+    """
+    keys = {} if dry_run else name_request(incoming(request), scope.credential, scope.store.sealer)
+    try:
+        return _find_begun(scope, keys, response) or begin_reinstall(scope, asked, response, keys, dry_run=dry_run)
+    except RepaveError:
+        # Two copies at once: the second finds the first's servers busy, and its batch.
+        if again := _find_begun(scope, keys, response):
+            return again
+        raise
+
+
+def _find_begun(scope: Scope, keys: Mapping[str, str], response: Response) -> Json | None:
+    """The batch that this request began before, where it did."""
+    answer = next((found for key, named in keys.items() if (found := scope.store.access.find_answer(key, named))), None)
+    if answer is None:
+        return None
+    response.headers.update(REPLAYED)
+    return _answer_accepted(scope, answer["batch_id"], response)
+
+
+def _answer_accepted(scope: Scope, batch_id: str, response: Response) -> Json:
+    response.headers["Location"] = f"/repave/v1/batches/{batch_id}"
+    response.headers["Retry-After"] = str(POLL_AFTER_S)
+    return show_batch(scope, batch_id)
+
+
+def begin_reinstall(scope: Scope, asked: Reinstall, response: Response, keys: Mapping[str, str] = NO_KEYS, *, dry_run: bool = False) -> Json:
+    """As `reinstall`, for who asks without a request that could come twice."""
     if asked.plan is not None and asked.plan != _plan(scope, asked)["id"]:
         raise RequestError("conflict", "The plan is out of date: image, servers or states have changed since.", field="plan")
-    _check_ssh_keys(asked.ssh_keys)
+    _check_ssh_keys(asked.ssh_keys, "ssh_keys")
     pairs = _resolve(scope, asked)
+    overrides = _overrides(scope, asked, pairs)
     if asked.retry is not None and _get_batch(scope, asked.retry).rehearse and not asked.rehearse:
         raise RequestError("bad-request", "rehearse: that batch was a rehearsal, and so is its retry; to reinstall its servers name them.", field="rehearse")
+    if dry_run:
+        response.status_code = 200
+        return _dry_run(scope, asked, overrides)
     image_id = get_image(scope, asked.image).id if asked.image else None
     admitted = scope.desk.fleet.admit(
         credential=scope.credential, instance_ids=[i.id for _, i in pairs], image_id=image_id, password=asked.password,
         ssh_keys=tuple(asked.ssh_keys), user_data=asked.user_data, rehearse=asked.rehearse,
-        waves=Waves(asked.canary, asked.at_once, asked.max_failed), image_ids=_images_of_retry(scope, asked),
+        waves=Waves(asked.canary, asked.at_once, asked.max_failed), overrides=overrides, answer_keys=keys,
     )  # fmt: skip
-    response.headers["Location"] = f"/repave/v1/batches/{admitted.batch_id}"
-    return show_batch(scope, admitted.batch_id)
+    return _answer_accepted(scope, admitted.batch_id, response)
 
 
-def _check_ssh_keys(keys: Sequence[str]) -> None:
+def _dry_run(scope: Scope, asked: Reinstall, overrides: Mapping[str, Override]) -> Json:
+    """The plan, where the request itself could be taken. Raises bad-request for a password that would be refused."""
+    plan = _plan(scope, asked)
+    if not asked.rehearse:
+        own = {e["instance_id"]: overrides.get(e["instance_id"], AS_THE_BATCH).password for e in plan["erased"]}
+        check_passwords({
+            e["instance_id"]: (e["os_type"] or "Linux", asked.password if own[e["instance_id"]] is None else str(own[e["instance_id"]]))
+            for e in plan["erased"]
+        })  # fmt: skip
+    return plan
+
+
+def _check_ssh_keys(keys: Sequence[str], field: str) -> None:
     """Each is a public key. Raises bad-request, which never repeats what may be a private one."""
     for number, key in enumerate(keys):
         if not _PUBLIC_KEY.fullmatch(key):
-            raise RequestError("bad-request", f"ssh_keys[{number}]: no public key of one line (TYPE BASE64 COMMENT); give the .pub file.", field="ssh_keys")
+            raise RequestError("bad-request", f"{field}[{number}]: no public key of one line (TYPE BASE64 COMMENT); give the .pub file.", field=field)
 
 
 # ---- what may still be done to it ----
@@ -262,11 +352,11 @@ def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:
 
 
 @router.get("/batches")
-def list_batches(scope: Viewer, limit: int = 100) -> Json:
+def list_batches(scope: Viewer, after: After = None, limit: PageLimit = 100) -> Json:
     """Newest first."""
     names = {i.id: i.name for i in scope.store.images.list_images(scope.project_id)}
-    batches = scope.store.runs.list_batches(scope.project_id, limit=max(1, min(limit, 1000)))
-    return render_list([batch_json(b, scope.store.runs.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches])
+    batches, following = cut_page(scope.store.runs.list_batches(scope.project_id, after=after, limit=limit + 1), limit, lambda b: b.id)
+    return render_list([batch_json(b, scope.store.runs.list_runs(batch_id=b.id), names.get(b.image_id or "")) for b in batches], following)
 
 
 @router.get("/batches/{batch_id}")
@@ -279,10 +369,21 @@ def show_batch(scope: Viewer, batch_id: str) -> Json:
 
 
 @router.get("/runs")
-def list_runs(scope: Viewer, server: str, limit: int = 20) -> Json:
-    """The newest runs of one server (name or id), newest first."""
-    runs = scope.store.runs.list_newest_of(get_server(scope, server).id, limit=limit)
-    return render_list([_show(scope, _get_batch(scope, r.batch_id), [r])[0] for r in runs])
+def list_runs(
+    scope: Viewer, state: Literal["running", "working", "waiting", "failed", "rehearsed", "cancelled"] | None = None, server: str | None = None,
+    batch: str | None = None, after: After = None, limit: PageLimit = 100,
+) -> Json:  # fmt: skip
+    """Newest first, each as its batch shows it; of one state, one server (name or id), one batch where asked."""
+    server_id = get_server(scope, server).id if server is not None else None
+    if batch is not None:
+        _get_batch(scope, batch)
+    asked = scope.store.runs.page_runs(scope.project_id, state=state, server_id=server_id, batch_id=batch, after=after, limit=limit + 1)
+    runs, following = cut_page(asked, limit, lambda r: r.id)
+    shown: dict[str, Json] = {}
+    for batch_id in {r.batch_id for r in runs}:
+        of_batch = [r for r in runs if r.batch_id == batch_id]
+        shown |= {run["id"]: run for run in _show(scope, _get_batch(scope, batch_id), of_batch)}
+    return render_list([shown[r.id] for r in runs], following)
 
 
 @router.get("/runs/{run_id}")
@@ -292,16 +393,10 @@ def show_run(scope: Viewer, run_id: str) -> Json:
     return _show(scope, _get_batch(scope, run.batch_id), [run])[0]
 
 
-@router.get("/servers/{reference}/runs")
-def list_runs_of_server(scope: Viewer, reference: str, limit: int = 10) -> Json:
-    """Newest first, as their batches show them."""
-    runs = scope.store.runs.list_newest_of(get_server(scope, reference).id, limit=max(1, min(limit, 100)))
-    return render_list([_show(scope, _get_batch(scope, run.batch_id), [run])[0] for run in runs])
-
-
 def _show(scope: Scope, batch: Batch, runs: Sequence[RunRow]) -> list[Json]:
     """These runs of this batch."""
-    events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000)
+    live = any(r.durations_s is None for r in runs)  # the others know their seconds
+    events = scope.store.events.list_events(scope.project_id, batch_id=batch.id, limit=100_000) if live else []
     servers = scope.store.servers.get_servers([r.server_id for r in runs])
     history = {model: scope.store.runs.list_durations(model) for model in {s.model for s in servers.values()}}
     usual, slow = ({model: of(runs) for model, runs in history.items()} for of in (usual_durations, slow_durations))

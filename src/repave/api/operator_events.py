@@ -23,7 +23,7 @@ _PAGE = 1000
 _LAST_SEQ = 2**63 - 1  # SQLite's and PostgreSQL's largest
 
 
-def _event_json(event: Event, servers: dict[str, str]) -> Json:
+def event_json(event: Event, servers: dict[str, str]) -> Json:
     named = {"batch": event.batch_id, "run": event.run_id, "server": servers.get(event.server_id or ""), "server_id": event.server_id}
     about = {"seq": event.seq, "at": event.at, "type": event.type, "actor": event.actor} | {k: v for k, v in named.items() if v}
     return about | event.data | about  # first in order, and never overwritten by what an event carries
@@ -37,14 +37,14 @@ def _read(scope: Scope, after: int, batch: str | None, limit: int, *, newest: bo
     if not events:
         return []
     servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]}
-    return [_event_json(e, servers) for e in events]
+    return [event_json(e, servers) for e in events]
 
 
 def list_newest(scope: Scope, *, before: int | None = None, batch: str | None = None, server_id: str | None = None, limit: int = 50) -> list[Json]:
     """Newest first."""
     events = scope.store.events.list_newest(scope.project_id, before=before, batch_id=batch, server_id=server_id, limit=limit)
     servers = {s.id: s.name for s in scope.store.servers.list_servers(scope.project_id)[0]} if events else {}
-    return [_event_json(e, servers) for e in events]
+    return [event_json(e, servers) for e in events]
 
 
 @router.get("/events")

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from repave.api.body import MAX_BODY_BYTES
-from repave.api.operator import ImportProgress, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator import After, ImportProgress, Json, Limit, Operator, ProblemRoute, Scope, Viewer, cut_page, one_more, render_list
 from repave.domain.model import Image
 from repave.errors import ImageError, RequestError
 from repave.images.fetch import MOST_SIGNATURE_BYTES, fetch, hash_file, open_beneath, verify_signature
@@ -43,8 +43,10 @@ def get_image(scope: Scope, reference: str) -> Image:
 
 
 @router.get("")
-def list_images(scope: Viewer) -> Json:
-    return render_list([asdict(i) for i in scope.store.images.list_images(scope.project_id)])
+def list_images(scope: Viewer, after: After = None, limit: Limit = None) -> Json:
+    """In the order of their names."""
+    found, following = cut_page(scope.store.images.list_images(scope.project_id, after=after, limit=one_more(limit)), limit, lambda i: i.name)
+    return render_list([asdict(i) for i in found], following)
 
 
 @router.get("/{reference}")

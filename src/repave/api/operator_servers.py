@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from repave.api.operator import Admin, Body, Json, Operator, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator import Admin, After, Body, Json, Limit, Operator, ProblemRoute, Scope, Viewer, cut_page, one_more, render_list
 from repave.api.operator_images import get_image
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.kept_partitions import parse_names
@@ -167,13 +167,14 @@ def get_server(scope: Scope, reference: str) -> Server:
 
 
 @router.get("")
-def list_servers(scope: Viewer) -> Json:
-    servers, _ = scope.store.servers.list_servers(scope.project_id)
-    instances = {i.server_id: i for i in scope.store.servers.list_instances(scope.project_id)[0]}
+def list_servers(scope: Viewer, after: After = None, limit: Limit = None) -> Json:
+    """In the order of their names."""
+    found, following = cut_page(scope.store.servers.list_named(scope.project_id, after=after, limit=one_more(limit)), limit, lambda s: s.name)
+    only = [s.id for s in found] if limit is not None else None
+    instances = {i.server_id: i for i in scope.store.servers.list_instances(scope.project_id, server_ids=only)[0]}
     names = _image_names(scope)
     # A server removed between the two reads has no instance any more; it is not shown.
-    shown = [_server_json(scope, s, instances[s.id], names) for s in sorted(servers, key=lambda s: s.name) if s.id in instances]
-    return render_list(shown)
+    return render_list([_server_json(scope, s, instances[s.id], names) for s in found if s.id in instances], following)
 
 
 @router.get("/{reference}")

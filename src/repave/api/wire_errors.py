@@ -110,6 +110,8 @@ def to_wire(error: RepaveError) -> WireError:
             return wrong_state(ids)
         case "bad-request", _:
             return bad_value(str(error.context.get("field", "request")), error.detail or error.problem.cause)
+        case "key-used", _:
+            return bad_value("Idempotency-Key", "it came with another request")
         case "not-found", _:
             return from_status(404)
         case (("database-unavailable" | "database-corrupt"), _):

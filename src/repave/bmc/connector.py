@@ -148,13 +148,19 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
 
 
+CountRequest = Callable[[str, str], None]  # (method, outcome): 2xx, 4xx, ..., or the class of the error where there was no answer
+
+
 class Connector(sushy_connector.Connector):  # type: ignore[misc]
     """sushy's connector with our rules. One thread at a time: the driver holds the BMC's lock.
 
     `deadline` is in `time.monotonic()` seconds and is set by the driver for each of its calls.
     """
 
-    def __init__(self, address: BmcAddress, *, observe: Callable[[Exchange], None], before_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, address: BmcAddress, *, observe: Callable[[Exchange], None], before_write: Callable[[], None] = lambda: None,
+        count: CountRequest = lambda method, outcome: None,
+    ) -> None:  # fmt: skip
         """`before_write` is asked before each request but GET, when it is connected and only the sending is left; what it raises is the answer.
 
         Asked any earlier, a worker that is stopped for minutes while it connects would still send what it may no longer (engines.md 5).
@@ -168,7 +174,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         pin = (address.certificate_sha256 or "").replace(":", "").lower() or None
         super().__init__(self.origin, verify=False if pin else address.tls_verify)
         self._auth_header = HTTPBasicAuth(address.username, address.password) if address.username else None
-        self._observe, self._before_write = observe, before_write
+        self._observe, self._before_write, self._count = observe, before_write, count
         self._wire = _Wire()
         self._session.trust_env = False
         self._session.cookies = RequestsCookieJar(policy=DefaultCookiePolicy(allowed_domains=[]))
@@ -212,7 +218,7 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
         self._wire.may_send = self._before_write if method != "GET" else lambda: None
         for attempt in range(1, tries + 1):
             try:
-                response = self._send(method, url, data, sent, None if anonymous else self._auth_header)
+                response = self._send_counted(method, url, data, sent, None if anonymous else self._auth_header)
             except LostAnswer as lost:
                 if method != "GET":
                     raise
@@ -223,6 +229,15 @@ class Connector(sushy_connector.Connector):  # type: ignore[misc]
                     return self._checked(method, url, response, anonymous)
             time.sleep(GET_PAUSE_S * attempt)
         raise AssertionError("unreachable")
+
+    def _send_counted(self, method: str, url: str, data: Any, headers: dict[str, str | None], auth: Any) -> requests.Response:
+        try:
+            response = self._send(method, url, data, headers, auth)
+        except BmcError as error:
+            self._count(method, error.slug)
+            raise
+        self._count(method, f"{response.status_code // 100}xx")
+        return response
 
     def _send(self, method: str, url: str, data: Any, headers: dict[str, str | None], auth: Any) -> requests.Response:
         """`_exchange`, observed however it ends."""

@@ -22,7 +22,7 @@ from sushy import exceptions as sushy_errors
 from sushy.resources.manager.virtual_media import VirtualMedia
 
 from repave.bmc import Bmc, BmcAddress, BmcFacts, Power, quirks
-from repave.bmc.connector import Connector, Exchange, LostAnswer, NotJson, parse_json
+from repave.bmc.connector import Connector, CountRequest, Exchange, LostAnswer, NotJson, parse_json
 from repave.bmc.quirks import action_of, as_dict, as_list, as_text, link_of
 from repave.errors import BmcError
 
@@ -73,11 +73,11 @@ class RedfishBmc(Bmc):
     def __init__(
         self, address: BmcAddress, *, deadline_s: float = 80, observe: Callable[[Exchange], None] = lambda exchange: None,
         before_write: Callable[[], None] = lambda: None, recognize: Callable[[str, str], None] = lambda serial, uuid: None, paths: Paths | None = None,
-        http_boot: Literal["never", "where-needed", "always"] = "never",
+        http_boot: Literal["never", "where-needed", "always"] = "never", count: CountRequest = lambda method, outcome: None,
     ) -> None:  # fmt: skip
         self.deadline_s = deadline_s
         self._recognize, self._http_boot, self._username = recognize, http_boot, address.username
-        self._connector = Connector(address, observe=observe, before_write=before_write)
+        self._connector = Connector(address, observe=observe, before_write=before_write, count=count)
         self._lock = _lock_of(self._connector.origin)
         path = urlsplit(address.url).path
         named = address.system_uri or (path if "/Systems/" in path else None)

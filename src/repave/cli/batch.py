@@ -120,7 +120,7 @@ def _runs_awaited(client: Client, what: Sequence[str]) -> dict[str, set[str]]:
         names = unfold(word)
         check_known(names, known)
         for name in names:
-            for run in client.items("/runs", server=name)[:1]:
+            for run in client.items("/runs", server=name, limit=1):
                 if run["batch"] not in awaited or awaited[run["batch"]]:
                     awaited.setdefault(run["batch"], set()).add(run["id"])
     return awaited

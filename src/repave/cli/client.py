@@ -67,7 +67,12 @@ class Client:
         return self._ask("GET", path, params)
 
     def items(self, path: str, **params: Any) -> list[Json]:
-        found: list[Json] = self.get(path, **params)["items"]
+        """All of a list, or as many as `limit` says."""
+        answer = self.get(path, **params)
+        found: list[Json] = answer["items"]
+        while answer["next"] is not None and "limit" not in params:
+            answer = self.get(path, **params | {"after": answer["next"]})
+            found += answer["items"]
         return found
 
     def post(self, path: str, body: Json) -> Json:

@@ -52,7 +52,7 @@ def find_run(client: Client, server: str, batch: str | None = None) -> Json:
         runs = {r["server"]: r for r in client.get(f"/batches/{batch}")["runs"]}
         check_known([server], list(runs))
         return dict(runs[server])
-    found = client.items("/runs", server=server)
+    found = client.items("/runs", server=server, limit=1)
     if not found:
         raise RequestError("not-found", f"{server} has not been reinstalled yet.", kind="run")
     return found[0]

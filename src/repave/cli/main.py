@@ -28,6 +28,7 @@ COMMANDS = {
     "batch": ("batch:app", "Batches: ls, show, watch, wait, report, cancel, pause, resume, retry."),
     "project": ("site:project", "Projects: add, ls."),
     "key": ("site:key", "Keys (AK/SK and token): add, ls, rm."),
+    "webhook": ("webhook:app", "Webhooks, told when a batch or a run ends: add, ls, test, rm."),
     "user": ("user:app", "People who may log in to the pages: add, ls, rm."),
     "db": ("db:app", "The site's database: copy it into another one."),
     "bmc": ("bmc:app", "One BMC, without server or database: probe, boot-media, eject, power."),

@@ -22,7 +22,7 @@ def run(server: str, /, *, attempt: int | None = None, project: Project = None, 
     json
         The run with all that is known of it; `attempts` are its earlier and later ones.
     """
-    runs = Client(project).items("/runs", server=server)
+    runs = Client(project).items("/runs", server=server, limit=100)
     if not runs:
         raise RequestError("not-found", f"{server} was never reinstalled by Repave.", kind="run")
     if attempt is not None and not 1 <= attempt <= len(runs):

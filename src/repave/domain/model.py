@@ -226,10 +226,30 @@ class RunRow:
     cancel: dict[str, Any] | None = None  # why it was told to stop before the line (RepaveError.as_json)
     durations_s: dict[str, float] | None = None  # by step, written at the end
     late_step: str | None = None  # the last step that was said to be late
+    hostname: str | None = None  # of the new OS; None = the instance's name
 
     @property
     def past_the_line(self) -> bool:
         return self.crossed_at is not None
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Who is told of some events of a project. URL and secret are sealed in the store and opened only to send."""
+
+    id: str
+    project_id: str
+    name: str
+    host: str
+    shape: str  # standard, slack
+    events: tuple[str, ...]
+    created_by: str
+    created_at: datetime
+    after_seq: int  # all events up to here are told
+    tries: int  # of the next one, so far in vain
+    next_at: datetime
+    trouble: str | None
+    delivered_at: datetime | None
 
 
 @dataclass(frozen=True)

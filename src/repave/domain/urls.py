@@ -22,6 +22,14 @@ def find_url_fault(url: str, *, schemes: Collection[str] = WEB, with_path: bool 
     return "must end with the port" if parts.path.strip("/") and not with_path else None
 
 
+def find_url_with_query_fault(url: str) -> str | None:
+    """As `find_url_fault`, for an address that may end in a query."""
+    bare, _, query = url.partition("?")
+    if fault := find_url_fault(bare):
+        return fault
+    return None if query.isprintable() and not set(query) & set(" #") else "must be a URL without blanks and fragment"
+
+
 def find_address_fault(url: str, *, schemes: Collection[str]) -> str | None:
     """What is wrong with scheme, host and port of a URL."""
     shape = f"must be {' or '.join(f'{scheme}://HOST' for scheme in schemes)}"

@@ -10,6 +10,7 @@ Python's lock, and a GB costs about what it costs nginx (docs/benchmarks.md). No
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import resource
@@ -28,6 +29,8 @@ from pathlib import Path
 from repave.images.chunk_token import find_token_run
 
 AT_ONCE = 4  # as many as a writer has threads (agent/writer.py)
+COUNTERS_BYTES = 256 * 8  # a number of 8 bytes for each loop, which alone adds to it
+Counters = memoryview
 QUIET_S = 60.0  # neither a request nor a byte taken for so long: hung up
 _CONNECTIONS_MAX = 8192
 _TURN = 8  # pieces or requests of one connection before the others'
@@ -67,15 +70,17 @@ class _Share:
 class ChunkServer:
     """Answers on connections to `listener`, until the process ends."""
 
-    def __init__(self, images_dir: Path, key: bytes, tls: ssl.SSLContext, *, now_s: Callable[[], float]) -> None:
+    def __init__(self, images_dir: Path, key: bytes, tls: ssl.SSLContext, *, now_s: Callable[[], float], counters: Counters | None = None) -> None:
+        """`counters`: the bytes that each loop has sent are added to one of them."""
         self.chunks, self.tls, self._key, self._now_s = images_dir / "chunks", tls, key, now_s
+        self._counters = memoryview(bytearray(COUNTERS_BYTES)).cast("Q") if counters is None else counters
         self._shares: dict[str, _Share] = {}
         self._lock = threading.Lock()
 
     def serve(self, listener: socket.socket) -> None:
         """Blocks: always."""
         listener.setblocking(False)
-        loops = [_Loop(self, listener) for _ in range(os.cpu_count() or 1)]
+        loops = [_Loop(self, listener, self._counters[number : number + 1]) for number in range(min(os.cpu_count() or 1, COUNTERS_BYTES // 8))]
         for loop in loops[1:]:
             threading.Thread(target=loop.run, daemon=True).start()
         loops[0].run()
@@ -109,8 +114,8 @@ class ChunkServer:
 class _Loop:
     """Some of the connections. Only its own thread touches them."""
 
-    def __init__(self, server: ChunkServer, listener: socket.socket) -> None:
-        self._server, self._listener = server, listener
+    def __init__(self, server: ChunkServer, listener: socket.socket, sent: Counters) -> None:
+        self._server, self._listener, self._sent = server, listener, sent
         self._connections: dict[int, _Connection] = {}
         self._room = memoryview(bytearray(_PIECE_BYTES))
         self._woken: deque[_Connection] = deque()
@@ -217,7 +222,9 @@ class _Loop:
             filled += os.preadv(connection.file, [piece[filled:wanted]], connection.at + filled - len(connection.head))
         if filled < wanted:
             raise OSError("the file became shorter")
-        connection.at += connection.stream.send(piece[:filled])
+        count = connection.stream.send(piece[:filled])
+        connection.at += count
+        self._sent[0] += count
         if connection.at == connection.total:
             self._end_answer(connection)
             if connection.last:
@@ -291,16 +298,17 @@ def _refuse(connection: _Connection, status: int, *, last: bool = False) -> None
 
 
 def main() -> None:
-    """`python -m repave.images.chunk_server IMAGES KEY CERTIFICATE FD`: what `repave serve` starts; it ends with whoever holds its standard input."""
-    images_dir, key_path, certificate, descriptor = sys.argv[1:]
+    """`python -m repave.images.chunk_server IMAGES KEY CERTIFICATE FD COUNTERS-FD`: what `repave serve` starts; ends with whoever holds its standard input."""
+    images_dir, key_path, certificate, descriptor, counters_fd = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's, which then lets go of us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # What else runs here comes first, the service and its database: at every wake-up, where `nice` would let them wait for the end of a turn. Measured.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    serve_chunks(socket.socket(fileno=int(descriptor)), Path(images_dir), Path(key_path), Path(certificate))
+    counters = memoryview(mmap.mmap(int(counters_fd), COUNTERS_BYTES)).cast("Q")
+    serve_chunks(socket.socket(fileno=int(descriptor)), Path(images_dir), Path(key_path), Path(certificate), counters)
 
 
-def serve_chunks(listener: socket.socket, images_dir: Path, key_path: Path, certificate: Path) -> None:
+def serve_chunks(listener: socket.socket, images_dir: Path, key_path: Path, certificate: Path, counters: Counters | None = None) -> None:
     """TLS on `listener`, for good. `certificate`: one PEM file with chain and key. Raises OSError where a file is missing or is none."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -313,7 +321,7 @@ def serve_chunks(listener: socket.socket, images_dir: Path, key_path: Path, cert
         """Nobody loses his token by a clock that was set, forward or back (steady_clock.py says why): what both clocks call past is past."""
         return min(time.time(), wall_ahead_s + _boot_clock())
 
-    ChunkServer(images_dir, key_path.read_bytes(), tls, now_s=now_s).serve(listener)
+    ChunkServer(images_dir, key_path.read_bytes(), tls, now_s=now_s, counters=counters).serve(listener)
 
 
 def _boot_clock() -> float:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
-import ipaddress
 import os
 import shutil
-import socket
 import ssl
 import stat
 import subprocess
@@ -28,6 +26,7 @@ from urllib.parse import urljoin, urlsplit
 
 from repave.domain.urls import find_url_fault
 from repave.errors import ImageError
+from repave.outbound import AddressRefused, OutboundConnection
 
 FETCH_S = 6 * 3600
 STILL_S = 60  # no byte for so long: the connection is given up
@@ -35,7 +34,6 @@ MOST_SIGNATURE_BYTES = 64 * 1024
 _MOST_REDIRECTS = 5
 _PIECE_BYTES = 1 << 20
 _BROKEN = (OSError, http.client.HTTPException, UnicodeError)
-_METADATA = tuple(map(ipaddress.ip_network, ("100.64.0.0/10", "168.63.129.16/32", "fd00:ec2::/32")))  # Alibaba, Azure, AWS; the others' are link-local
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,8 @@ def fetch(url: str, out: IO[bytes], *, most_bytes: int, local_addresses: bool = 
                 if received < total:
                     raise ConnectionError
                 return digest.hexdigest()
+        except AddressRefused as e:
+            raise _refused(f"its address is {e}, which the setting import_local_addresses does not allow") from e
         except ssl.SSLCertVerificationError as e:
             raise _refused("the server's certificate is not trusted") from e
         except _BROKEN as e:
@@ -144,7 +144,7 @@ def _ask(url: str, local_addresses: bool, offset: int, tag: str) -> tuple[http.c
         parts = urlsplit(url)
         if parts.scheme != scheme:
             raise _refused("the server redirects to another scheme")
-        connection = _Connection(parts.hostname or "", parts.port or (443 if scheme == "https" else 80), scheme, local_addresses)
+        connection = OutboundConnection(parts.hostname or "", parts.port or (443 if scheme == "https" else 80), scheme, local_addresses, timeout_s=STILL_S)
         try:
             headers = {"Host": parts.netloc, "Accept-Encoding": "identity", "User-Agent": "repave"}
             if offset:
@@ -170,41 +170,6 @@ def _join(url: str, location: str) -> str:
         return urljoin(url, location)
     except ValueError:  # brackets that do not hold an IPv6 address
         raise _refused("the server redirects to no URL") from None
-
-
-class _Connection(http.client.HTTPConnection):
-    """To an address that may be asked, and that was looked at before it is connected to."""
-
-    def __init__(self, host: str, port: int, scheme: str, local_addresses: bool) -> None:
-        super().__init__(host, port, timeout=STILL_S)
-        self._scheme, self._local_addresses = scheme, local_addresses
-
-    def connect(self) -> None:
-        found = [str(info[4][0]) for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)]
-        if not self._local_addresses and any(_is_local(address) for address in found):
-            raise _refused("its address is this machine's or link-local, which the setting import_local_addresses does not allow")
-        self.sock = socket.create_connection((found[0], self.port), self.timeout)
-        if self._scheme == "https":
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-
-
-def _is_local(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved:
-        return True
-    return any(address in network for network in _METADATA if network.version == address.version) or _is_ours(text)
-
-
-def _is_ours(address: str) -> bool:
-    """This machine has it: only then a socket can be bound to it."""
-    family, place = (socket.AF_INET6, (address, 0, 0, 0)) if ":" in address else (socket.AF_INET, (address, 0))
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(place)
-        except OSError:
-            return False
-    return True
 
 
 def _refused(sentence: str) -> ImageError:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from repave.api.operator import Scope
-from repave.api.operator_batches import Reinstall, Target, plan, reinstall, show_batch
+from repave.api.operator_batches import Reinstall, Target, begin_reinstall, plan, show_batch
 from repave.domain.model import Role
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.waves import Waves
@@ -113,4 +113,4 @@ def _start(scope: Scope, form: Posted) -> Json:
         **target.model_dump(), password=password, ssh_keys=form.lines("ssh_keys"), plan=form.one("plan"), rehearse=rehearse,
         canary=waves.canary, at_once=waves.at_once, max_failed=waves.max_failed,
     )  # fmt: skip
-    return reinstall(scope, asked, Response())
+    return begin_reinstall(scope, asked, Response())

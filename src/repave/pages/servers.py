@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from repave.api.operator import Scope
-from repave.api.operator_batches import list_runs_of_server
+from repave.api.operator_batches import list_runs
 from repave.api.operator_events import list_newest
 from repave.domain.model import Role, Step
 from repave.pages.door import PageRoute, add_view
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 def view_server(scope: Scope, asked: dict[str, str]) -> Frame:
     snapshot = Snapshot(scope)
     server = snapshot.find_server(asked["name"])
-    runs: list[Json] = list_runs_of_server(scope, server["name"], limit=5)["items"]
+    runs: list[Json] = list_runs(scope, server=server["name"], limit=5)["items"]
     live = snapshot.live_runs.get(server["name"])
     frame = snapshot.frame(server["name"])
     may = scope.credential.role.includes(Role.OPERATOR)

@@ -17,12 +17,14 @@ from repave.store.batches import Batches, Cancelled
 from repave.store.consoles import Consoles
 from repave.store.database import Database, Enqueue, Tell, new_id, open_engine
 from repave.store.events import Events
+from repave.store.figures import Figures
 from repave.store.images import Images
 from repave.store.marks import Marks
 from repave.store.migrations import bring_up_to_date
 from repave.store.people import People
 from repave.store.runs import NewRun, Runs
 from repave.store.servers import Servers
+from repave.store.webhooks import Webhooks
 
 
 class Store(Database):
@@ -33,6 +35,7 @@ class Store(Database):
         self.access, self.servers, self.images = Access(self), Servers(self), Images(self)
         self.runs, self.batches, self.events = Runs(self), Batches(self), Events(self)
         self.marks, self.people, self.consoles = Marks(self), People(self), Consoles(self)
+        self.figures, self.webhooks = Figures(self), Webhooks(self)
 
     @classmethod
     def open(cls, url: str, *, sealer: Sealer, now: Callable[[], datetime]) -> Store:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,8 +15,19 @@ from repave.domain.model import Credential, Project, Role
 from repave.errors import RequestError
 from repave.secrets import fingerprint
 from repave.store import rows
-from repave.store.database import Database, new_id
+from repave.store.database import Database, new_id, page_of
 from repave.store.tables import ANSWERS, CREDENTIALS, PROJECTS
+
+ANSWER_KEPT = timedelta(hours=24)
+
+
+def keep_answers(conn: sa.Connection, keys: Mapping[str, str], answer: dict[str, Any], now: datetime) -> None:
+    """The answer is kept under each key, with what the request is known by; those of more than a day ago are gone. Raises RequestError key-used."""
+    conn.execute(sa.delete(ANSWERS).where(ANSWERS.c.at <= now - ANSWER_KEPT))
+    if keys and conn.execute(sa.select(ANSWERS.c.key).where(ANSWERS.c.key.in_(keys))).first():
+        raise RequestError("key-used", "Its first request was just answered.", field="Idempotency-Key")
+    for key, request in keys.items():
+        conn.execute(sa.insert(ANSWERS).values(key=key, answer=answer | {"request": {key: request}}, at=now))
 
 
 class Access:
@@ -51,8 +63,10 @@ class Access:
             self._db.event(conn, "key.added", project_id, name=name, role=role.value)
         return made, sk, token
 
-    def list_credentials(self, project_id: str) -> list[Credential]:
-        return [rows.credential(r) for r in self._db.rows(sa.select(CREDENTIALS).where(CREDENTIALS.c.project_id == project_id))]
+    def list_credentials(self, project_id: str, *, after: str | None = None, limit: int | None = None) -> list[Credential]:
+        """Oldest first."""
+        query = sa.select(CREDENTIALS).where(CREDENTIALS.c.project_id == project_id)
+        return [rows.credential(r) for r in self._db.rows(page_of(query, CREDENTIALS.c.id, after, limit))]
 
     def remove_credential(self, project_id: str, credential_id: str) -> None:
         with self._db.write() as conn:
@@ -69,7 +83,21 @@ class Access:
         row = self._db.row(sa.select(CREDENTIALS).where(CREDENTIALS.c.ak == ak))
         return (rows.credential(row), self._db.sealer.unseal(row["sk_sealed"], about=f"sk:{row['id']}")) if row else None
 
-    def find_answer(self, key: str) -> dict[str, Any] | None:
-        """The stored 202 of an identical signed request."""
-        row = self._db.row(sa.select(ANSWERS).where(ANSWERS.c.key == key))
-        return row["answer"] if row else None
+    def keep_answer(self, key: str, answer: dict[str, Any]) -> None:
+        """The answer stands under this key too. Repeatable."""
+        with self._db.write() as conn:
+            if not conn.execute(sa.select(ANSWERS.c.key).where(ANSWERS.c.key == key)).first():
+                keep_answers(conn, {key: ""}, answer, self._db.now())
+
+    def find_answer(self, key: str, request: str = "") -> dict[str, Any] | None:
+        """The 202 kept under this key in the last day. `request`: what the request is known by; "" where the key is made of the request itself.
+
+        Raises RequestError key-used where the key came with another request.
+        """
+        row = self._db.row(sa.select(ANSWERS).where(ANSWERS.c.key == key, ANSWERS.c.at > self._db.now() - ANSWER_KEPT))
+        if row is None:
+            return None
+        answer: dict[str, Any] = row["answer"]
+        if answer.get("request", {}).get(key, "") != request:
+            raise RequestError("key-used", field="Idempotency-Key")
+        return answer

@@ -129,6 +129,12 @@ class Database:
         return self.rows(page.where(table.c.id > after) if after else page), counted["n"]
 
 
+def page_of(query: sa.Select[Any], key: sa.Column[str], after: str | None, limit: int | None, *, newest_first: bool = False) -> sa.Select[Any]:
+    """The rows behind `after` in the order of a key that no two have: what is added or removed meanwhile shifts no page."""
+    ordered = query.order_by(key.desc() if newest_first else key).limit(limit)
+    return ordered if after is None else ordered.where(key < after if newest_first else key > after)
+
+
 OF_THE_STORE = (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError)  # what `is_unavailable` is asked about
 
 

@@ -18,7 +18,7 @@ from repave.store import rows
 from repave.store.database import Database
 from repave.store.tables import BATCHES, EVENTS, IMAGES, INSTANCES, RUNS, SERVERS
 
-_ASIDE = ("cancelled", "batch-stopped")
+ASIDE = ("cancelled", "batch-stopped")
 _GOOD = tuple(e.value for e in GOOD_ENDINGS)
 
 # Made once: see database.py.
@@ -202,4 +202,4 @@ def _phase(row: Any) -> Phase:
         return Phase.WAITING if row.released_at is None else Phase.UNDER_WAY
     if row.outcome in _GOOD:
         return Phase.GOOD
-    return Phase.ASIDE if (row.error or {}).get("class") in _ASIDE else Phase.BAD
+    return Phase.ASIDE if (row.error or {}).get("class") in ASIDE else Phase.BAD

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from repave.domain.model import Image
 from repave.errors import RequestError
 from repave.store import rows
-from repave.store.database import Database
+from repave.store.database import Database, page_of
 from repave.store.tables import IMAGES, RUNS, SERVERS
 
 _BY_ID = sa.select(IMAGES).where(IMAGES.c.project_id == sa.bindparam("project"), IMAGES.c.id == sa.bindparam("image"))  # made once: see database.py
@@ -36,8 +36,10 @@ class Images:
             conn.execute(sa.insert(IMAGES).values(**asdict(image)))
             self._db.event(conn, "image.added", image.project_id, actor=actor, image=image.id, name=image.name)
 
-    def list_images(self, project_id: str) -> list[Image]:
-        return [rows.image(r) for r in self._db.rows(sa.select(IMAGES).where(IMAGES.c.project_id == project_id).order_by(IMAGES.c.name))]
+    def list_images(self, project_id: str, *, after: str | None = None, limit: int | None = None) -> list[Image]:
+        """In the order of their names; `after` is one."""
+        query = sa.select(IMAGES).where(IMAGES.c.project_id == project_id)
+        return [rows.image(r) for r in self._db.rows(page_of(query, IMAGES.c.name, after, limit))]
 
     def find_image(self, project_id: str, image_id: str) -> Image | None:
         row = self._db.row(_BY_ID, project=project_id, image=image_id)

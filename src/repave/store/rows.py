@@ -20,6 +20,7 @@ from repave.domain.model import (
     Server,
     Step,
     User,
+    Webhook,
 )
 
 Row = Mapping[Any, Any]
@@ -76,6 +77,10 @@ def run(row: Row) -> RunRow:
         step=Step(row["step"]),
         ssh_keys=tuple(row["ssh_keys"] or ()),
     )
+
+
+def webhook(row: Row) -> Webhook:
+    return _pick(Webhook, row, events=tuple(row["events"] or ()))  # type: ignore[no-any-return]
 
 
 def event(row: Row) -> Event:

@@ -17,10 +17,11 @@ from repave.domain.timing import ALIKE_NEWEST, MOVED_S, REAP_GRACE_S, is_late, u
 from repave.errors import RepaveError, RequestError, RunFailed
 from repave.secrets import fingerprint
 from repave.store import rows
-from repave.store.database import Database
-from repave.store.endings import close_for, end_run, go_on
+from repave.store.access import keep_answers
+from repave.store.database import Database, page_of
+from repave.store.endings import ASIDE, close_for, end_run, go_on
 from repave.store.images import doubt_image
-from repave.store.tables import ANSWERS, BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
+from repave.store.tables import BATCHES, EVENTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
 _BY_ID = sa.select(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
@@ -91,6 +92,18 @@ _ALIKE = (
 _ALIKE_IN_IMAGE = _ALIKE.where(RUNS.c.image_id == sa.bindparam("image"))
 _LAST_OUTCOME = sa.select(RUNS.c.outcome).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.ended_at.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
 
+# What api/batch_views.py calls them.
+_ENDED, _SET_ASIDE = RUNS.c.ended_at.is_not(None), RUNS.c.error["class"].as_string().in_(ASIDE)
+_CANCELLED = sa.and_(_ENDED, RUNS.c.outcome == Ending.RETURNED.value, RUNS.c.error.is_not(None), _SET_ASIDE)
+RUN_STATES: dict[str, sa.ColumnElement[bool]] = {
+    "waiting": sa.and_(RUNS.c.ended_at.is_(None), RUNS.c.started_at.is_(None)),
+    "working": sa.and_(RUNS.c.ended_at.is_(None), RUNS.c.started_at.is_not(None)),
+    "running": sa.and_(_ENDED, RUNS.c.outcome.in_((Ending.PROVED.value, Ending.LATE_PROOF.value))),
+    "rehearsed": sa.and_(_ENDED, RUNS.c.outcome == Ending.REHEARSED.value),
+    "cancelled": _CANCELLED,
+    "failed": sa.and_(_ENDED, RUNS.c.outcome.not_in([e.value for e in GOOD_ENDINGS]), sa.not_(sa.func.coalesce(_CANCELLED, sa.false()))),
+}
+
 
 @dataclass(frozen=True)
 class NewRun:
@@ -107,6 +120,7 @@ class NewRun:
     session_sha256: str
     nonce_sha256: str
     ssh_keys: tuple[str, ...] = ()
+    hostname: str | None = None  # None = the instance's name
 
 
 class Runs:
@@ -115,13 +129,15 @@ class Runs:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, answer_key: str | None, answer: dict[str, Any]) -> None:
-        """Batch, runs, states, audit rows, the stored answer and the queued workflows of those that may begin now: all or none.
+    def accept_batch(self, batch: Batch, runs: Sequence[NewRun], *, answer_keys: Mapping[str, str], answer: dict[str, Any]) -> None:
+        """Batch, runs, states, audit rows, the stored answers and the queued workflows of those that may begin now: all or none.
 
+        Raises RequestError key-used where one of the keys has an answer already.
         Raises RequestError in-progress, naming the ids, where an instance is no longer in the state it was found in; locked, where a server is.
         """
         now = self._db.now()
         with self._db.write() as conn:
+            keep_answers(conn, answer_keys, answer, now)
             conn.execute(_NEW_BATCH, asdict(batch))
             self._occupy(conn, [run.instance for run in runs])
             epochs = {r.id: r.epoch for r in conn.execute(_NEXT_EPOCH, {"server_ids": [run.server.id for run in runs]})}
@@ -130,8 +146,6 @@ class Runs:
             conn.execute(_NEW_RUN, [_row(run, batch, epochs[run.server.id], now) | {"number": n} for n, run in enumerate(runs, 1)])
             about = {"batch_id": batch.id, "actor": batch.created_by}
             self._db.write_events(conn, "run.accepted", batch.project_id, [about | {"run_id": run.id, "server_id": run.server.id} for run in runs])
-            if answer_key is not None:
-                conn.execute(sa.insert(ANSWERS).values(key=answer_key, answer=answer, at=now))
             go_on(self._db, conn)
 
     def _occupy(self, conn: sa.Connection, instances: Sequence[Instance]) -> None:
@@ -209,10 +223,22 @@ class Runs:
         )
         return row["at"] if row else None
 
-    def list_batches(self, project_id: str, *, limit: int = 100) -> list[Batch]:
+    def page_runs(
+        self, project_id: str, *, state: str | None = None, server_id: str | None = None, batch_id: str | None = None, after: str | None = None,
+        limit: int | None = None,
+    ) -> list[RunRow]:  # fmt: skip
+        """Newest first; `state`: one of RUN_STATES."""
+        query = sa.select(RUNS).where(RUNS.c.project_id == project_id)
+        for column, value in ((RUNS.c.server_id, server_id), (RUNS.c.batch_id, batch_id)):
+            query = query if value is None else query.where(column == value)
+        if state is not None:
+            query = query.where(RUN_STATES[state])
+        return [rows.run(r) for r in self._db.rows(page_of(query, RUNS.c.id, after, limit, newest_first=True))]
+
+    def list_batches(self, project_id: str, *, after: str | None = None, limit: int | None = 100) -> list[Batch]:
         """Newest first."""
-        query = sa.select(BATCHES).where(BATCHES.c.project_id == project_id).order_by(BATCHES.c.id.desc()).limit(limit)
-        return [rows.batch(r) for r in self._db.rows(query)]
+        query = sa.select(BATCHES).where(BATCHES.c.project_id == project_id)
+        return [rows.batch(r) for r in self._db.rows(page_of(query, BATCHES.c.id, after, limit, newest_first=True))]
 
     def find_batch(self, project_id: str, batch_id: str) -> Batch | None:
         row = self._db.row(sa.select(BATCHES).where(BATCHES.c.project_id == project_id, BATCHES.c.id == batch_id))
@@ -472,6 +498,7 @@ def _row(run: NewRun, batch: Batch, epoch: int, now: datetime) -> dict[str, Any]
         "step": Step.PREFLIGHT.value, "created_at": now, "deadline_at": run.deadline_at, "ssh_keys": list(run.ssh_keys),
         "secret_sealed": run.secret_sealed, "token_sha256": run.token_sha256, "session_sha256": run.session_sha256,
         "nonce_sha256": run.nonce_sha256, "rehearse": batch.rehearse, "timeout_s": run.timeout_s, "found_error": run.instance.error,
+        "hostname": run.hostname,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from repave.domain.model import Host, Instance, InstanceState, Server
 from repave.domain.own_host import says_something
 from repave.errors import RepaveError, RequestError
 from repave.store import rows
-from repave.store.database import Database, new_id
+from repave.store.database import Database, new_id, page_of
 from repave.store.tables import CONSOLES, HOSTS, INSTANCES, RUNS, SERVERS
 
 # Made once: see database.py.
@@ -161,6 +161,11 @@ class Servers:
     def list_servers(self, project_id: str, *, after: str | None = None, limit: int = 100_000) -> tuple[list[Server], int]:
         found, total = self._db.page(SERVERS, [SERVERS.c.project_id == project_id], after, limit)
         return [rows.server(r) for r in found], total
+
+    def list_named(self, project_id: str, *, after: str | None = None, limit: int | None = None) -> list[Server]:
+        """In the order of their names; `after` is one."""
+        query = sa.select(SERVERS).where(SERVERS.c.project_id == project_id)
+        return [rows.server(r) for r in self._db.rows(page_of(query, SERVERS.c.name, after, limit))]
 
     def find_server(self, project_id: str, server_id: str) -> Server | None:
         row = self._db.row(sa.select(SERVERS).where(SERVERS.c.project_id == project_id, sa.or_(SERVERS.c.id == server_id, SERVERS.c.name == server_id)))

@@ -111,6 +111,7 @@ RUNS = sa.Table(
     _json("proof"), _at("seen_at"),
     Column("number", Integer, nullable=False, default=1), Column("rehearse", sa.Boolean, nullable=False, default=False), _at("released_at"),
     Column("timeout_s", sa.Float, nullable=False, default=0), _json("cancel"), _json("found_error"), _json("durations_s"), _text("late_step", null=True),
+    _text("hostname", null=True),
 )  # fmt: skip
 sa.Index("runs_token", RUNS.c.token_sha256)
 sa.Index("runs_session", RUNS.c.session_sha256)
@@ -131,6 +132,14 @@ CONSOLES = sa.Table(
 )  # fmt: skip
 
 ANSWERS = sa.Table("answers", META, Column("key", Text, primary_key=True), _json("answer"), _at("at", null=False))
+sa.Index("answers_at", ANSWERS.c.at)
+
+# Where each hook is in the events, and when it is asked next. URL and secret are sealed: a chat's URL is all that one needs to write there.
+WEBHOOKS = sa.Table(
+    "webhooks", META, _id(), _ref("project_id", "projects"), _text("name"), _text("host"), _text("url_sealed"), _text("secret_sealed"), _text("shape"),
+    _json("events"), _text("created_by"), _at("created_at", null=False), Column("after_seq", Integer, nullable=False), Column("tries", Integer, nullable=False),
+    _at("next_at", null=False), _text("trouble", null=True), _at("delivered_at"), sa.UniqueConstraint("project_id", "name"),
+)  # fmt: skip
 
 WORKERS = sa.Table(
     "workers", META, Column("executor_id", Text, primary_key=True), _text("slot"), _text("host"), _text("application_version"),

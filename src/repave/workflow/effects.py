@@ -293,7 +293,7 @@ class ServerEffects:
         secret = self.store.runs.get_run_secret(run.id)
         return render_config_drive(
             FirstBoot(
-                hostname=instance.name,
+                hostname=run.hostname or instance.name,
                 instance_id=run.id,  # a new id a run: cloud-init must see another instance than the old OS's
                 os_type=image.os_type,
                 user=user_for(image.os_type),

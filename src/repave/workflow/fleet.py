@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from repave.domain.model import Batch, Credential, Image, Instance, Server
@@ -21,6 +21,22 @@ MAX_BATCH = 50  # ReinstallOS, 2025-07-25
 WAITING_TIMEOUT_S = 24 * 3600.0
 ALL_AT_ONCE = Waves()
 NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is asked for one instance otherwise than for its batch; None = as the batch."""
+
+    image_id: str | None = None
+    password: str | None = field(default=None, repr=False)
+    ssh_keys: tuple[str, ...] | None = None
+    user_data: str | None = field(default=None, repr=False)
+    hostname: str | None = None  # of the new OS; None = the instance's name
+
+
+AS_THE_BATCH = Override()
+NO_OVERRIDES: Mapping[str, Override] = {}
+NO_ANSWERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -48,14 +64,15 @@ class Fleet:
         password: str,
         ssh_keys: Sequence[str] = (),
         user_data: str = "",
-        answer_key: str | None = None,
+        answer_keys: Mapping[str, str] = NO_ANSWERS,
         rehearse: bool = False,
         waves: Waves = ALL_AT_ONCE,
-        image_ids: Mapping[str, str] | None = None,
+        overrides: Mapping[str, Override] = NO_OVERRIDES,
     ) -> Admitted:
         """Every id has exactly one run, or nothing happened.
 
-        Args: rehearse: nothing will be written, so no password is needed. image_ids: the image of each instance, where they differ (a retry).
+        Args: rehearse: nothing will be written, so no password is needed. overrides: by instance. answer_keys: under which the answer is kept for a day,
+        each with what the request is known by (`Access.find_answer`).
         Raises RequestError: bad-request (context field), not-found (kind instance or image, ids), in-progress (kind state, ids), locked and
         own-host (kind server, ids).
         """
@@ -63,16 +80,18 @@ class Fleet:
             raise RequestError("bad-request", f"instance_id_set wants 1 to {self.max_batch} distinct ids.", field="instance_id_set")
         project_id = credential.project_id
         instances = self._find_instances(project_id, instance_ids)
-        images = self._find_images(project_id, instances, image_id, image_ids or {})
-        for os_type in sorted({images[i.id].os_type for i in instances} if not rehearse else ()):
-            if fault := find_password_fault(password, user=user_for(os_type)):
-                raise RequestError("bad-request", f"password {fault}.", field="password")
+        images = self._find_images(project_id, instances, image_id, overrides)
+        for_all = Override(password=password, ssh_keys=tuple(ssh_keys), user_data=user_data)
+        asked = {i.id: _fill(overrides.get(i.id, AS_THE_BATCH), for_all) for i in instances}
+        passwords = {i.id: (images[i.id].os_type, asked[i.id].password or "") for i in instances}
+        if not rehearse:
+            check_passwords(passwords)
         busy = [i.id for i in instances if not may_reinstall(i.state)]
         if busy:
             raise RequestError("in-progress", "", kind="state", ids=busy)
         servers = self.store.servers.get_servers([i.server_id for i in instances])
         self.refuse_protected([servers[i.server_id] for i in instances])
-        secrets = {os_type: "" if rehearse else self._secret(os_type, password) for os_type in {images[i.id].os_type for i in instances}}
+        secrets = {each: "" if rehearse else self._secret(*each) for each in {*passwords.values()}}
 
         now = self.store.now()
         batch = Batch(
@@ -84,10 +103,10 @@ class Fleet:
         try:
             self.store.sealer.make_run_keys(run_ids)
             runs = [
-                self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[images[i.id].os_type], tuple(ssh_keys), user_data)
+                self._new_run(run_id, i, servers[i.server_id], images[i.id], secrets[passwords[i.id]], asked[i.id])
                 for run_id, i in zip(run_ids, instances, strict=True)
             ]
-            self.store.runs.accept_batch(batch, runs, answer_key=answer_key, answer=answer)
+            self.store.runs.accept_batch(batch, runs, answer_keys=answer_keys, answer=answer)
         except BaseException:
             for run_id in run_ids:
                 self.store.sealer.destroy_run(run_id)
@@ -112,9 +131,9 @@ class Fleet:
             raise RequestError("not-found", "", kind="instance", ids=missing)
         return [by_id[i] for i in ids]
 
-    def _find_images(self, project_id: str, instances: Sequence[Instance], image_id: str | None, each: Mapping[str, str]) -> dict[str, Image]:
+    def _find_images(self, project_id: str, instances: Sequence[Instance], image_id: str | None, overrides: Mapping[str, Override]) -> dict[str, Image]:
         """The image of each instance: the one asked for, or its current one, refused where that is unknown."""
-        wanted = {i.id: each.get(i.id) or image_id or i.image_id for i in instances}
+        wanted = {i.id: overrides.get(i.id, AS_THE_BATCH).image_id or image_id or i.image_id for i in instances}
         unknown = [i for i, image in wanted.items() if image is None]
         if unknown:
             raise RequestError("bad-request", "image_id is needed: the current image is not known.", field="image_id", ids=unknown)
@@ -127,12 +146,27 @@ class Fleet:
         return {instance_id: images[str(wanted_id)] for instance_id, wanted_id in wanted.items()}
 
     def _secret(self, os_type: str, password: str) -> str:
-        """Linux: the sha512-crypt hash, once a batch; Windows: the password (cloudbase-init wants it)."""
+        """Linux: the sha512-crypt hash, once a batch and password; Windows: the password (cloudbase-init wants it)."""
         return password if os_type == "Windows" else hash_password(password)
 
-    def _new_run(self, run_id: str, instance: Instance, server: Server, image: Image, secret: str, ssh_keys: tuple[str, ...], user_data: str) -> NewRun:
+    def _new_run(self, run_id: str, instance: Instance, server: Server, image: Image, secret: str, asked: Override) -> NewRun:
         sealer = self.store.sealer
-        sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": user_data}))
+        sealed = sealer.seal_for_run(run_id, json.dumps({"password": secret, "user_data": asked.user_data}))
         token, session, nonce = (fingerprint(sealer.derive_for_run(run_id, what)) for what in ("agent", "session", "nonce"))
         begin_by = self.store.now() + timedelta(seconds=self.waiting_timeout_s)
-        return NewRun(run_id, instance, server, image.id, begin_by, self.run_timeout_s, sealed, token, session, nonce, ssh_keys)
+        return NewRun(
+            run_id, instance, server, image.id, begin_by, self.run_timeout_s, sealed, token, session, nonce, asked.ssh_keys or (), asked.hostname
+        )  # fmt: skip
+
+
+def check_passwords(wanted: Mapping[str, tuple[str, str]]) -> None:
+    """By instance: each password is good for the user that an OS of this type has. Raises RequestError bad-request, which never repeats it."""
+    for os_type, password in sorted({*wanted.values()}):
+        if fault := find_password_fault(password, user=user_for(os_type)):
+            whose = [i for i, each in wanted.items() if each == (os_type, password)]
+            raise RequestError("bad-request", f"password {fault}.", field="password", ids=whose)
+
+
+def _fill(override: Override, for_all: Override) -> Override:
+    """What the override says nothing of is as for all."""
+    return replace(for_all, **{name: value for name, value in vars(override).items() if value is not None})

@@ -1,0 +1,51 @@
+"""HTTP connections to addresses that somebody told us: an image's URL, a webhook's. What a URL can not do: name this machine, a link-local address or one
+where clouds keep their metadata, unless the site allows it. The address that was looked at is the one that is connected to.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+
+_METADATA = tuple(map(ipaddress.ip_network, ("100.64.0.0/10", "168.63.129.16/32", "fd00:ec2::/32")))  # Alibaba, Azure, AWS; the others' are link-local
+
+
+class AddressRefused(Exception):
+    """It says what the address is; nothing was sent there."""
+
+
+class OutboundConnection(http.client.HTTPConnection):
+    """To an address that may be asked, and that was looked at before it is connected to. `connect` raises AddressRefused."""
+
+    def __init__(self, host: str, port: int, scheme: str, local_addresses: bool, *, timeout_s: float) -> None:
+        super().__init__(host, port, timeout=timeout_s)
+        self._scheme, self._local_addresses = scheme, local_addresses
+
+    def connect(self) -> None:
+        found = [str(info[4][0]) for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)]
+        if not self._local_addresses and any(_is_local(address) for address in found):
+            raise AddressRefused("this machine's or link-local")
+        self.sock = socket.create_connection((found[0], self.port), self.timeout)
+        if self._scheme == "https":
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+def _is_local(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast or address.is_reserved:
+        return True
+    return any(address in network for network in _METADATA if network.version == address.version) or _is_ours(text)
+
+
+def _is_ours(address: str) -> bool:
+    """This machine has it: only then a socket can be bound to it."""
+    family, place = (socket.AF_INET6, (address, 0, 0, 0)) if ":" in address else (socket.AF_INET, (address, 0))
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(place)
+        except OSError:
+            return False
+    return True
