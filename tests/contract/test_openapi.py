@@ -68,7 +68,7 @@ def test_a_client_generated_from_it_plans_reinstalls_and_follows_the_batch(
     site: Site, served: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "openapi.json").write_text(json.dumps(served))
-    (tmp_path / "config.yml").write_text("post_hooks: []\n")
+    (tmp_path / "config.yml").write_text("post_hooks: []\ncontent_type_overrides: {application/gzip: application/octet-stream}\n")
     made = tmp_path / "repave_client"
     command = [BIN / "openapi-python-client", "generate", "--path", tmp_path / "openapi.json", "--output-path", made, "--meta", "none"]
     said = subprocess.run([*command, "--config", tmp_path / "config.yml", "--fail-on-warning"], capture_output=True, text=True, timeout=120)

@@ -57,7 +57,7 @@ def render_openapi(app: FastAPI) -> Json:
 
     document = get_openapi(title="Repave", version=__version__, openapi_version="3.1.0", routes=app.routes)
     schemas: Json = document["components"]["schemas"]
-    models: list[type[BaseModel]] = [*filter(None, ANSWERS.values()), Problem, ImportBody]
+    models: list[type[BaseModel]] = [*(answer for answer in ANSWERS.values() if answer and not isinstance(answer, str)), Problem, ImportBody]
     _, ours = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], ref_template="#/components/schemas/{model}")
     schemas |= ours["$defs"]
     document["components"]["securitySchemes"] = _SCHEMES
@@ -85,7 +85,12 @@ def _complete(operation: Json, *, own: bool) -> None:
         return
     answer = ANSWERS.get(name)
     good = next(iter(responses))
-    if answer is not None:
+    if isinstance(answer, str):
+        responses[good] = {
+            "description": "Done",
+            "content": {answer: {"schema": {"type": "string"} | ({} if answer.startswith("text/") else {"format": "binary"})}},
+        }
+    elif answer is not None:
         responses[good] = {"description": "Done" if good != "202" else "Accepted", "content": _json_content(answer.__name__)}
     if name == "health":
         responses["503"] = {"description": "A part is not well", "content": _json_content("Health")}
@@ -93,7 +98,7 @@ def _complete(operation: Json, *, own: bool) -> None:
         responses["200"] = {"description": "dry_run: the plan; nothing was begun", "content": _json_content("Plan")}
     if name == "show_openapi":
         responses[good]["content"] = {"application/json": {"schema": {"type": "object"}}}
-    if name == "list_events":
+    if name in ("list_events", "show_console"):
         responses[good]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     if name == "add_image":
         operation["requestBody"] = _IMAGE_BODY

@@ -70,6 +70,22 @@ class NewKeyShown(Key):
     token: str
 
 
+class User(BaseModel):
+    id: str
+    project_id: str
+    name: str
+    role: Role
+    created_at: datetime
+
+
+class UserList(Listed):
+    items: list[User]
+
+
+class Room(BaseModel):
+    image_bytes: int
+
+
 class Instance(BaseModel):
     id: str
     state: str
@@ -115,12 +131,30 @@ class Server(BaseModel):
     arch: str
     boot: str
     root_disk: dict[str, Any]
+    keep_partitions: list[str] = Field(description="Of the root disk, by name or GUID: they outlive a reinstall.")
     network: dict[str, Any] | None
     created_at: datetime
     lock: ServerLock | None
     power: PowerSeen | None
     instance: Instance
     bmc: BmcAccess | None = Field(default=None, description="For operators.")
+
+
+class Probed(BaseModel):
+    """What a BMC shows now."""
+
+    server: str
+    same: bool = Field(description="It is the server that we know.")
+    power: str
+    manufacturer: str
+    model: str
+    serial: str
+    uuid: str
+    macs: list[str]
+    media: list[str]
+    certificate_sha256: str | None
+    pinned: bool
+    unreachable: str | None = Field(description="The setting whose address can not be reached from there.")
 
 
 class Identity(BaseModel):
@@ -178,7 +212,11 @@ class Erased(BaseModel):
     hostname: str
     root_disk: str
     disks_seen: int | None
+    keeps: list[str]
     usual_s: int | None
+    usual_high_s: int | None
+    usual_runs: int
+    careful: list[str]
 
 
 class ServerProblem(Problem):
@@ -188,6 +226,7 @@ class ServerProblem(Problem):
 class Kept(BaseModel):
     other_servers: int
     data_disks_seen: int
+    locked: list[str]
 
 
 class Plan(BaseModel):
@@ -227,8 +266,12 @@ class Run(BaseModel):
     write_stages_s: dict[str, float] | None
     waits_for: str | None
     usual_s: float | None
+    usual_durations_s: dict[str, float]
     late: bool
+    done_percent: int
     eta_s: float | None
+    eta_high_s: float | None
+    gives_up_at: datetime | None
     cancelling: bool
     rehearse: bool
     rehearsal: dict[str, Any] | None
@@ -261,6 +304,9 @@ class Batch(BaseModel):
 
 
 class BatchShown(Batch):
+    percent: int
+    eta_s: float | None
+    eta_high_s: float | None
     runs: list[Run]
 
 
@@ -357,14 +403,16 @@ class EventList(Listed):
     items: list[Event]
 
 
-# By the name of the route's function: the answer where all went well. None: no body.
-ANSWERS: dict[str, type[BaseModel] | None] = {
-    "whoami": Whoami, "list_projects": ProjectList, "add_project": Project, "list_keys": KeyList, "add_key": NewKeyShown, "remove_key": None,
+# By the name of the route's function: the answer where all went well; a media type where that is no JSON. None: no body.
+ANSWERS: dict[str, type[BaseModel] | str | None] = {
+    "whoami": Whoami, "show_room": Room, "list_users": UserList, "add_user": User, "remove_user": None,
+    "list_projects": ProjectList, "add_project": Project, "list_keys": KeyList, "add_key": NewKeyShown, "remove_key": None,
     "list_servers": ServerList, "show_server": Server, "add_server": Server, "set_server": Server, "lock_server": Server, "unlock_server": Server,
-    "replace_server": Replaced, "remove_server": None,
+    "replace_server": Replaced, "probe_server": Probed, "rotate_server": Server, "remove_server": None,
     "list_images": ImageList, "show_image": ImageShown, "add_image": Image, "verify_image": Image, "remove_image": None, "list_imports": ImportList,
     "plan": Plan, "reinstall": BatchShown, "list_batches": BatchList, "show_batch": BatchShown, "pause_batch": BatchShown, "resume_batch": BatchShown,
     "cancel_batch": CancelledRunList, "cancel_run": CancelledRunList, "list_runs": RunList, "show_run": Run,
+    "show_console": "text/plain", "fetch_case": "application/gzip",
     "list_webhooks": WebhookList, "show_webhook": Webhook, "add_webhook": NewWebhookShown, "send_test": Webhook, "remove_webhook": None,
     "list_events": EventList, "health": Health,
 }  # fmt: skip

@@ -29,7 +29,7 @@ def build_pages_router(desk: Desk, logins: Logins) -> APIRouter:
     async def attach(request: Request) -> None:
         request.state.house = house
 
-    everything = APIRouter(dependencies=[Depends(attach)], tags=["pages"])
+    everything = APIRouter(dependencies=[Depends(attach)], tags=["pages"], include_in_schema=False)
     for part in (door.router, fleet.router, batches.router, servers.router, images.router, audit.router, reinstall.router, acts.router, render.router):
         everything.include_router(part)
     return everything
