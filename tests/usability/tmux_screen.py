@@ -47,7 +47,13 @@ class Screen:
 
 @contextlib.contextmanager
 def open_screen(
-    argv: Sequence[str], *, columns: int = 100, rows: int = 24, env: Mapping[str, str] | None = None, cwd: Path, without: Sequence[str] = ("CI", "NO_COLOR")
+    argv: Sequence[str],
+    *,
+    columns: int = 100,
+    rows: int = 24,
+    env: Mapping[str, str] | None = None,
+    cwd: Path,
+    without: Sequence[str] = ("CI", "NO_COLOR", "COLUMNS", "LINES"),
 ) -> Iterator[Screen]:
     """`without`: names that the environment of whoever runs the tests must not bring along."""
     screen = Screen(f"repave-{uuid.uuid4().hex[:8]}")
