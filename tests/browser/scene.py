@@ -14,7 +14,7 @@ from typing import Any
 from operator_site import NEW_PASSWORD, Site
 
 from repave.auth.login import hash_password
-from repave.domain.model import Image, Role, Step
+from repave.domain.model import Image, Role, Source, Step
 from repave.domain.states import Ending
 from repave.errors import RepaveError
 from repave.store import new_id
@@ -113,6 +113,9 @@ def _happen(site: Site, run_id: str, script: Script, number: int) -> None:
         runs.record_step(run_id, step)
 
 
+CONSOLE = "".join(f"[{n:6}.000] firmware: step {n} of the self test\n" for n in range(60)) + "Booting from disk 0 <deb11>\n"
+
+
 def say_hello(site: Site, run_id: str) -> None:
     disk = {
         "path": "/dev/nvme0n1",
@@ -133,6 +136,7 @@ def say_hello(site: Site, run_id: str) -> None:
 def end(site: Site, run_id: str, how: str) -> None:
     """`how`: proved, or the slug of the error it ended with."""
     runs, row = site.store.runs, site.store.runs.get_run(run_id)
+    site.store.consoles.append(run_id, Source.SERIAL, CONSOLE)
     if how == "proved":
         runs.record_proof(run_id, {"root_disk_serial": (row.plan or {}).get("disk_serial")})
         runs.record_ending(run_id, Ending.PROVED, None)

@@ -54,6 +54,11 @@ def test_servers_are_reinstalled_from_the_page_and_it_stays_true_while_the_servi
     expect(page.locator("#row-lab01")).to_contain_text("proved by the new OS")
     expect(page.locator("#row-lab02")).to_contain_text("4/8 boot-ramdisk")
 
+    talk = context.new_page()
+    talk.goto("/s/lab02/console")
+    expect(talk.locator("#console-state")).to_have_text("live")
+    expect(talk.locator("#console")).to_contain_text("ramdisk: hangs")
+
     service = find_service(folder)
     assert service is not None
     os.kill(service.pid, signal.SIGKILL)
@@ -72,8 +77,14 @@ def test_servers_are_reinstalled_from_the_page_and_it_stays_true_while_the_servi
     expect(page.locator("#failures")).to_contain_text("before the line")
     assert page.evaluate("window.never_reloaded") is True
 
+    expect(talk.locator("#console-state")).to_have_text("it has ended", timeout=20_000)
     page.goto("/s/lab01")
     expect(page.locator("#now")).to_contain_text("runs tiny-2 · proved by the new OS")
     expect(page.locator("#inventory")).to_contain_text("root")
     assert page.locator(".steps").first.locator("li.done").count() == 8
+    page.get_by_role("link", name="all of it, from the first byte").click()
+    expect(page.locator("#console")).to_contain_text("stage seal")
+    expect(page.locator("#console")).not_to_contain_text(PASSWORD)
+    page.goto("/errors/not-found")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Not found.")
     context.close()

@@ -37,6 +37,7 @@ class Day:
             "fleet": "/", "fleet-table": "/?view=table&q=web[01-09]", "batches": "/b", "batch": f"/b/{batch}", "batch-table": f"/b/{batch}?view=table",
             "server": "/s/web07", "server-working": "/s/web09", "images": "/i", "audit": "/events", "plan": "/plan?servers=web[15-20]&image=deb12-gpu",
             "cancel": f"/b/{batch}/cancel", "lock": "/lock?servers=web20", "error": "/s/nobody",
+            "console": "/s/web07/console", "explain": "/errors/Repave.2110",
         }  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_every_page_is_fit_for_everybody_in_both_colours_and_widths_and_fits_its
             picture(page, f"{name}-{scheme}-{width}")
     context.close()
     said = [f"{name}: {fault}" for name, of in found.items() for fault in of]
-    assert len(found) == 3 * 14 - 2 * len(VARIANTS) and not said, "\n".join(said[:: max(1, len(said) // 25)])
+    assert len(found) == 3 * 16 - 2 * len(VARIANTS) and not said, "\n".join(said[:: max(1, len(said) // 25)])
 
 
 def faults(page: Page, response: dict[str, Any]) -> list[str]:

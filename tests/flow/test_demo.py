@@ -92,9 +92,13 @@ def test_an_own_sdk_gets_what_it_needs_as_shell_exports(lab, tmp_path):
 
 
 def test_the_last_thing_on_the_screen_says_where_it_runs_and_what_to_type_next(lab):
-    lines = render_next(lab.values).splitlines()
+    lines = render_next(lab.values, "a1b2-c3d4-e5f6").splitlines()
     assert (
-        lines[0].startswith("Repave is running") and lab.values["endpoint"] in lines[1] and "make env" in lines[-2] and "docs/first-real-server.md" in lines[-1]
+        lines[0].startswith("Repave is running")
+        and lab.values["endpoint"] in lines[1]
+        and "password a1b2" in lines[1]
+        and "make env" in lines[-2]
+        and "docs/first-real-server.md" in lines[-1]
     )
     assert all((Path(__file__).parents[2] / word).exists() for word in lines[-1].split() if word.startswith("docs/"))
 

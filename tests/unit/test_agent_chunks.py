@@ -179,7 +179,7 @@ def test_a_cache_that_does_well_again_is_asked_again_by_one_thread_first(cache: 
     cache.spoil = "silent"
     cache.status = 200
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(source.fetch, NAMES[:4])) == [FILES[n] for n in NAMES[:4]]
+        assert list(pool.map(lambda name: bytes(source.fetch(name)), NAMES[:4])) == [FILES[n] for n in NAMES[:4]]
     assert len(cache.asked) == 2
     cache.spoil = ""
     time.sleep(0.25)

@@ -184,7 +184,7 @@ def status_of(error: RepaveError) -> int:
 def render_problem(error: RepaveError) -> JSONResponse:
     """RFC 9457, with our own fields beside the standard ones."""
     status = status_of(error)
-    body = error.as_json() | {"type": f"urn:repave:error:{error.code}", "status": status, "detail": str(error)}
+    body = error.as_json() | {"type": f"/errors/{error.code}", "status": status, "detail": str(error)}
     headers = {"WWW-Authenticate": "SDK-HMAC-SHA256"} if status == 401 else None  # the one HTTP scheme taken; X-Auth-Token is none
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 

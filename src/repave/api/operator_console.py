@@ -40,14 +40,14 @@ def show_console(
     """
     run = get_run(scope, run_id)
     consoles = scope.store.consoles
-    which = Source(source) if source else Source.SERIAL if consoles.has(run.id, Source.SERIAL) else Source.AGENT
+    which = Source(source) if source else choose_source(scope, run.id)
     if last_event_id is not None:
         if not re.fullmatch("[0-9]{1,15}", last_event_id):
             raise RequestError("bad-request", "Last-Event-ID: must be what a stream gave.", field="Last-Event-ID")
         after = int(last_event_id)
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Repave-Source": which.value}
     if "text/event-stream" in request.headers.get("accept", ""):
-        return StreamingResponse(_follow(scope, run.id, which, after), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(follow_console(scope, run.id, which, after), media_type="text/event-stream", headers=headers)
     found = consoles.read(run.id, which, after=after, most=most)
     return Response(found.text, media_type="text/plain; charset=utf-8", headers=headers | {"X-Repave-Next": str(found.next_at)})
 
@@ -65,7 +65,12 @@ def fetch_case(scope: Operator, run_id: str) -> Response:
     return Response(build_case(store, case), media_type=MEDIA_TYPE, headers=headers)
 
 
-async def _follow(scope: Scope, run_id: str, source: Source, after: int) -> AsyncIterator[str]:
+def choose_source(scope: Scope, run_id: str) -> Source:
+    """The serial console, which has the agent's lines too, where there is one."""
+    return Source.SERIAL if scope.store.consoles.has(run_id, Source.SERIAL) else Source.AGENT
+
+
+async def follow_console(scope: Scope, run_id: str, source: Source, after: int) -> AsyncIterator[str]:
     """Each piece once, in order, until the reader goes away or the run has been over for a moment."""
     spoke = time.monotonic()
     over_since: float | None = None

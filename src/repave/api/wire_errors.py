@@ -126,7 +126,7 @@ def answer_for(path: str, error: RepaveError | WireError) -> Response:
         return wire.answer()
     slug = {404: "not-found", 500: "internal"}.get(wire.status, "bad-request")
     known = error if isinstance(error, RepaveError) else RequestError(slug, wire.message)
-    problem = known.as_json() | {"type": f"urn:repave:error:{known.code}", "status": wire.status, "detail": str(known)}
+    problem = known.as_json() | {"type": f"/errors/{known.code}", "status": wire.status, "detail": str(known)}
     return json_answer(wire.status, problem, wire.headers, media_type="application/problem+json")
 
 

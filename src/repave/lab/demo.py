@@ -34,6 +34,7 @@ from repave.secrets import write_private
 FOLDER = Path(".repave")
 PASSWORDS = Path(".repave/passwords.json")  # the lab's machines only: what `ssh` needs after a run
 COUNT = 2
+PERSON = "demo"  # who may log in to the pages
 IMAGE = os.environ.get("REPAVE_DEMO_IMAGE", "debian-12")
 WAIT_S = 1800.0
 SSH_WAIT_S = 180.0  # under emulation sshd starts up to a minute after cloud-init called home
@@ -63,7 +64,7 @@ def main() -> int:
         show_machines(client, lab)
         print(f"\n✓ {COUNT} machines run {IMAGE} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.")
         if stay:
-            print(render_next(lab), flush=True)
+            print(render_next(lab, add_person(client)), flush=True)
             with contextlib.suppress(KeyboardInterrupt):  # all is done: this is how one leaves
                 threading.Event().wait()
             print("\nstopping", flush=True)
@@ -87,12 +88,21 @@ def show_check() -> None:
     print("2/6 python   ✓ locked packages in .venv  cached by lock file", flush=True)
 
 
-def render_next(lab: Json) -> str:
+def add_person(client: Client) -> str:
+    """The password of `demo`, who may log in to the pages: another one each time."""
+    password = "-".join(secrets.token_hex(2) for _ in range(3))
+    if any(user["name"] == PERSON for user in client.items("/users")):
+        client.delete(f"/users/{PERSON}")
+    client.post("/users", {"name": PERSON, "role": "admin", "password": password})
+    return password
+
+
+def render_next(lab: Json, password: str) -> str:
     """The last thing on the screen: where it runs, what to try, how one's own program gets in, what to read."""
     names = [i["name"] for i in lab["instances"][:COUNT]]
     return "\n".join((
         "Repave is running (Ctrl-C stops it; make clean removes all).",
-        f"  API        {lab['endpoint']}",
+        f"  Pages      {lab['endpoint']}      user {PERSON}, password {password}",
         f"  Try        .venv/bin/repave reinstall '{fold(names)}' --image tiny-2      in another terminal, here",
         f"             .venv/bin/repave rack fault {names[0]} ignore-boot-override, then again; none ends it",
         f"             .venv/bin/repave console {names[0]} · .venv/bin/repave case · .venv/bin/repave batch ls",

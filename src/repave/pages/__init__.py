@@ -9,6 +9,8 @@ stream sends those that changed since. Views read and acts change through the fu
     snapshot.py   what one paint shows, read once
     waterfall.py  runs as bars on one axis of time; pure
     fleet.py batches.py servers.py images.py audit.py    the views
+    console.py    a console from its first byte
+    errors.py     what an error means, for everybody
     reinstall.py acts.py    plan and typed words; pause, resume, cancel, lock, unlock
 """
 
@@ -18,7 +20,7 @@ from fastapi import APIRouter, Depends, Request
 
 from repave.api.operator import Desk
 from repave.auth.login import Logins
-from repave.pages import acts, audit, batches, door, fleet, images, reinstall, render, servers
+from repave.pages import acts, audit, batches, console, door, errors, fleet, images, reinstall, render, servers
 from repave.pages.live import Live
 
 
@@ -30,6 +32,9 @@ def build_pages_router(desk: Desk, logins: Logins) -> APIRouter:
         request.state.house = house
 
     everything = APIRouter(dependencies=[Depends(attach)], tags=["pages"], include_in_schema=False)
-    for part in (door.router, fleet.router, batches.router, servers.router, images.router, audit.router, reinstall.router, acts.router, render.router):
+    for part in (
+        door.router, fleet.router, batches.router, console.router, servers.router, images.router, audit.router, reinstall.router, acts.router,
+        errors.router, render.router,
+    ):  # fmt: skip
         everything.include_router(part)
     return everything

@@ -10,6 +10,7 @@ from repave.api.operator import Scope
 from repave.api.operator_batches import list_runs
 from repave.api.operator_events import list_newest
 from repave.domain.model import Role, Step
+from repave.pages.console import read_tail
 from repave.pages.door import PageRoute, add_view
 from repave.pages.fleet import tile_of
 from repave.pages.frame import Frame
@@ -31,6 +32,7 @@ def view_server(scope: Scope, asked: dict[str, str]) -> Frame:
     frame.put("lock", parts().server_lock(server, may, live))
     for number, run in enumerate(runs):
         frame.add("runs", f"run-{run['id']}", parts().server_run(run, _steps(run), number == 0, number == 0 and live is None))
+    frame.put("console", parts().console_tail(server, runs[0] if runs else None, read_tail(scope, runs[0]["id"]) if runs else ""))
     inventory = scope.store.runs.find_inventory(server["id"])
     frame.put("inventory", parts().inventory(server, inventory, runs[0].get("disk_serial") if runs else None))
     events = list_newest(scope, server_id=server["id"], limit=15)
