@@ -281,11 +281,18 @@ def set_bmc_password(address: BmcAddress, password: str) -> None:
         bmc.set_password(password)
 
 
+def _without_password(database_url: str) -> str:
+    return database_url and sa.make_url(database_url).set(query={}).render_as_string(hide_password=True)
+
+
 def describe_site(settings: Settings) -> dict[str, Any]:
     """Versions, and the settings; what is secret in them the reader masks (case_file.py)."""
     names = ("dbos", "sqlalchemy", "sushy", "fastapi", "uvicorn", "cryptography")
     versions = {name: importlib.metadata.version(name) for name in names} | {"repave": __version__, "python": platform.python_version()}
-    return {"versions": versions | {"kernel": platform.release()}, "settings": settings.model_dump(mode="json")}
+    return {
+        "versions": versions | {"kernel": platform.release()},
+        "settings": settings.model_dump(mode="json") | {"database_url": _without_password(settings.database_url)},
+    }
 
 
 def build_api(site: Site) -> FastAPI:

@@ -49,11 +49,11 @@ def unfold(text: str) -> list[str]:
 
 
 def _names_in(text: str) -> int:
-    """At most so many names; counted before ClusterShell makes each of them, in memory."""
+    """At least as many names as there are; counted before ClusterShell makes each of them, in memory."""
     number = 1
-    for group in re.findall(r"\[([^\]]*)\]", text):
-        ends = [part.partition("/")[0].partition("-") for part in group.split(",")]
-        number *= sum(int(high) - int(low) + 1 if low.isdecimal() and high.isdecimal() else 1 for low, _, high in ends)
+    for group in re.findall(r"\[([^\]]*)\]?", text):
+        ends = [[int(n[:12]) for n in re.findall(r"[0-9]+", part.partition("/")[0])] for part in group.split(",")]
+        number *= max(1, sum(max(each) - min(each) + 1 if each else 1 for each in ends))
     return number
 
 

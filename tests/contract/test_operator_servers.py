@@ -70,6 +70,7 @@ def test_a_changed_bmc_must_be_the_same_server_and_the_stored_password_is_sent_n
     site.bmcs.known |= {"https://moved.invalid": "SN1", "https://another.invalid": "SN9"}
     count = len(site.bmcs.asked)
     assert site.ask("PATCH", "/servers/web01", json={"bmc_url": "https://moved.invalid"}).json()["class"] == "bad-request"
+    assert site.ask("PATCH", "/servers/web01", json={"bmc_url": "https://moved.invalid", "bmc_password": ""}).json()["context"] == {"field": "bmc_password"}
     nowhere = site.ask("PATCH", "/servers/web01", json={"bmc_url": "https://moved.invalid:99999", "bmc_password": BMC_PASSWORD})
     assert (nowhere.status_code, nowhere.json()["context"]) == (400, {"field": "bmc_url"})
     assert len(site.bmcs.asked) == count

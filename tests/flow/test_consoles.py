@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,10 @@ def test_a_secret_that_a_console_says_is_masked_in_what_is_kept(lab, console_of)
     file = lab.machines["lab03"].console
     said_before = file.stat().st_size
     with file.open("a") as console:
-        console.write(f"{written}\n{key}\x1b[31mred\x1b[0m and the end\n")
+        console.write(f"{'.' * 5000}\n{written[:25]}")  # a look in the middle of a token
+        console.flush()
+        time.sleep(1.5)
+        console.write(f"{written[25:]}\n{key}\x1b[31mred\x1b[0m and the end\n")
     wait_until(lambda: "and the end" in console_of(run_id).text, deadline_s=10, what=lambda: console_of(run_id).text)
     lab.client.post(f"/batches/{batch}/cancel", {})
     lab.wait_for_end(batch)

@@ -9,7 +9,7 @@ import pytest
 from repave.api.batch_views import estimate_json, when_given_up
 from repave.domain.model import Step
 from repave.domain.timing import done_share, eta_s, slow_durations, usual_durations
-from repave.folding import counts_line, time_left
+from repave.folding import counts_line, time_left, unfold
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 HISTORY = [{"boot-ramdisk": float(s), "write-image": 100.0} for s in (50, 52, 54, 56, 58, 60, 62, 64, 66, 120)]
@@ -63,3 +63,9 @@ def test_every_count_fits_where_the_bar_makes_room() -> None:
     wide, narrow = counts_line(batch, 200), counts_line(batch, 60)
     assert wide.count("█") == 21 and "█" not in narrow
     assert all(word in narrow for word in ("70 %", "running 3", "working 8", "waiting 0", "failed 1 (stops above 2)")) and "cancelled" not in narrow
+
+
+@pytest.mark.parametrize("text", ["b[1-200000]", "b[ 1-200000]", "b[200000-1]", "b[1-200000],a[1-0]", "a[1-400]b[1-400]", "b[1-200000"])
+def test_a_nodeset_of_too_many_names_is_refused_before_any_is_made(text: str) -> None:
+    with pytest.raises(ValueError, match="more than"):
+        unfold(text)

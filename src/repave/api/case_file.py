@@ -52,7 +52,7 @@ class Case:
 
 def build_case(store: Store, case: Case) -> bytes:
     """A tar.gz with one folder, named like the file."""
-    redactor = Redactor([*store.runs.list_run_secrets(case.run.id), store.servers.get_bmc_password(case.server.id)])
+    redactor = Redactor([*store.runs.list_run_secrets(case.run.id), *store.servers.list_bmc_passwords(case.server.id)])
     parts = {name: text for name, text in _render(store, case, redactor).items() if text}
     parts["README.txt"] = redactor.clean(_readme(case, parts))
     return _pack(case_name(case.run, case.server), parts, case.run.ended_at or case.run.created_at)

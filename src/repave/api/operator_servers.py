@@ -87,7 +87,7 @@ class ServerSettings(Body):
 
     bmc_url: Annotated[str, AfterValidator(_bmc_url)] | None = None
     bmc_username: str | None = Field(default=None, max_length=200)
-    bmc_password: str | None = Field(default=None, max_length=200)
+    bmc_password: str | None = Field(default=None, min_length=1, max_length=200)
     tls_verify: str | None = Field(
         default=None, pattern="^(true|false|/.*)$"
     )  # true, false (then the certificate seen first is pinned), or a path to a CA bundle
@@ -106,7 +106,7 @@ class NewServer(ServerSettings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,62}$")
     bmc_url: Annotated[str, AfterValidator(_bmc_url)]
     bmc_username: str = Field(max_length=200)
-    bmc_password: str = Field(max_length=200)
+    bmc_password: str = Field(min_length=1, max_length=200)
     blank: bool = False
     os_type: Literal["Linux", "Windows"] = "Linux"
     image: str | None = None  # name or id of what its OS was made from, where that is known
@@ -125,7 +125,7 @@ class Replacement(Body):
 
     serial: str | None = Field(default=None, max_length=200)
     uuid: str | None = Field(default=None, max_length=200)
-    bmc_password: str | None = Field(default=None, max_length=200)
+    bmc_password: str | None = Field(default=None, min_length=1, max_length=200)
     repin: bool = False  # a new board brings a new certificate
 
 

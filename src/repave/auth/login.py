@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from repave.secrets import new_token
 
 LASTS = timedelta(hours=12)  # a working day: nobody is asked twice in it, and a forgotten browser is out the next morning
 MIN_PASSWORD, MAX_PASSWORD = 12, 128
+_TURN_S = 2.0
 _AT_ONCE = threading.BoundedSemaphore(2)  # each hash takes 64 MiB and a good part of a second of one core
 _HASHER = PasswordHasher()
 
@@ -41,6 +43,17 @@ def hash_password(password: str) -> str:
         return _HASHER.hash(password)
 
 
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """Raises too-many: who waits holds a thread that agents need as well."""
+    if not _AT_ONCE.acquire(timeout=_TURN_S):
+        raise RequestError("too-many", "Others are logging in. Try again in a moment.")
+    try:
+        yield
+    finally:
+        _AT_ONCE.release()
+
+
 @functools.cache
 def _nobodys_hash() -> str:
     return _HASHER.hash(new_token())
@@ -56,7 +69,7 @@ class Logins:
         """A new token, valid for LASTS. Raises not-logged-in, in the same words and after the same time whether the name exists or not."""
         found = self._book.find_user(name)
         try:
-            with _AT_ONCE:
+            with _in_turn():
                 _HASHER.verify(found[1] if found else _nobodys_hash(), password[: MAX_PASSWORD + 1])
         except (VerificationError, InvalidHashError):
             found = None

@@ -215,7 +215,10 @@ class RedfishBmc(Bmc):
                 self._connector.patch(uri, data={"Password": password}, etag=headers.get("ETag"))
 
             # Nothing is read back: from here on the BMC may refuse the login that we have.
-            self._write(send, lambda: False, "password_refused")
+            try:
+                self._write(send, lambda: False, "password_refused")
+            except BmcError as refusal:  # some quote what they refuse
+                raise BmcError(refusal.slug, refusal.detail.replace(password, "***")) from None
 
     def _find_account(self) -> str:
         """The account that we log in with. Source: Redfish DSP0266, AccountService."""

@@ -24,7 +24,7 @@ _SHAPES = (
     re.compile(r"(?i)(?<=authorization: )[^\r\n]+"),
     re.compile(r"\bBearer\s+[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"(?i)(?<=password=)[^\s&\"']+"),
-    re.compile(r"(?<=://)[^/\s:@\"]+:[^/\s@\"]+(?=@)"),  # a login in a URL
+    re.compile(r"(?<=://)[^/\s:@\"]*:[^\s@\"]+(?=@)"),  # a login in a URL
 )
 _MEDIA = re.compile(r"(/media/[^/\s\"]+/)[^/\s\"]+")  # boot media's path: whoever knows it may fetch them
 _SECRET_NAMES = ("password", "passwd", "token", "secret", "nonce", "authorization", "privatekey", "credential")

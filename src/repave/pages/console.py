@@ -53,10 +53,11 @@ def follow(
 ) -> Response:
     """What is said from `after` on; then that it is over."""
     run_id = get_run(who.scope, run).id
+    source = choose_source(who.scope, run_id)
     begin = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) < 16 else after
 
     async def messages() -> AsyncIterator[str]:
-        async for message in follow_console(who.scope, run_id, choose_source(who.scope, run_id), begin):
+        async for message in follow_console(who.scope, run_id, source, begin):
             if await run_in_threadpool(who.house.logins.find, who.token) is None:
                 return
             yield message

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ HEADERS = {
 }  # fmt: skip
 _FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of
 _MOST_FIELDS = 500
+_LONGEST_NAME = 100
 _THEMES = ("system", "light", "dark")
 
 
@@ -251,9 +252,8 @@ router = APIRouter(route_class=PageRoute)
 
 def _local(address: str) -> str:
     """A path of ours, else the front page: a login never leads elsewhere."""
-    parts = urlsplit(address)
-    fine = address.startswith("/") and not address.startswith(("//", "/\\")) and not parts.netloc and not parts.scheme and "\\" not in address
-    return address if fine and address.isprintable() else "/"
+    fine = address.startswith("/") and not address.startswith("//") and "\\" not in address and address.isprintable()
+    return address if fine else "/"
 
 
 @router.get("/login")
@@ -278,8 +278,9 @@ def log_in(request: Request, form: Form) -> Response:
     except RequestError:
         return _login_page(request, after, "This form was open too long. Try again.", name=name, status=403)
     address = request.client.host if request.client else ""
-    waits = [house.tries_from.take(address, "change"), house.tries_of_name.take(f"{address} {name.lower()}", "change")]
-    if wait := max(w or 0 for w in waits):
+    if len(name) > _LONGEST_NAME:
+        return _login_page(request, after, "Name or password is wrong.", status=401)
+    if wait := house.tries_from.take(address, "change") or house.tries_of_name.take(f"{address} {name.lower()}", "change"):
         answer = _login_page(request, after, f"Too many tries. Wait {wait} s.", name=name, status=429)
         answer.headers["Retry-After"] = str(wait)
         return answer

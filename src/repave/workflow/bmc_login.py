@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from repave.bmc import BmcAddress
+from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Server
-from repave.errors import BmcError
+from repave.domain.own_host import are_of_two
+from repave.errors import BmcError, RunFailed
 from repave.store import Store
 
-Login = Callable[[BmcAddress], object]  # asks the BMC something that needs a login; raises BmcError, `auth` where it is refused
+Login = Callable[[BmcAddress], BmcFacts]  # asks the BMC something that needs a login; raises BmcError, `auth` where it is refused
+
+
+def _log_in(server: Server, password: str, log_in: Login) -> None:
+    """The password opens the BMC of this server. Raises BmcError; RunFailed wrong-server where another one answers at its address."""
+    facts = log_in(BmcAddress.of(server, password))
+    if any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial))):
+        raise RunFailed("wrong-server", f"At {server.name}'s BMC address another one answers; no password was changed or forgotten.")
 
 
 def find_password(store: Store, server: Server, log_in: Login) -> str:
@@ -26,7 +34,7 @@ def find_password(store: Store, server: Server, log_in: Login) -> str:
     refused: list[str] = []
     for password in known if len(known) > 1 else ():
         try:
-            log_in(BmcAddress.of(server, password))
+            _log_in(server, password, log_in)
         except BmcError as error:
             if error.slug != "auth":
                 raise
@@ -55,7 +63,7 @@ def rotate_password(store: Store, server: Server, new: str, *, log_in: Login, ch
         failure = error
     for password in (old, new) if failure else (new, old):
         try:
-            log_in(BmcAddress.of(server, password))
+            _log_in(server, password, log_in)
         except BmcError as error:
             if error.slug == "auth":
                 continue
@@ -63,7 +71,7 @@ def rotate_password(store: Store, server: Server, new: str, *, log_in: Login, ch
         if password == new:
             store.servers.end_rotation(server.id, new, forget=[old], actor=actor)
             return
-        if failure:
+        if failure and failure.slug == "password_refused":  # any other answer proves nothing: it may take it yet
             store.servers.end_rotation(server.id, old, forget=[new], actor=actor)
         break
     raise failure or BmcError("password_refused", "It said yes, and the old one is still in force.")

@@ -86,8 +86,9 @@ class ConsoleFiles:
             start = read_to if read_to <= size else 0  # a new file: the old one was put aside
             console.seek(start)
             data = console.read(READ_BYTES)
-        if not ended and len(data) < _LINE_BYTES:
-            data = data[: data.rfind(b"\n") + 1]  # whole lines, so that no secret comes in two halves
+        whole = data.rfind(b"\n") + 1
+        if not ended and (whole or len(data) < _LINE_BYTES):
+            data = data[:whole]  # whole lines, so that no secret comes in two halves
         if data:
             text = redactor.clean(data.decode(errors="replace"))
             self._store.consoles.append(run_id, Source.SERIAL, text, read_from=read_to, read_to=start + len(data))
