@@ -110,8 +110,9 @@ def test_guessing_is_slow_and_a_good_password_does_not_help_meanwhile(site: Site
 
 
 def test_a_login_never_leads_elsewhere(site: Site) -> None:
-    for where in ("//evil.invalid", "https://evil.invalid", "/\\evil.invalid", "javascript:alert(1)", "/a\r\nb", "//["):
+    for where in ("//evil.invalid", "https://evil.invalid", "/\\evil.invalid", "javascript:alert(1)", "/a\r\nb"):
         assert Person(site.url).log_in(next=where).headers["location"] == "/", where
+    assert Person(site.url).log_in("vic", next="//[").headers["location"] == "/"
 
 
 def test_a_form_without_the_token_of_this_login_does_nothing(site: Site, ann: Person) -> None:
