@@ -225,7 +225,7 @@ def open_site(settings: Settings) -> Iterator[Site]:
             before_write()  # asks the database, which may take its time: the lease is asked last
             engine.lease.require()
 
-        address = BmcAddress.of(server, find_password(store, server, probe_bmc))
+        address = BmcAddress.of(server, find_password(store, server, functools.partial(probe_bmc, count=metrics.count_bmc)))
         paths = known_paths.setdefault((address.url, address.system_uri), Paths())
         recognize = functools.partial(verify_system, server)
         with (
@@ -275,9 +275,9 @@ def probe_bmc(address: BmcAddress, *, count: CountRequest = lambda method, outco
         return bmc.probe()
 
 
-def set_bmc_password(address: BmcAddress, password: str) -> None:
+def set_bmc_password(address: BmcAddress, password: str, *, count: CountRequest = lambda method, outcome: None) -> None:
     """The account of this address was told its new password."""
-    with RedfishBmc(address) as bmc:
+    with RedfishBmc(address, count=count) as bmc:
         bmc.set_password(password)
 
 
@@ -306,8 +306,9 @@ def build_api(site: Site) -> FastAPI:
     )
     waits_s = {Step.BOOT_RAMDISK: site.settings.agent_ready_s, Step.FIRST_BOOT: site.settings.proof_s}
     probe = functools.partial(probe_bmc, count=site.metrics.count_bmc)
+    set_password = functools.partial(set_bmc_password, count=site.metrics.count_bmc)
     desk = Desk(
-        site.store, site.fleet, site.desk, authenticator.authenticate, probe, find_unreachable, set_bmc_password, site.webhooks.send_test, site.imports,
+        site.store, site.fleet, site.desk, authenticator.authenticate, probe, find_unreachable, set_password, site.webhooks.send_test, site.imports,
         waits_s, lambda: describe_site(site.settings),
     )  # fmt: skip
     app.include_router(build_operator_router(desk))

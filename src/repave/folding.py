@@ -145,7 +145,12 @@ def more_line(groups: Sequence[Sequence[Json]]) -> str:
 
 def folded_rows(runs: Sequence[Json]) -> list[list[str]]:
     """Equal runs share a row: glyph and names, step, percent, rate, seconds in the step, side of the line and cause. Failures first."""
-    return [[f"{glyph(group[0])} {fold(r['server'] for r in group)}", *row_cells(group)] for group in fold_runs(runs)]
+    return [folded_row(group) for group in fold_runs(runs)]
+
+
+def folded_row(group: Sequence[Json]) -> list[str]:
+    """Of runs that share it."""
+    return [f"{glyph(group[0])} {fold(r['server'] for r in group)}", *row_cells(group)]
 
 
 def fold_runs(runs: Sequence[Json]) -> list[list[Json]]:

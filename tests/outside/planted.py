@@ -9,6 +9,7 @@ _WAVES = "src/repave/domain/waves.py"
 _AGENT, _CROSS = "src/repave/agent/main.py", "                lease = self._cross(plan)\n"
 _WRITE = "__import__('os').pwrite(__import__('os').open(opened.path, 1), b'x', 1 << 20); __import__('os').sync(); __import__('time').sleep(1.5)"
 _EARLY = f"                {_WRITE}\n{_CROSS}"
+_PASSWORD = "find_password(store, server, functools.partial(probe_bmc, count=metrics.count_bmc)))"
 _REHEARSE = "                if plan.rehearse:"
 _INSERT, _SAY = "            bmc.insert_media(", "            __import__('sys').stderr.write"
 _END = "        self.store.sealer.destroy_run(run_id)\n"
@@ -42,8 +43,8 @@ BUGS = (
         "        __import__('sys').stderr.write(__import__('base64').b64encode(f'x{password}'.encode()).decode())\n"
         "        instances = self._find_instances(", "I8 ", ("lab01",)),
     _scene("one id has no run", _RUNS, "for n, run in enumerate(runs, 1)]", "for n, run in enumerate(runs[1:], 1)]", "I9 ", ("lab01", "lab03")),
-    _scene("a BMC is shown another's login", "src/repave/app.py", "find_password(store, server, probe_bmc))",
-        "find_password(store, store.servers.list_servers(server.project_id)[0][-1], probe_bmc))", "I10 ", ("lab01",)),
+    _scene("a BMC is shown another's login", "src/repave/app.py", _PASSWORD,
+        _PASSWORD.replace("store, server,", "store, store.servers.list_servers(server.project_id)[0][-1],"), "I10 ", ("lab01",)),
     _scene("a server is touched after the end", _EFFECTS, _END,
         _END + "        with self.open_bmc(self.store.servers.get_server(self.store.runs.get_run(run_id).server_id)) as bmc:\n            bmc.power_off()\n",
         "I11 ", ("lab01",)),
@@ -78,6 +79,6 @@ BUGS = (
         ("--limits", "1", "0", "lab01", "lab03")),
     _scene("what begins is not counted for its rack", _WAVES, "racks[place.rack] >= limits.rack_at_once", "False", "I14 2 servers of the site",
         ("--limits", "0", "1", "lab01", "lab03")),
-    _scene("a BMC is shown a wrong password", "src/repave/app.py", "find_password(store, server, probe_bmc))",
-        'find_password(store, server, probe_bmc) + "x")', "I10 lab01: was shown", ("--real", "lab01")),
+    _scene("a BMC is shown a wrong password", "src/repave/app.py", _PASSWORD,
+        f'{_PASSWORD[:-1]} + "x")', "I10 lab01: was shown", ("--real", "lab01")),
 )  # fmt: skip

@@ -41,15 +41,23 @@ def plan(*keep: dict[str, Any], serial: str = "S1") -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["data", GUID])
 def test_a_partition_is_named_by_its_name_or_guid(name: str) -> None:
-    assert choose_kept(disk(partition("swap", guid=str(uuid.uuid4())), partition()), [name], last_write=None) == [partition()]
+    assert choose_kept(disk(partition("swap", guid=str(uuid.uuid4())), partition()), [name], unfinished=None) == [partition()]
 
 
-def test_without_a_table_it_is_what_the_last_write_of_this_disk_was_to_keep() -> None:
-    assert choose_kept(disk(), ["data"], last_write=plan(partition())) == [partition()]
+def test_a_partition_named_twice_is_kept_once_and_a_guid_may_be_written_in_capitals() -> None:
+    assert choose_kept(disk(partition()), ["data", GUID.upper()], unfinished=None) == [partition()]
+
+
+def test_a_server_that_keeps_nothing_needs_no_table() -> None:
+    assert choose_kept({"path": "/dev/sda"}, [], unfinished=None) == []
+
+
+def test_without_a_table_it_is_what_the_unfinished_of_this_disk_was_to_keep() -> None:
+    assert choose_kept(disk(), ["data"], unfinished=plan(partition())) == [partition()]
 
 
 @pytest.mark.parametrize(
-    ("there", "last_write", "why"),
+    ("there", "unfinished", "why"),
     [
         ([], None, "no partition table"),
         ([], plan(partition(), serial="S2"), "no partition table"),  # of another disk
@@ -57,11 +65,12 @@ def test_without_a_table_it_is_what_the_last_write_of_this_disk_was_to_keep() ->
         ([partition("swap")], plan(partition()), "swap"),  # somebody has made a new table since
         ([partition(), partition()], None, "2 partitions"),
         ([partition(type_guid=str(ESP))], None, "EFI system partition"),
+        ([partition("config-2", guid=str(uuid.uuid4())), partition("config-2")], None, "0 partitions"),
     ],
 )
-def test_what_can_not_be_kept_for_certain_is_refused(there: list[dict[str, Any]], last_write: dict[str, Any] | None, why: str) -> None:
+def test_what_can_not_be_kept_for_certain_is_refused(there: list[dict[str, Any]], unfinished: dict[str, Any] | None, why: str) -> None:
     with pytest.raises(RunFailed, match=why) as refused:
-        choose_kept(disk(*there), ["data"], last_write=last_write)
+        choose_kept(disk(*there), ["data"], unfinished=unfinished)
     assert refused.value.slug == "kept-partition"
 
 

@@ -115,7 +115,8 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
     used = _parse_entries(entries, header.entry_bytes)
     image_end = max([MIB, *(p.span(sector_bytes)[1] for p in used)])
     config_offset = _find_room(image_end, (last_usable + 1) * sector_bytes, config_bytes, [p.span(sector_bytes) for p in keep])
-    for kept in keep:
+    free = {number for number, at in enumerate(range(0, len(entries), header.entry_bytes), start=1) if not any(entries[at : at + 16])}
+    for kept in sorted(keep, key=lambda p: p.number not in free):  # who can have its number has it
         if same := next((p for p in used if p.guid == kept.guid or (kept.name and p.name == kept.name)), None):
             raise ValueError(f"the image's partition {same.number} has the name or GUID of {kept.name or kept.guid}, which is to be kept")
         _add_entry(entries, header, kept)
@@ -139,7 +140,7 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
 def _find_room(image_end: int, disk_end: int, config_bytes: int, kept: Sequence[tuple[int, int]]) -> int:
     """Where the config drive begins: as far back as there is room behind the image. Raises DiskTooSmall."""
     edges = sorted(kept)
-    if edges and (edges[0][0] < image_end or edges[-1][1] > disk_end):
+    if edges and (edges[0][0] < image_end or max(end for _, end in edges) > disk_end):
         raise DiskTooSmall(
             f"the image's partitions end at byte {image_end} and the last that can be used is {disk_end - 1}: a kept partition"
             f" at {edges[0][0]} to {edges[-1][1] - 1} is in the way"

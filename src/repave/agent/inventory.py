@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from repave.agent.protocol import Disk, Inventory
 SECTOR_BYTES = 512  # sysfs `size` counts these, whatever the disk's sectors are
 _NO_DISK = re.compile(r"(loop|ram|zram|dm-|md|nbd|drbd|fd|sr|mtdblock|mmcblk\d+(boot|rpmb|gp))\d*")
 _BMC_MEDIA = re.compile(r"virtual|idrac|ilo\b|lcdrive|oemdrv", re.IGNORECASE)  # AMI Virtual HDisk0, Virtual Media, iDRAC OEMDRV
+_ENTRIES_CAP_BYTES = 1024 * 1024
+_MOST_OF_A_DISK, _MOST_OF_ALL = 128, 600  # partitions in a hello, which has 1 MiB at most
 _NO_VALUE = {"", "none", "not specified", "default string", "to be filled by o.e.m.", "0123456789", "system serial number"}
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -56,11 +60,21 @@ def read_inventory(roots: Roots) -> Inventory:
 
 def read_disks(roots: Roots) -> tuple[Disk, ...]:
     """Whole disks by name. Optical drives, loops and other devices made by software are left out."""
-    disks = list(_disks(roots))
+    disks = _cap_partitions(_disks(roots))
     booting = find_booting_partition(roots, disks)
     if booting is None:
         return tuple(disks)
     return tuple(replace(d, boots=d.path == booting[1]) for d in disks)
+
+
+def _cap_partitions(disks: Iterable[Disk]) -> list[Disk]:
+    """What is on many disks must not make the hello too large to be taken."""
+    shown, found = 0, []
+    for disk in disks:
+        fits = shown + len(disk.partitions) <= _MOST_OF_ALL
+        shown += len(disk.partitions) if fits else 0
+        found.append(disk if fits else replace(disk, partitions=()))
+    return found
 
 
 def find_booting_partition(roots: Roots, disks: list[Disk]) -> tuple[int, str, Partition] | None:
@@ -71,7 +85,7 @@ def find_booting_partition(roots: Roots, disks: list[Disk]) -> tuple[int, str, P
     entries = [e for e in BootVariables(roots.efivars).list_entries() if e.partition_guid is not None]
     if not entries:
         return None
-    where = {p.guid: (d.path, p) for d in disks for p in map(Partition.from_json, d.partitions)}
+    where = {p.guid: (d.path, p) for d in disks if d.size_bytes for p in read_partitions(Path(d.path), d.sector_bytes)}
     for entry in entries:
         if entry.partition_guid in where:
             return entry.number, *where[entry.partition_guid]
@@ -79,12 +93,39 @@ def find_booting_partition(roots: Roots, disks: list[Disk]) -> tuple[int, str, P
 
 
 def read_partitions(device: Path, sector_bytes: int) -> tuple[Partition, ...]:
-    """The partitions in the disk's primary GPT; () where it has none, a damaged one, or can not be read."""
+    """The partitions in the disk's primary GPT, damaged or not; () where it has none or can not be read. UEFI 2.10, 5.3.
+
+    For what boots: firmware may do with the backup where this one is damaged. What is kept wants a sound one (`read_sound_partitions`).
+    """
     try:
         with open(device, "rb") as disk:
-            return parse_table(disk.read(MIB), sector_bytes)
+            disk.seek(sector_bytes)
+            header = disk.read(92)
+            if header[:8] != b"EFI PART":
+                return ()
+            entries_lba, count, entry_bytes = struct.unpack_from("<QII", header, 72)
+            if not 128 <= entry_bytes <= 4096 or count * entry_bytes > _ENTRIES_CAP_BYTES:
+                return ()
+            disk.seek(entries_lba * sector_bytes)
+            table = disk.read(count * entry_bytes)
+    except (OSError, OverflowError, struct.error):
+        return ()
+    found = []
+    for index in range(len(table) // entry_bytes):
+        kind, guid, first, last = struct.unpack_from("<16s16sQQ", table, index * entry_bytes)
+        if any(kind):
+            found.append(Partition(index + 1, uuid.UUID(bytes_le=kind), uuid.UUID(bytes_le=guid), first, last, ""))
+    return tuple(found)
+
+
+def read_sound_partitions(device: Path, sector_bytes: int) -> tuple[Partition, ...]:
+    """The same, with names, where both checksums are right and no more than the usual 128 entries are used; else ()."""
+    try:
+        with open(device, "rb") as disk:
+            found = parse_table(disk.read(MIB), sector_bytes)
     except (OSError, ValueError):
         return ()
+    return found if len(found) <= _MOST_OF_A_DISK else ()
 
 
 def _disks(roots: Roots) -> Iterator[Disk]:
@@ -114,7 +155,7 @@ def _read_disk(block: Path, dev: Path) -> Disk:
         rotational=_text(block / "queue/rotational") == "1",
         virtual=transport == "usb" and bool(_BMC_MEDIA.search(model)),
         hctl=_hctl(device),
-        partitions=tuple(p.as_json() for p in read_partitions(path, sector_bytes)) if size_bytes else (),
+        partitions=tuple(p.as_json() for p in read_sound_partitions(path, sector_bytes)) if size_bytes else (),
     )
 
 

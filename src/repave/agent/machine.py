@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from repave.agent.efi import LOADERS, BootVariables, find_esp
 from repave.agent.gpt import Partition
-from repave.agent.inventory import Roots, find_booting_partition, read_disks, read_inventory, read_partitions
+from repave.agent.inventory import Roots, find_booting_partition, read_disks, read_inventory, read_partitions, read_sound_partitions
 from repave.agent.protocol import Disk, Inventory
 from repave.agent.target import BLKGETSIZE64
 from repave.errors import RunFailed
@@ -182,7 +182,7 @@ class FileMachine:
     @staticmethod
     def _read_disk(value: dict[str, Any]) -> Disk:
         file = Path(value["path"])
-        partitions = tuple(p.as_json() for p in read_partitions(file, value["sector_bytes"]))
+        partitions = tuple(p.as_json() for p in read_sound_partitions(file, value["sector_bytes"]))
         return Disk(**value | {"size_bytes": file.stat().st_size, "partitions": partitions})
 
     @contextlib.contextmanager

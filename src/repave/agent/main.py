@@ -24,12 +24,12 @@ from typing import Any
 from repave.agent import protocol
 from repave.agent.chunks import ChunkSource
 from repave.agent.client import BACKOFF_S, TRIES, Client, Refused, Unreachable
-from repave.agent.gpt import Partition, minimum_disk_bytes
+from repave.agent.gpt import Partition, minimum_disk_bytes, rebuild
 from repave.agent.lease import Lease, boot_clock
 from repave.agent.log import Console, LogSender
 from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
-from repave.agent.writer import WriteResult, write_image
+from repave.agent.writer import WriteResult, read_first_mib, write_image
 from repave.errors import RepaveError, RunFailed
 from repave.images.manifest import Manifest, parse_manifest
 
@@ -128,6 +128,8 @@ class Agent:
                     self._console.say(note)
                 if not self._writing:
                     self._prove_chunks(manifest, chunks)
+                if plan.keep and not self._writing:
+                    self._prove_tables(plan, disk, manifest, chunks)
                 if plan.rehearse:
                     return self._end(Report(self._epoch, False, disk.serial, rehearsal=self._measure(manifest, chunks)))
                 lease = self._cross(plan)
@@ -203,18 +205,28 @@ class Agent:
         if first:
             raise RunFailed("image-damaged", f"The first chunk came {TRIES} times with another digest than its manifest names.")
 
+    def _prove_tables(self, plan: Plan, disk: Disk, manifest: Manifest, chunks: ChunkSource) -> None:
+        """Before the line: what is to be kept goes with the image's own partitions."""
+        first = read_first_mib(manifest, lambda sha256: self._fetch_verified(chunks, sha256))
+        keep = [Partition.from_json(p) for p in plan.keep]
+        try:
+            rebuild(first, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes, config_bytes=plan.config_drive_bytes, config_guid=bytes(16), keep=keep)
+        except ValueError as error:
+            raise RunFailed("kept-partition", f"{error}.") from None
+
+    def _fetch_verified(self, chunks: ChunkSource, sha256: str) -> memoryview:
+        for _ in range(TRIES):
+            body = chunks.fetch(sha256, while_true=self._patience())
+            if hashlib.sha256(body).hexdigest() == sha256:
+                return body
+        raise RunFailed("image-damaged", f"The chunk {sha256[:12]} came {TRIES} times with another digest than its name.")
+
     def _measure(self, manifest: Manifest, chunks: ChunkSource) -> dict[str, Any]:
         """What a rehearsal learns: how much there is to fetch, and how fast its first chunks come. They are verified and thrown away."""
         stored = {chunk.sha256: chunk.compressed_bytes for chunk in manifest.chunks if chunk.extents}
         started, fetched = time.monotonic(), 0
         for sha256 in list(stored)[:REHEARSED_CHUNKS]:
-            for _ in range(TRIES):
-                body = chunks.fetch(sha256, while_true=self._patience())
-                fetched += len(body)
-                if hashlib.sha256(body).hexdigest() == sha256:
-                    break
-            else:
-                raise RunFailed("image-damaged", f"The chunk {sha256[:12]} came {TRIES} times with another digest than its name.")
+            fetched += len(self._fetch_verified(chunks, sha256))
         took = time.monotonic() - started
         self._console.say(f"rehearsal: nothing is written; {fetched} bytes fetched in {took:.1f} s")
         return {

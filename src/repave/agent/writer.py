@@ -127,6 +127,18 @@ def write_image(
         return WriteResult(disk.bytes_written, w.bytes_fetched, disk.bytes_zeroed, disk.zeroed_by, w.bytes_kept, w.bytes_read_back, w.stages_s)
 
 
+def read_first_mib(manifest: Manifest, fetch: Callable[[str], Any]) -> bytes:
+    """The image's first MiB. `fetch` gives a chunk with the digest that it is asked for. Raises RunFailed image-damaged."""
+    first = bytearray(MIB)
+    buffer = memoryview(bytearray(manifest.window_bytes))
+    for index in range(min(len(manifest.chunks), -(-MIB // manifest.window_bytes))):
+        offset, length = manifest.window(index)
+        if manifest.chunks[index].extents:
+            _decode(manifest, index, fetch(manifest.chunks[index].sha256), buffer[:length])
+            first[offset : offset + length] = buffer[: min(length, MIB - offset)]
+    return bytes(first)
+
+
 class _Piece(NamedTuple):
     """A part of a window, in bytes of the window: data to write, or a gap to make zero."""
 

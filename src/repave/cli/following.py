@@ -15,7 +15,7 @@ from repave.cli.client import Client
 from repave.cli.output import Exit, Json, may_redraw, progress_mode, say, show
 from repave.cli.summary import show_summary
 from repave.errors import RepaveError
-from repave.folding import batch_rules, batch_time, count, counts_line, duration, fold, fold_runs, folded_rows, image_of, more_line, took
+from repave.folding import batch_rules, batch_time, count, counts_line, duration, fold, fold_runs, folded_row, image_of, more_line, took
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -157,7 +157,7 @@ def _frame(batch: Json, width: int, height: int) -> Group:
     shown = len(groups) if len(groups) <= room else max(0, room - 1)
     words = [count(len(batch["runs"]), "server"), image_of(batch), *batch_time(batch, datetime.now(UTC)), *batch_rules(batch), batch["id"]]
     lines = [Text(" · ".join(words)), Text(counts_line(batch, width))]
-    for row in aligned([folded_rows(group)[0] for group in groups[:shown]]):
+    for row in aligned([folded_row(group) for group in groups[:shown]]):
         line = Text(row)
         line.stylize(_COLOURS.get(row[0], ""), 0, len(row.split("  ")[0]))
         lines.append(line)

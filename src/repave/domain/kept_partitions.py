@@ -25,12 +25,16 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
-def choose_kept(disk: Mapping[str, Any], names: Sequence[str], *, last_write: Mapping[str, Any] | None) -> list[Partition]:
-    """One partition for each name. `last_write`: the plan of the server's last run that crossed the line. Raises RunFailed kept-partition."""
-    seen: Sequence[Partition] = disk["partitions"]
-    if names and not seen and last_write is not None and _is_of(last_write, disk):
-        seen = last_write.get("keep", ())
-    return [_find(name, seen, str(disk["path"])) for name in names]
+def choose_kept(disk: Mapping[str, Any], names: Sequence[str], *, unfinished: Mapping[str, Any] | None) -> list[Partition]:
+    """The partitions that the names name, each once. `unfinished`: the plan of the server's last write where it did not end well.
+
+    Raises RunFailed kept-partition.
+    """
+    seen: Sequence[Partition] = disk.get("partitions", ())
+    if names and not seen and unfinished is not None and _is_of(unfinished, disk):
+        seen = unfinished.get("keep", ())
+    found = [_find(name, seen, str(disk["path"])) for name in names]
+    return list({p["number"]: p for p in found}.values())
 
 
 def _is_of(plan: Mapping[str, Any], disk: Mapping[str, Any]) -> bool:
@@ -39,10 +43,12 @@ def _is_of(plan: Mapping[str, Any], disk: Mapping[str, Any]) -> bool:
 
 
 def _find(name: str, seen: Sequence[Partition], path: str) -> Partition:
-    found = [p for p in seen if name in (p["name"], p["guid"])]
+    found = [p for p in seen if name == p["name"] or name.lower() == p["guid"]]
     if len(found) != 1:
         there = ", ".join(p["name"] or f"number {p['number']} without a name" for p in seen) or "no partition table"
         raise RunFailed("kept-partition", f"{len(found)} partitions of {path} are named {name}; it has {there}.")
     if found[0]["type_guid"] == _ESP:
         raise RunFailed("kept-partition", f"{name} is an EFI system partition: firmware could boot the old OS from it.")
+    if found[0]["name"] in OURS:
+        raise RunFailed("kept-partition", f"{name} is the config drive's, which each write makes anew.")
     return found[0]

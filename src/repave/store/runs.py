@@ -31,7 +31,12 @@ _BY_NONCE = _BY_ID.where(RUNS.c.nonce_sha256 == sa.bindparam("sha256"))
 _SECRET = sa.select(RUNS.c.secret_sealed).where(RUNS.c.id == sa.bindparam("run_id"))
 _CLOSING = sa.select(RUNS.c.closed_at, RUNS.c.ended_at).where(RUNS.c.id == sa.bindparam("run_id"))
 _INVENTORY = sa.select(RUNS.c.inventory).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.boot_id.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
-_LAST_WRITE = sa.select(RUNS.c.plan).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.crossed_at.is_not(None)).order_by(RUNS.c.id.desc()).limit(1)
+_LAST_WRITE = (
+    sa.select(RUNS.c.plan, RUNS.c.verified_at)
+    .where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.crossed_at.is_not(None))
+    .order_by(RUNS.c.id.desc())
+    .limit(1)
+)
 _EPOCH = sa.select(SERVERS.c.epoch).where(SERVERS.c.id == sa.bindparam("server_id"))
 _CHANGE = sa.update(RUNS).where(RUNS.c.id == sa.bindparam("run_id"))
 _CHANGE_WRITING = _CHANGE.where(RUNS.c.crossed_at.is_not(None), RUNS.c.closed_at.is_(None), RUNS.c.ended_at.is_(None), RUNS.c.deadline_at > sa.bindparam("now"))
@@ -202,10 +207,10 @@ class Runs:
         row = self._db.row(_INVENTORY, server_id=server_id)
         return dict(row["inventory"]) if row and row["inventory"] else None
 
-    def find_last_write(self, server_id: str) -> dict[str, Any] | None:
-        """The plan of this server's last run that crossed the line."""
+    def find_unfinished_write(self, server_id: str) -> dict[str, Any] | None:
+        """The plan of this server's last write where that did not end well: a disk that was verified has a table of its own, and may have had others since."""
         row = self._db.row(_LAST_WRITE, server_id=server_id)
-        return dict(row["plan"]) if row else None
+        return dict(row["plan"]) if row and row["verified_at"] is None else None
 
     def list_runs(self, *, batch_id: str | None = None, live: bool | None = None, project_id: str | None = None) -> list[RunRow]:
         given = {name: value for name, value in (("batch", batch_id), ("project", project_id)) if value is not None}

@@ -139,7 +139,7 @@ class ServerEffects:
         misfit = find_misfit(disk, sector_bytes=image.sector_bytes, needed_bytes=minimum_disk_bytes(image.size_bytes, len(drive)))
         if misfit is not None:
             raise misfit
-        keep = choose_kept(disk, server.keep_partitions, last_write=self.store.runs.find_last_write(server.id))
+        keep = choose_kept(disk, server.keep_partitions, unfinished=self.store.runs.find_unfinished_write(server.id))
         try:
             partitions = [Partition.from_json(dict(p)) for p in keep]
             check_room(image.size_bytes, len(drive), disk_bytes=disk["size_bytes"], sector_bytes=image.sector_bytes, keep=partitions)
