@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Response
 
-from repave.api.operator_batches import Chosen, Reinstall, cancel_batch, pause_batch, reinstall, resume_batch
+from repave.api.operator_batches import Chosen, Reinstall, begin_reinstall, cancel_batch, pause_batch, resume_batch
 from repave.domain.waves import Limits, Waves
 from repave.errors import RequestError
 from repave.workflow.fleet import ALL_AT_ONCE, NO_LIMITS
@@ -51,7 +51,7 @@ def draw_limits(rng: random.Random) -> Limits:
 
 def begin(scope: Any, ids: list[str], image_id: str, asked: Asked) -> Any:
     if asked.retry:
-        return reinstall(scope, Reinstall(retry=asked.retry, password=PASSWORD), Response())
+        return begin_reinstall(scope, Reinstall(retry=asked.retry, password=PASSWORD), Response())
     return scope.desk.fleet.admit(
         credential=scope.credential,
         instance_ids=ids,

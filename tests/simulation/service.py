@@ -342,7 +342,11 @@ class Service:
 
     def answer(self, what: Callable[[Any], Any], credential: Credential, answer: Answer) -> None:
         scope = SimpleNamespace(
-            store=self.store, credential=credential, project_id=credential.project_id, actor=credential.name, desk=SimpleNamespace(fleet=self.fleet)
+            store=self.store,
+            credential=credential,
+            project_id=credential.project_id,
+            actor=credential.name,
+            desk=SimpleNamespace(fleet=self.fleet, waits_s={}),
         )
         try:
             answer.body = what(scope)
