@@ -8,7 +8,7 @@ from pathlib import Path
 from recordings import SOURCE
 
 _EARLY = ("                w.write_body()\n", "                w.disk.write(0, aligned(tables.lba0))\n                w.write_body()\n")
-_CLEAR_TAIL = ("        for offset, end in ((0, MIB), (tail, size)):", "        for offset, end in ((0, MIB),):")
+_CLEAR_TAIL = ("        for offset, end in ((0, MIB), *self._beside_kept(tail, size)):", "        for offset, end in ((0, MIB),):")
 _CLEAR_TABLES = ("(CD_DESCRIPTOR, sector), (size - table, table)", "(CD_DESCRIPTOR, sector)")
 _FLUSH_IN_SEAL = ("""            self._write_whole("the partition table", offset, data)
             self.disk.flush()
