@@ -308,7 +308,7 @@ def build_api(site: Site) -> FastAPI:
     probe = functools.partial(probe_bmc, count=site.metrics.count_bmc)
     set_password = functools.partial(set_bmc_password, count=site.metrics.count_bmc)
     desk = Desk(
-        site.store, site.fleet, site.desk, authenticator.authenticate, probe, find_unreachable, set_password, site.webhooks.send_test, site.imports,
+        site.store, site.fleet, site.desk, authenticator.identify, probe, find_unreachable, set_password, site.webhooks.send_test, site.imports,
         waits_s, lambda: describe_site(site.settings),
     )  # fmt: skip
     app.include_router(build_operator_router(desk))

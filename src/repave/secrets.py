@@ -22,23 +22,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from repave.errors import RunFailed
 
 
-class Secret:
-    """A value whose repr and str are `***`; `reveal()` gives it."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return "***"
-
-    __str__ = __repr__
-
-
 def new_token() -> str:
     """32 random bytes, URL-safe."""
     return _secrets.token_urlsafe(32)

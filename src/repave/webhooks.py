@@ -147,8 +147,9 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
     connection = OutboundConnection(parts.hostname or "", parts.port or default, parts.scheme, local_addresses, timeout_s=TIMEOUT_S)
     timer = threading.Timer(DELIVERY_S, _cut, [connection])
     timer.daemon = True
-    timer.start()
     try:
+        connection.connect()
+        timer.start()  # from here on there is something to cut, however slowly it drips
         connection.request("POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, {"Host": parts.netloc, **headers})
         status = connection.getresponse().status
     except AddressRefused as refused:

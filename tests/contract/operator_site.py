@@ -130,7 +130,7 @@ def start_site(
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
-    desk = Desk(store, fleet, images, authenticator.authenticate, bmcs.probe, find_unreachable, bmcs.set_password, webhooks.send_test, [])
+    desk = Desk(store, fleet, images, authenticator.identify, bmcs.probe, find_unreachable, bmcs.set_password, webhooks.send_test, [])
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(store.people, now=now)))
     app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=Limiter()))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from operator_site import NEW_PASSWORD, Site, start_site
 
 from repave.domain.model import Role, Step
@@ -214,3 +215,25 @@ def test_runs_are_found_by_state_server_and_batch(site: Site) -> None:
     assert site.ask("GET", "/runs", as_="other").json()["items"] == []
     assert {site.ask("GET", f"/runs?{q}").status_code for q in ("server=web09", "batch=none")} == {404}
     assert site.ask("GET", "/runs?state=odd").status_code == 400
+
+
+def test_a_signed_request_that_somebody_sends_again_begins_nothing(site: Site) -> None:
+    """Signed by the official SDK; whoever has recorded it can not erase the servers a second time."""
+    from huaweicloudsdkcore.auth.credentials import BasicCredentials
+    from huaweicloudsdkcore.sdk_request import SdkRequest
+    from huaweicloudsdkcore.signer.signer import Signer
+
+    key = site.ask("POST", "/keys", json={"name": "signs", "role": "operator"}).json()
+    body, path = json.dumps(asked()), "/repave/v1/reinstall"
+    scheme, _, host = site.url.partition("://")
+    unsigned = SdkRequest(
+        method="POST", schema=scheme, host=host, resource_path=path, uri=path, query_params=[], header_params={"Content-Type": "application/json"}, body=body,
+    )  # fmt: skip
+    headers = Signer(BasicCredentials(key["ak"], key["sk"], site.project.id)).sign(unsigned).header_params
+    answers = []
+    for _ in range(2):
+        answers.append(requests.post(site.url + path, data=body, headers=headers, timeout=20))
+        end_all(site, answers[-1].json()["id"])
+    assert [a.status_code for a in answers] == [202, 202] and answers[0].json()["id"] == answers[1].json()["id"]
+    assert "Idempotent-Replayed" not in answers[0].headers and answers[1].headers["Idempotent-Replayed"] == "true"
+    assert count_batches(site) == 1

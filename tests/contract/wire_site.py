@@ -152,7 +152,7 @@ def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http:
 
     @app.post("/repave/v1/images")
     async def images(request: Request) -> int:
-        Authenticator(store.access, now=now).authenticate(request)
+        Authenticator(store.access, now=now).identify(request.state.presented)
         return sum([len(piece) async for piece in request.stream()])
 
     install_wire(app)

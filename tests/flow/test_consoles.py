@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_a_secret_that_a_console_says_is_masked_in_what_is_kept(lab, console_of)
     with file.open("a") as console:
         console.write(f"{'.' * 5000}\n{written[:25]}")  # a look in the middle of a token
         console.flush()
-        time.sleep(1.5)
+        wait_until(lambda: "." * 5000 in console_of(run_id).text, deadline_s=10, what=lambda: console_of(run_id).text)
         console.write(f"{written[25:]}\n{key}\x1b[31mred\x1b[0m and the end\n")
     wait_until(lambda: "and the end" in console_of(run_id).text, deadline_s=10, what=lambda: console_of(run_id).text)
     lab.client.post(f"/batches/{batch}/cancel", {})

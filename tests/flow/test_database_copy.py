@@ -64,7 +64,7 @@ def test_a_site_goes_on_on_postgresql_with_everything_it_knew(site, postgres, tm
     store = Store.open(url, sealer=Sealer.open(tmp_path / "secret/key"), now=now)
     try:
         assert rows(store.engine) == before and before["events"] and before["runs"]
-        assert store.servers.get_bmc_password(lived.instances[0].server_id) == "Canary-bmc"
+        assert store.servers.list_bmc_passwords(lived.instances[0].server_id) == ["Canary-bmc"]
         assert store.access.find_credential_by_token(token).ak == lived.credential.ak
         last = store.events.list_events(lived.credential.project_id)[-1].seq
         fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=3600)

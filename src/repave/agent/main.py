@@ -29,7 +29,7 @@ from repave.agent.lease import Lease, boot_clock
 from repave.agent.log import Console, LogSender
 from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
-from repave.agent.writer import WriteResult, read_first_mib, write_image
+from repave.agent.writer import WriteResult, decode, read_first_mib, write_image
 from repave.errors import RepaveError, RunFailed
 from repave.images.manifest import Manifest, parse_manifest
 
@@ -207,7 +207,11 @@ class Agent:
 
     def _prove_tables(self, plan: Plan, disk: Disk, manifest: Manifest, chunks: ChunkSource) -> None:
         """Before the line: what is to be kept goes with the image's own partitions."""
-        first = read_first_mib(manifest, lambda sha256: self._fetch_verified(chunks, sha256))
+
+        def read_window(index: int, view: memoryview) -> None:
+            decode(manifest, index, self._fetch_verified(chunks, manifest.chunks[index].sha256), view)
+
+        first = read_first_mib(manifest, read_window)
         keep = [Partition.from_json(p) for p in plan.keep]
         try:
             rebuild(first, sector_bytes=disk.sector_bytes, disk_bytes=disk.size_bytes, config_bytes=plan.config_drive_bytes, config_guid=bytes(16), keep=keep)

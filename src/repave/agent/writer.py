@@ -127,14 +127,14 @@ def write_image(
         return WriteResult(disk.bytes_written, w.bytes_fetched, disk.bytes_zeroed, disk.zeroed_by, w.bytes_kept, w.bytes_read_back, w.stages_s)
 
 
-def read_first_mib(manifest: Manifest, fetch: Callable[[str], Any]) -> bytes:
-    """The image's first MiB. `fetch` gives a chunk with the digest that it is asked for. Raises RunFailed image-damaged."""
+def read_first_mib(manifest: Manifest, read_window: Callable[[int, memoryview], None]) -> bytes:
+    """The image's first MiB. `read_window` fills the view with the window of this number, one that has data."""
     first = bytearray(MIB)
-    buffer = memoryview(bytearray(manifest.window_bytes))
+    buffer = memoryview(mmap.mmap(-1, manifest.window_bytes))
     for index in range(min(len(manifest.chunks), -(-MIB // manifest.window_bytes))):
         offset, length = manifest.window(index)
         if manifest.chunks[index].extents:
-            _decode(manifest, index, fetch(manifest.chunks[index].sha256), buffer[:length])
+            read_window(index, buffer[:length])
             first[offset : offset + length] = buffer[: min(length, MIB - offset)]
     return bytes(first)
 
@@ -229,7 +229,7 @@ class _Write:
     def plan_tables(self, config_drive: bytes | None, partition_guid: bytes, keep: Sequence[Partition]) -> Tables:
         """The tables for this disk, from the image's first MiB, which stays in memory until `seal`."""
         m, disk = self.manifest, self.disk
-        first = self._read_first_mib()
+        first = read_first_mib(m, self._read_early)
         if config_drive is None:
             if max(m.size_bytes, 2 * MIB) > disk.size_bytes:
                 raise RunFailed("disk-too-small", f"The image has {m.size_bytes} bytes, the disk {disk.size_bytes}.")
@@ -247,22 +247,13 @@ class _Write:
         self._body = (MIB, min([m.size_bytes, tables.config_offset, *(start for start, _ in self._keep)]))
         return tables
 
-    def _read_first_mib(self) -> bytes:
-        """Of the image; from the disk where it holds it. Its chunks stay in `_held`, fetched once."""
-        m = self.manifest
-        first = bytearray(MIB)
-        buffer = memoryview(mmap.mmap(-1, m.window_bytes))
-        for index in range(min(len(m.chunks), -(-MIB // m.window_bytes))):
-            offset, length = m.window(index)
-            if not m.chunks[index].extents:
-                continue
-            if index in self._kept:
-                self.disk.read_into(offset, buffer[:length])
-            else:
-                self._held[index] = bytes(self._fetch_chunk(index))
-                _decode(m, index, self._held[index], buffer[:length])
-            first[offset : offset + length] = buffer[: min(length, MIB - offset)]
-        return bytes(first)
+    def _read_early(self, index: int, view: memoryview) -> None:
+        """A window of the first MiB; from the disk where it holds it. Its chunk stays in `_held`, fetched once."""
+        if index in self._kept:
+            self.disk.read_into(self.manifest.window(index)[0], view)
+        else:
+            self._held[index] = bytes(self._fetch_chunk(index))
+            decode(self.manifest, index, self._held[index], view)
 
     def clear(self, tables: Tables) -> None:
         """First what firmware finds the old OS by, LBA 0 alone: while that may be there all else of it is whole."""
@@ -336,7 +327,7 @@ class _Write:
         if not pieces:
             return
         if chunk.extents:
-            _decode(m, index, self._held.pop(index, None) or self._fetch_chunk(index), view)
+            decode(m, index, self._held.pop(index, None) or self._fetch_chunk(index), view)
         elif chunk.raw_sha256 != _zeros_sha256(length):
             raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
         self.may_go_on()
@@ -456,7 +447,7 @@ class _Write:
             raise errors[0]
 
 
-def _decode(manifest: Manifest, index: int, data: Any, view: memoryview) -> None:
+def decode(manifest: Manifest, index: int, data: Any, view: memoryview) -> None:
     """Fills `view` with the window, and never more than the window whatever the frame claims.
 
     `data` has the digest of the manifest already; the frame's own checksum, made from the image, says that it was decoded right (a tenth of

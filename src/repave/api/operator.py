@@ -19,6 +19,9 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
+from repave.api.asgi import incoming
+from repave.auth import Caller
+from repave.auth.aksk import Presented
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Credential, Image, Role, Server, Step, Webhook
 from repave.domain.waves import Waves
@@ -96,7 +99,7 @@ class Desk:
     store: Store
     fleet: Admits
     images: Images
-    authenticate: Callable[[Request], Credential]
+    identify: Callable[[Presented], Caller]
     probe: Callable[[BmcAddress], BmcFacts]  # asks a BMC what it is and touches nothing; raises BmcError
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     set_bmc_password: Callable[[BmcAddress, str], None]
@@ -112,6 +115,7 @@ class Scope:
 
     credential: Credential
     desk: Desk
+    replay_key: str | None = None  # names the signed request, where it was signed
 
     @property
     def store(self) -> Store:
@@ -149,18 +153,19 @@ def check_role(credential: Credential, role: Role) -> None:
 def _needs(role: Role) -> Callable[[Request, str | None], Scope]:
     def scope(request: Request, project: str | None = None) -> Scope:
         desk: Desk = request.state.desk
-        credential = desk.authenticate(request)
+        caller = desk.identify(incoming(request).presented)
+        credential = caller.credential
         check_role(credential, role)
         if project is None:
-            return Scope(credential, desk)
+            return Scope(credential, desk, caller.replay_key)
         named = desk.store.access.find_project(project)
         if named is not None and named.id == credential.project_id:
-            return Scope(credential, desk)
+            return Scope(credential, desk, caller.replay_key)
         if not _is_site_admin(credential, desk.store):
             raise RequestError("not-allowed", "Another project may be named by an admin of project default only.", field="project")
         if named is None:
             raise RequestError("not-found", f"There is no project {project!r}.", field="project")
-        return Scope(replace(credential, project_id=named.id), desk)
+        return Scope(replace(credential, project_id=named.id), desk, caller.replay_key)
 
     return scope
 

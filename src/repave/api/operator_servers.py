@@ -274,8 +274,6 @@ class Rotation(Body):
 def rotate_server(scope: Admin, reference: str, asked: Rotation) -> Json:
     """The account that we use at its BMC has this password, seen by a login; or the old one is in force. What opens the BMC is stored at each moment."""
     server = get_server(scope, reference)
-    if any(run.ended_at is None for run in scope.store.runs.list_newest_of(server.id, limit=1)):
-        raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
     facts = scope.desk.probe(BmcAddress.of(server, find_password(scope.store, server, scope.desk.probe)))
     if any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial))):
         raise RequestError("wrong-server", f"{server.name}: serial or UUID differ from those recorded; nothing was changed.", kind="server")

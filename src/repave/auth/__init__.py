@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Protocol
 
 from repave.auth.aksk import Presented, SignatureRefused, parse_authorization, replay_key, verify_signature
 from repave.domain.model import Credential, Role
@@ -21,13 +21,6 @@ class CredentialBook(Protocol):
     def find_credential_by_token(self, token: str) -> Credential | None: ...
 
     def find_credential_by_ak(self, ak: str) -> tuple[Credential, str] | None: ...
-
-
-class Asked(Protocol):
-    """A request that went through `api/asgi.py`, which leaves what was presented in its state."""
-
-    @property
-    def state(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +59,6 @@ class Authenticator:
             raise RequestError("not-logged-in", "token and signature belong to different projects")
         lesser = by_token if by_signature.credential.role.includes(by_token.role) else by_signature.credential
         return Caller(lesser, by_signature.replay_key)
-
-    def authenticate(self, request: Asked) -> Credential:
-        """The caller's credential, for routes that need no more. Raises as `identify`."""
-        return self.identify(request.state.presented).credential
 
     def _by_token(self, token: str) -> Credential:
         found = self._book.find_credential_by_token(token) if token else None

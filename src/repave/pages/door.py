@@ -34,7 +34,7 @@ HEADERS = {
     "frame-ancestors 'none'; base-uri 'none'",
     "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
-_FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of
+_FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of; `_cookie_name` has its prefix
 _MOST_FIELDS = 500
 _LONGEST_NAME = 100
 _THEMES = ("system", "light", "dark")
@@ -110,8 +110,9 @@ def _is_tls(request: Request) -> bool:
     return request.url.scheme == "https"
 
 
-def _cookie_name(request: Request) -> str:
-    return "__Host-repave" if _is_tls(request) else "repave"
+def _cookie_name(request: Request, name: str = "repave") -> str:
+    """With TLS no other host of the domain can set it."""
+    return f"__Host-{name}" if _is_tls(request) else name
 
 
 def _set_cookie(request: Request, answer: Response, name: str, value: str, *, seconds: int) -> None:
@@ -265,7 +266,7 @@ def _login_page(request: Request, after: str, fault: str, *, name: str = "", sta
     house: House = request.state.house
     secret = secrets.token_urlsafe(32)
     answer = show(request, None, "login.html", Frame("Log in"), after=_local(after), fault=fault, name=name, form=house.form_token(secret), status=status)
-    _set_cookie(request, answer, _FORM_COOKIE, secret, seconds=3600)
+    _set_cookie(request, answer, _cookie_name(request, _FORM_COOKIE), secret, seconds=3600)
     return answer
 
 
@@ -274,7 +275,7 @@ def log_in(request: Request, form: Form) -> Response:
     house: House = request.state.house
     after, name = _local(form.one("next")), form.one("name")
     try:
-        _check_form(house, form, request.cookies.get(_FORM_COOKIE, ""))
+        _check_form(house, form, request.cookies.get(_cookie_name(request, _FORM_COOKIE), ""))
     except RequestError:
         return _login_page(request, after, "This form was open too long. Try again.", name=name, status=403)
     address = request.client.host if request.client else ""
@@ -290,7 +291,7 @@ def log_in(request: Request, form: Form) -> Response:
         return _login_page(request, after, refused.detail, name=name, status=401)
     answer = go(after)
     _set_cookie(request, answer, _cookie_name(request), token, seconds=round(LASTS.total_seconds()))
-    answer.delete_cookie(_FORM_COOKIE, path="/")
+    answer.delete_cookie(_cookie_name(request, _FORM_COOKIE), path="/", secure=_is_tls(request))
     return answer
 
 

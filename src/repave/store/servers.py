@@ -117,8 +117,7 @@ class Servers:
         Raises RequestError in-progress while a run is live, conflict where another server has the new identity or someone was faster.
         """
         with self._db.write() as conn:
-            if conn.execute(sa.select(RUNS.c.id).where(RUNS.c.server_id == old.id, RUNS.c.ended_at.is_(None))).first():
-                raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+            self._refuse_live(conn, old.id)
             self._refuse_known_server(conn, replace(old, serial=seen["serial"], uuid=seen["uuid"]))
             now = conn.execute(sa.select(SERVERS.c.serial, SERVERS.c.uuid).where(SERVERS.c.id == old.id)).one()
             if (now.serial, now.uuid) != (old.serial, old.uuid):
@@ -130,6 +129,11 @@ class Servers:
                 values |= {"locked_at": None, "locked_by": None, "lock_reason": None}
             about = {f"old_{n}": getattr(old, n) for n in ("serial", "uuid")} | {f"new_{n}": seen[n] for n in ("serial", "uuid")}
             self._change(conn, old.id, "server.replaced", values, actor=actor, **about, old_macs=list(old.macs), new_macs=list(seen["macs"]))
+
+    @staticmethod
+    def _refuse_live(conn: sa.Connection, server_id: str) -> None:
+        if conn.execute(sa.select(RUNS.c.id).where(RUNS.c.server_id == server_id, RUNS.c.ended_at.is_(None))).first():
+            raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
 
     def _change(self, conn: sa.Connection, server_id: str, type_: str, values: dict[str, Any], *, actor: str, **about: Any) -> None:
         changed = sa.update(SERVERS).where(SERVERS.c.id == server_id).values(**values).returning(SERVERS.c.project_id)
@@ -148,9 +152,7 @@ class Servers:
     def remove_server(self, server_id: str, *, actor: str = "repave") -> None:
         """The server, its instance and its runs are forgotten. Refused while a run is live."""
         with self._db.write() as conn:
-            live = sa.and_(RUNS.c.server_id == server_id, RUNS.c.ended_at.is_(None))
-            if conn.execute(sa.select(RUNS.c.id).where(live)).first():
-                raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+            self._refuse_live(conn, server_id)
             project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
             conn.execute(sa.delete(CONSOLES).where(CONSOLES.c.run_id.in_(sa.select(RUNS.c.id).where(RUNS.c.server_id == server_id))))
             conn.execute(sa.delete(RUNS).where(RUNS.c.server_id == server_id))
@@ -183,9 +185,6 @@ class Servers:
         assert found.keys() == set(server_ids)
         return found
 
-    def get_bmc_password(self, server_id: str) -> str:
-        return self.list_bmc_passwords(server_id)[0]
-
     def list_bmc_passwords(self, server_id: str) -> list[str]:
         """The one to use first; behind it those that a rotation may have set, newest first."""
         row = self._db.row(_SEALED, server_id=server_id)
@@ -201,18 +200,23 @@ class Servers:
         return self._db.sealer.seal(opened, about=f"bmc:{server_id}")
 
     def begin_rotation(self, server_id: str, password: str) -> None:
-        """Before a BMC is told: whatever becomes of that, what opens it is stored. Repeatable."""
+        """Before a BMC is told: whatever becomes of that, what opens it is stored. Repeatable. Raises RequestError in-progress while a run is live."""
         with self._db.write() as conn:
+            self._refuse_live(conn, server_id)
             now, *others = self._open(server_id, conn.execute(_SEALED, {"server_id": server_id}).scalar_one())
             known = list(dict.fromkeys([now, password, *others]))
             conn.execute(sa.update(SERVERS).where(SERVERS.c.id == server_id).values(bmc_password_sealed=self._seal(server_id, known)))
 
-    def end_rotation(self, server_id: str, password: str, *, forget: Sequence[str], actor: str) -> None:
-        """This password opened the BMC: it is used first, and those to `forget` are gone. What another rotation has added meanwhile stays."""
+    def end_rotation(self, server_id: str, password: str, *, forget: Sequence[str], actor: str, rotated: bool = True) -> None:
+        """This password opened the BMC: it is used first, and those to `forget` are gone. What another rotation has added meanwhile stays.
+
+        `rotated`: it is the new one.
+        """
         with self._db.write() as conn:
             known = self._open(server_id, conn.execute(_SEALED, {"server_id": server_id}).scalar_one())
             left = [p for p in known if p != password and p not in forget]
-            self._change(conn, server_id, "server.password-rotated", {"bmc_password_sealed": self._seal(server_id, [password, *left])}, actor=actor)
+            said = "server.password-rotated" if rotated else "server.password-refused"
+            self._change(conn, server_id, said, {"bmc_password_sealed": self._seal(server_id, [password, *left])}, actor=actor)
 
     def record_power(self, server_id: str, power: str) -> None:
         with self._db.write() as conn:

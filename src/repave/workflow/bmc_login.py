@@ -72,6 +72,6 @@ def rotate_password(store: Store, server: Server, new: str, *, log_in: Login, ch
             store.servers.end_rotation(server.id, new, forget=[old], actor=actor)
             return
         if failure and failure.slug == "password_refused":  # any other answer proves nothing: it may take it yet
-            store.servers.end_rotation(server.id, old, forget=[new], actor=actor)
+            store.servers.end_rotation(server.id, old, forget=[new], actor=actor, rotated=False)
         break
     raise failure or BmcError("password_refused", "It said yes, and the old one is still in force.")
