@@ -155,6 +155,21 @@ def test_what_is_clicked_and_what_is_typed_are_one_selection(open_page: Open, sm
     expect(page.locator("#t-web01 input")).to_be_checked()
 
 
+def test_a_selections_older_answer_that_comes_late_does_not_replace_the_newer_one(open_page: Open, small: Site) -> None:
+    page, held = open_page("/"), []
+    page.route("**/fold?*", lambda route: held.append(route))
+    for name in ("web01", "web02"):
+        with page.expect_request("**/fold?*"):
+            page.locator(f"#t-{name} input").click()
+    first, second = held
+    second.continue_()
+    expect(page.get_by_label("Selected")).to_have_value("web[01-02]")
+    with page.expect_request_finished(lambda request: request.url == first.request.url):
+        first.continue_()
+    page.evaluate("new Promise((then) => setTimeout(then, 50))")  # what the answer would do, it has done
+    expect(page.get_by_label("Selected")).to_have_value("web[01-02]")
+
+
 def test_only_the_typed_words_erase_and_the_plan_is_the_one_that_was_shown(open_page: Open, small: Site) -> None:
     page = open_page("/plan?servers=web[01-02]&image=tiny")
     expect(page.locator(".plan .erased")).to_contain_text("web[01-02] R650")

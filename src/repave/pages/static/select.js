@@ -10,9 +10,13 @@
   const boxes = () => [...form.querySelectorAll("input[name=tick]")];
   const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
-  async function ask(query) {
+  let asked = 0; // quick ticks ask side by side; only the newest question's answer counts, in whatever order they come
+  async function ask(query) { // null: not a nodeset; undefined: something newer was asked meanwhile
+    const mine = ++asked;
+    if (!query) return { nodeset: "", names: [] };
     const answer = await fetch(`/fold?${new URLSearchParams(query)}`);
-    return answer.ok ? answer.json() : null;
+    const folded = answer.ok ? await answer.json() : null;
+    return mine === asked ? folded : undefined;
   }
 
   function tell(nodeset, count) {
@@ -25,13 +29,15 @@
 
   async function ticked() {
     const names = chosen();
-    const folded = names.length ? await ask({ names: names.join(",") }) : { nodeset: "", names: [] };
+    const folded = await ask(names.length ? { names: names.join(",") } : null);
+    if (!folded) return;
     field.value = folded.nodeset;
     tell(folded.nodeset, names.length);
   }
 
   async function typed() {
-    const unfolded = field.value.trim() ? await ask({ nodeset: field.value.trim() }) : { nodeset: "", names: [] };
+    const unfolded = await ask(field.value.trim() ? { nodeset: field.value.trim() } : null);
+    if (unfolded === undefined) return;
     field.setAttribute("aria-invalid", unfolded ? "false" : "true");
     if (!unfolded) { number.textContent = "?"; return; }
     const wanted = new Set(unfolded.names);
