@@ -154,16 +154,23 @@ class _Place:
         buffer, size = getattr(self._local, "buffer", bytearray()), 0
         if len(buffer) < (said := min(response.length or 0, CHUNK_CAP_BYTES)):
             buffer = bytearray(said)
-        while piece := response.read1(_PIECE_BYTES):  # what is there, so that one who drips is looked at too
-            end = size + len(piece)
-            if end > CHUNK_CAP_BYTES:
+        while not response.isclosed() and response.length != 0:
+            if size == CHUNK_CAP_BYTES:
                 raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-            if end > len(buffer):  # no length was said. A new one: the one before may still be looked at, and such a one can not grow
-                buffer = bytearray(buffer).ljust(max(end, 2 * len(buffer)), b"\0")
-            buffer[size:end] = piece
-            size = end
-            if until is not None and time.monotonic() > until:
-                raise Unreachable("the answer comes too slowly")
+            if size == len(buffer):  # no length was said. A new one: the one before may still be looked at, and such a one can not grow
+                buffer = bytearray(buffer).ljust(min(max(2 * size, _PIECE_BYTES), CHUNK_CAP_BYTES), b"\0")
+            free = memoryview(buffer)[size:]
+            if until is None:
+                got = response.readinto(free)
+            else:  # what is there, so that one who drips is looked at too
+                piece = response.read1(min(_PIECE_BYTES, len(free)))
+                got = len(piece)
+                free[:got] = piece
+                if time.monotonic() > until:
+                    raise Unreachable("the answer comes too slowly")
+            if not got:
+                break
+            size += got
         if response.length:
             raise Unreachable("the answer ended early")
         response.read()  # lets the connection be used again
