@@ -24,7 +24,7 @@ ABOUT = "Reinstalls the operating system of a fleet of bare-metal servers with o
 # Name -> where it is, and its line of help. One whose module is not there is left out.
 COMMANDS = {
     "rack": ("rack:app", "The virtual rack: QEMU machines with real firmware and Redfish BMCs."),
-    "server": ("server:app", "Servers: add, ls, show, set, probe, lock, unlock, replace, rotate, rm."),
+    "server": ("server:app", "Servers: add, ls, show, set, probe, power, console, lock, unlock, replace, rotate, rm."),
     "image": ("image:app", "Images: import, ls, show, verify, rm, pack."),
     "batch": ("batch:app", "Batches: ls, show, watch, wait, report, cancel, pause, resume, retry."),
     "project": ("site:project", "Projects: add, ls."),

@@ -148,7 +148,7 @@ def add(
         confirm(f"Add {len(bodies)}? [y/N] ", "y", yes=yes)
         say(f"Asking {len(bodies)} BMCs, {_AT_ONCE} at a time.")
     by_name = {body["name"]: body for body in bodies}
-    done = _on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
+    done = on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
     return _tell_added(done, as_json=json, csv=csv)
 
 
@@ -177,7 +177,7 @@ def _leave_out_known(bodies: list[Json], client: Client, csv: Path) -> list[Json
 def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, csv: Path | None) -> int:
     good = [a for a in done.values() if isinstance(a, dict)]
     bad = {name: a for name, a in done.items() if isinstance(a, RepaveError)}
-    _tell_errors(bad)
+    tell_errors(bad)
     if any(error.slug == "tls" for error in bad.values()):
         warn("  or         --fingerprint SHA256 where you know it; --tls-verify false pins what the BMC shows now")
     if as_json:
@@ -247,40 +247,39 @@ def set_servers(
         body["bmc_password"] = read_secret("BMC password", from_stdin=True)
     if not body:
         raise Usage("Nothing to change was given.")
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     if len(names) > 1 and (alone := {"bmc_url", "system_uri", "unit", "network", "certificate_sha256"} & body.keys() - ({"network"} if dhcp else set())):
         raise Usage(f"{', '.join(sorted(alone))}: what is one server's can not be said of {len(names)}.")
-    return _tell_done(_on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
+    return _tell_done(on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
 
 
 @app.command(name="probe")
 def probe_servers(nodeset: str, /, *, project: Project = None, form: Form = TABLE) -> int:
     """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
-    client, names = _named(nodeset, project)
-    done = _on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
-    found = [{"server": name} | (_failed(a) if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()]
+    client, names = find_named(nodeset, project)
+    done = on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
+    found: list[Json] = [
+        {"server": name} | ({"same": None, "error": a.as_json()} if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()
+    ]
     show_list(found, _PROBE, form)
     bad = [f["server"] for f in found if f["error"] or not f["same"]]
     say(f"{count(len(found) - len(bad), 'BMC')} as we know {'it' if len(found) - len(bad) == 1 else 'them'}{f', not: {fold(bad)}' if bad else ''}.")
-    return _code(len(bad), len(found))
+    return code_of(len(bad), len(found))
 
 
-def _failed(error: RepaveError) -> Json:
-    return {"same": None, "error": error.as_json()}
-
-
-def _code(bad: int, total: int) -> int:
+def code_of(bad: int, total: int) -> int:
+    """The exit code where so many of all failed."""
     return Exit.OK if not bad else Exit.ALL_FAILED if bad == total > 1 else Exit.FAILED
 
 
-def _named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
+def find_named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
     """All of them are known. Raises Usage or RepaveError; then nothing was sent."""
     client, names = Client(project), unfold(nodeset)
     check_known(names, [s["name"] for s in client.items("/servers")])
     return client, names
 
 
-def _on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
+def on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
     """Several at a time, each asked whatever became of the others; in the order of the names."""
 
     def attempt(name: str) -> Json | RepaveError:
@@ -296,13 +295,13 @@ def _on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json 
 def _tell_done(done: dict[str, Json | RepaveError], what: str) -> int:
     """Which of them it was done to, and why not to the others. The exit code."""
     bad = {name: answer for name, answer in done.items() if isinstance(answer, RepaveError)}
-    _tell_errors(bad)
+    tell_errors(bad)
     if good := [name for name in done if name not in bad]:
         say(f"{fold(good)} {what}.")
-    return exit_code(next(iter(bad.values()))) if len(bad) == len(done) == 1 else _code(len(bad), len(done))
+    return exit_code(next(iter(bad.values()))) if len(bad) == len(done) == 1 else code_of(len(bad), len(done))
 
 
-def _tell_errors(bad: dict[str, RepaveError]) -> None:
+def tell_errors(bad: dict[str, RepaveError]) -> None:
     for detail in dict.fromkeys(str(error) for error in bad.values()):
         same = [name for name, error in bad.items() if str(error) == detail]
         warn(f"✗ {fold(same)}")
@@ -312,16 +311,16 @@ def _tell_errors(bad: dict[str, RepaveError]) -> None:
 @app.command
 def lock(nodeset: str, /, *, reason: str, project: Project = None) -> int:
     """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
-    client, names = _named(nodeset, project)
-    done = _on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
+    client, names = find_named(nodeset, project)
+    done = on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
     return _tell_done(done, f"locked: {reason}  A run that has begun goes on")
 
 
 @app.command
 def unlock(nodeset: str, /, *, project: Project = None) -> int:
     """Let these servers be reinstalled again."""
-    client, names = _named(nodeset, project)
-    return _tell_done(_on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
+    client, names = find_named(nodeset, project)
+    return _tell_done(on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
 
 
 @app.command
@@ -380,16 +379,16 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
     yes
         Do not ask.
     """
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     password = read_secret("New BMC password", from_stdin=password_stdin, variable="REPAVE_NEW_BMC_PASSWORD", twice=True)
     confirm(f"Change the BMC password of {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
 
     def change(name: str) -> Json:
         return client.post(f"/servers/{name}/rotate", {"password": password})
 
-    done = _on_each(names[:1], change)
+    done = on_each(names[:1], change)
     if not isinstance(done[names[0]], RepaveError):
-        done |= _on_each(names[1:], change)
+        done |= on_each(names[1:], change)
     code = _tell_done(done, "changed: the BMCs have the new password, and so have we")
     if left := names[len(done) :]:
         warn(f"{fold(left)} not asked: {names[0]} failed.")
@@ -399,11 +398,15 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
 @app.command(name="rm")
 def remove_servers(nodeset: str, /, *, yes: Yes = False, project: Project = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     confirm(f"Forget {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
 
     def forget(name: str) -> Json:
         client.delete(f"/servers/{name}")
         return {}
 
-    return _tell_done(_on_each(names, forget), "forgotten")
+    return _tell_done(on_each(names, forget), "forgotten")
+
+
+app.command("repave.cli.server_power:power", name="power")
+app.command("repave.cli.console:console", name="console")
