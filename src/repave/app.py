@@ -76,6 +76,7 @@ from repave.workflow.engine import Engine
 from repave.workflow.fleet import Fleet
 from repave.workflow.lease import LeaseTimes
 from repave.workflow.media_sweep import MediaSweep
+from repave.workflow.power import PowerSwitch
 from repave.workflow.reinstall import Waits
 
 log = structlog.get_logger()
@@ -157,6 +158,7 @@ class Site:
     chunk_bytes: ChunkBytes
     imports: list[ImportProgress]
     webhooks: WebhookSender
+    power: PowerSwitch
 
 
 def init_site(folder: Path, **changes: Any) -> FirstKey:
@@ -253,7 +255,8 @@ def open_site(settings: Settings) -> Iterator[Site]:
         sources = ImageSources(settings.import_dir, settings.import_keyring, settings.import_local_addresses)
         desk = ImageDesk(images, images.root, settings.images_quota_bytes, formats=settings.image_formats.split(), sources=sources)
         consoles = ConsoleFiles(store, settings.console_files)
-        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, consoles, metrics, chunk_bytes, imports, webhooks)
+        power = PowerSwitch(store, fleet, open_bmc, graceful_s=settings.graceful_s)
+        yield Site(settings, store, images, engine, fleet, effects, places, watch, sweep, desk, consoles, metrics, chunk_bytes, imports, webhooks, power)
     finally:
         store.close()
 
@@ -308,8 +311,8 @@ def build_api(site: Site) -> FastAPI:
     probe = functools.partial(probe_bmc, count=site.metrics.count_bmc)
     set_password = functools.partial(set_bmc_password, count=site.metrics.count_bmc)
     desk = Desk(
-        site.store, site.fleet, site.desk, authenticator.identify, probe, find_unreachable, set_password, site.webhooks.send_test, site.imports,
-        waits_s, lambda: describe_site(site.settings),
+        site.store, site.fleet, site.desk, authenticator.identify, probe, find_unreachable, set_password, site.power, site.webhooks.send_test,
+        site.imports, waits_s, lambda: describe_site(site.settings),
     )  # fmt: skip
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(site.store.people, now=site.store.now)))

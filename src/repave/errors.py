@@ -116,6 +116,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9003", "password-gone", Who.US, False, "The password of this run is gone.", "Its key was destroyed when the run ended.", "Send the reinstall again.", _NOTHING),
     ("9004", "restore-failed", Who.US, True, "The old OS could not be powered on again.", "Before the line; reading back did not show power on.", "Power the server on; its disk is untouched.", "the root disk was not written"),
     ("9005", "service-unreachable", Who.US, True, "The service does not answer.", "It is not running, or the address is wrong.", "repave serve, or set REPAVE_ENDPOINT.", "everything"),
+    ("9010", "answer-lost", Who.US, True, "Whether it has begun is not known.", "The request was sent again and again, and no answer came back.", "repave batch ls shows whether it has; if not, ask again.", "not known: look at repave batch ls"),
     ("9006", "stale-run", Who.US, False, "This run is over.", "Another run, or the end of this one, came first.", "Nothing; look at repave batch ls.", "everything"),
     ("9007", "database-newer", Who.US, False, "The database was made by a newer version of Repave.", "Its tables have a revision that this program does not know.", "Run that version, or restore the backup from before the upgrade.", "everything"),
     ("9020", "restored", Who.US, False, "A backup was restored while this run was under way in it.", "What the run did after the backup was made is not known. It was ended, and its server left as it is.", "Look at the server; then reinstall it.", "not known: look at the server"),

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from typing import Any
 
 from repave.domain.waves import Waves
@@ -61,6 +60,8 @@ def check_known(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raises RequestError naming the unknown ones and what may have been meant."""
     missing = [name for name in wanted if name not in known]
     if missing:
+        from difflib import get_close_matches
+
         meant = get_close_matches(missing[0], known, 1)
         hint = f" Did you mean {meant[0]}?" if meant else ""
         raise RequestError("not-found", f"Unknown: {fold(missing)}.{hint}")

@@ -29,7 +29,7 @@ from repave.app import ImageDesk
 from repave.auth import Authenticator
 from repave.auth.login import Logins
 from repave.bmc import BmcAddress, BmcFacts, Power
-from repave.domain.model import Image, Project, Role
+from repave.domain.model import Image, Project, Role, Server
 from repave.domain.urls import find_unreachable_place
 from repave.errors import BmcError
 from repave.images.fetch import ImageSources
@@ -40,6 +40,7 @@ from repave.secrets import Sealer
 from repave.store import Store, new_id
 from repave.webhooks import WebhookSender
 from repave.workflow.fleet import Fleet
+from repave.workflow.power import PowerSwitch
 
 BMC_PASSWORD = "calvin-and-Hobbes-7"
 NEW_PASSWORD = "Fresh-Start-42"
@@ -64,6 +65,14 @@ class Bmcs:
             self.known[address.url] = "unreachable"
 
     model: str = "R1"
+    off: set[str] = field(default_factory=set)  # URLs of BMCs whose server is off
+    switched: list[str] = field(default_factory=list)  # what was done to the power of servers
+    before_switch: Callable[[], None] = lambda: None  # what happens just then, elsewhere
+
+    @contextlib.contextmanager
+    def open(self, server: Server, before_write: Callable[[], None] = lambda: None, run_id: str = "") -> Iterator[Any]:
+        self.probe(BmcAddress.of(server, BMC_PASSWORD))
+        yield OpenedBmc(self, server, before_write)
 
     def probe(self, address: BmcAddress) -> BmcFacts:
         self.asked.append(address)
@@ -73,7 +82,42 @@ class Bmcs:
         if address.password != self.passwords.get(address.url, BMC_PASSWORD):
             raise BmcError("auth")
         uuid = f"00000000-0000-0000-0000-{int(what[2:]):012}"
-        return BmcFacts("/redfish/v1/Systems/1", "ACME", self.model, what, uuid, Power.ON, ("/cd",), ("Cd",), ("AA:BB:CC:00:00:01",), "ab" * 32, "amd64")
+        return BmcFacts(
+            "/redfish/v1/Systems/1",
+            "ACME",
+            self.model,
+            what,
+            uuid,
+            Power.OFF if address.url in self.off else Power.ON,
+            ("/cd",),
+            ("Cd",),
+            ("AA:BB:CC:00:00:01",),
+            "ab" * 32,
+            "amd64",
+        )
+
+
+@dataclass
+class OpenedBmc:
+    """What of the driver's contract an order about power needs."""
+
+    bmcs: Bmcs
+    server: Server
+    before_write: Callable[[], None]
+
+    def power_off(self, *, graceful_s: float = 0) -> bool:
+        self._switch(f"{self.server.name} {'shut down' if graceful_s else 'cut'}")
+        self.bmcs.off.add(self.server.bmc_url)
+        return not graceful_s
+
+    def power_on(self) -> None:
+        self._switch(f"{self.server.name} on")
+        self.bmcs.off.discard(self.server.bmc_url)
+
+    def _switch(self, what: str) -> None:
+        self.bmcs.before_switch()
+        self.before_write()
+        self.bmcs.switched.append(what)
 
 
 @dataclass
@@ -130,7 +174,8 @@ def start_site(
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=(media_url,), agent_url="https://agents.invalid", chunks_url="https://chunks.invalid"
     )
-    desk = Desk(store, fleet, images, authenticator.identify, bmcs.probe, find_unreachable, bmcs.set_password, webhooks.send_test, [])
+    power = PowerSwitch(store, fleet, bmcs.open, graceful_s=60)
+    desk = Desk(store, fleet, images, authenticator.identify, bmcs.probe, find_unreachable, bmcs.set_password, power, webhooks.send_test, [])
     app.include_router(build_operator_router(desk))
     app.include_router(build_pages_router(desk, Logins(store.people, now=now)))
     app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=Limiter()))

@@ -21,10 +21,13 @@ from operator_site import BMC_PASSWORD, NEW_PASSWORD, Site, start_site
 
 from repave.api import wire_errors
 from repave.cli import docs
+from repave.cli.client import Client, Endpoint
+from repave.cli.output import Exit, exit_code
 from repave.domain.model import Step
 from repave.domain.states import Ending
 from repave.errors import CATALOGUE, CLOUDDC, RepaveError
 from repave.images.fetch import ImageSources
+from repave.lab.fault_proxy import Rule, start_fault_proxy
 
 REPAVE = [sys.executable, "-m", "repave.cli.main"]
 
@@ -232,6 +235,41 @@ def test_a_password_is_judged_by_the_user_of_the_image_before_anything_is_sent(f
     assert (refused.returncode, fleet.asked()) == (3, before)
     assert "user name reversed; nothing was sent" in refused.stderr
     assert fleet.run(*argv, stdin=good + "\n").returncode == 0
+
+
+# How the first answer is lost: what the client sees of it.
+LOST = {
+    "lost-answer": Rule("lost-answer", "POST", "/reinstall$"),
+    "truncated": Rule("truncated", "POST", "/reinstall$"),
+    "reset before it arrived": Rule("reset", "POST", "/reinstall$"),
+    "a gateway that gave up": Rule("status", "POST", "/reinstall$", status=504),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_answer_neither_fails_a_reinstall_or_a_retry_nor_begins_it_twice(fleet: Cli, how: str) -> None:
+    with start_fault_proxy(fleet.site.url) as proxy:
+        begins = (("reinstall", "web[01-02]", "--image", "tiny"), ("batch", "retry"))
+        for number, argv in enumerate(begins, 1):
+            proxy.set_rules([LOST[how]])
+            asked = (*argv, "--yes", "--expect", "2", "--password-stdin", "--detach")
+            done = fleet.run(*asked, stdin=NEW_PASSWORD + "\n", REPAVE_ENDPOINT=proxy.url)
+            assert done.returncode == 0, done.stderr
+            assert "Asking again; what has begun does not begin twice." in done.stderr
+            listed = fleet.items("batch", "ls")
+            assert (len(listed), done.stdout) == (number, listed[0]["id"] + "\n")
+            end_runs(fleet.site, fail="web01 web02")
+        assert [seen.fault for seen in proxy.read_log() if seen.path.endswith("/reinstall")] == [LOST[how].fault, ""] * 2
+
+
+def test_an_answer_that_stays_lost_says_that_it_is_not_known_whether_it_has_begun(fleet: Cli) -> None:
+    with start_fault_proxy(fleet.site.url) as proxy:
+        proxy.set_rules([Rule("lost-answer", "POST", "/reinstall$", times=None)])
+        client = Client(None, Endpoint(proxy.url, fleet.site.tokens["admin"]))
+        with pytest.raises(RepaveError) as lost:
+            client.begin("/reinstall", {"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD}, again_after_s=(0.05, 0.05))
+    assert (lost.value.slug, exit_code(lost.value), len(fleet.items("batch", "ls"))) == ("answer-lost", Exit.UNREACHABLE, 1)
+    assert "not known" in lost.value.problem.untouched
 
 
 def test_only_the_typed_words_start_it(fleet: Cli) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +138,114 @@ def test_without_colour_and_on_a_narrow_screen_each_state_is_a_glyph_and_a_word(
     ):
         assert re.search(rf"{glyph} {re.escape(server)}\s+{word}", rows), rows
     assert all(len(line) <= 80 for line in lines)
+
+
+# ---- keys ----
+
+
+def rows_of(lines: list[str]) -> list[str]:
+    """The rows of servers on a screen."""
+    return [line for line in lines if re.match(r"[✗▲▶✓·-] web", line)]
+
+
+def test_keys_show_the_failed_only_and_each_server_and_never_more_rows_than_the_screen_has(fifty: Fifty, tmp_path: Path) -> None:
+    for name in fifty.names[:3]:
+        fifty.end(name, RepaveError("media_rejected"))
+    for name in fifty.names[3:10]:
+        fifty.end(name)
+    with open_screen([*REPAVE, "watch"], env=fifty.env(), cwd=tmp_path) as screen:
+        first = screen.wait_for("f failed · u unfold · p pause · ? keys")
+        assert len(rows_of(first)) == 3
+        screen.type("f")
+        assert [row[:14] for row in rows_of(screen.wait_for("f all"))] == ["✗ web[01-03]  "]
+        screen.type("u")
+        assert [row[:7] for row in rows_of(screen.wait_for("u fold"))] == ["✗ web01", "✗ web02", "✗ web03"]
+        screen.type("f")
+        lines = screen.wait_for("f failed")
+        more = next(line for line in lines if re.search(r"and \d+ more", line))
+        shown = len(rows_of(lines))
+        assert 10 < shown < 24 and f"and {50 - shown} more   {43 - shown} waiting · 7 running" in more
+        screen.type("?")
+        assert any("pause what has not begun" in line for line in screen.wait_for("stop watching; the batch goes on"))
+        time.sleep(1.5)  # another frame
+        assert len(screen.read()) <= 24 and len(screen.read(whole=True)) <= 25
+        screen.type("?", "Up", "x")
+        for name in fifty.names[10:]:
+            fifty.end(name)
+        screen.wait_for("EXIT=10")
+        whole = "\n".join(screen.read(whole=True))
+    assert "✓ web[04-50]" in whole and "? keys" not in whole and "Ctrl-C  stop" not in whole, "what stays is folded, and names no key"
+
+
+def test_p_pauses_the_batch_and_lets_it_go_on_and_a_viewer_is_refused_in_one_line(fifty: Fifty, tmp_path: Path) -> None:
+    def is_paused() -> bool:
+        return fifty.site.ask("GET", f"/batches/{fifty.batch}").json()["paused_at"] is not None
+
+    with open_screen([*REPAVE, "watch"], env=fifty.env(), cwd=tmp_path) as screen:
+        screen.wait_for("? keys")
+        screen.type("p")
+        assert "Paused: 50 wait, 0 under way go on." in screen.wait_for("p resume") and is_paused()
+        screen.type("p")
+        assert "It goes on." in screen.wait_for("p pause") and not is_paused()
+    with open_screen([*REPAVE, "watch"], env=fifty.env() | {"REPAVE_TOKEN": fifty.site.tokens["viewer"]}, cwd=tmp_path) as screen:
+        screen.wait_for("? keys")
+        screen.type("p")
+        said = [line for line in screen.wait_for("Not paused") if "Not paused" in line]
+        assert len(said) == 1 and "needs the role operator" in said[0] and not is_paused()
+
+
+def test_without_a_terminal_to_read_from_there_are_no_keys(fifty: Fifty, tmp_path: Path) -> None:
+    with open_screen(["sh", "-c", f"{shlex.join([*REPAVE, 'watch'])} </dev/null"], env=fifty.env(), cwd=tmp_path) as screen:
+        lines = screen.wait_for("waiting 50")
+        screen.type("f")
+        time.sleep(1.5)
+        assert "? keys" not in "\n".join(lines + screen.read()) and rows_of(screen.read())
+
+
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), ("not-allowed", 4)])
+def test_the_terminal_is_left_as_it_was_found_however_the_watching_ends(fifty: Fifty, tmp_path: Path, end: signal.Signals | str, code: int) -> None:
+    key = fifty.site.ask("POST", "/keys", json={"name": "short-lived", "role": "viewer"}).json()
+    env = {k: v for k, v in os.environ.items() if k != "CI" and not k.startswith("REPAVE_")} | fifty.env() | {"REPAVE_TOKEN": key["token"], "TERM": "xterm"}
+    person, terminal = pty.openpty()
+    before, seen = termios.tcgetattr(terminal), bytearray()
+
+    def sit_down() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while piece := os.read(person, 4096):
+                seen.extend(piece)
+
+    watcher = subprocess.Popen(
+        [*REPAVE, "watch"], stdin=terminal, stdout=terminal, stderr=terminal, env=env, cwd=tmp_path, start_new_session=True, preexec_fn=sit_down
+    )
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        wait_until(lambda: b"? keys" in seen)
+        assert not termios.tcgetattr(terminal)[3] & (termios.ICANON | termios.ECHO)
+        if isinstance(end, str):
+            fifty.site.ask("DELETE", f"/keys/{key['id']}")
+        else:
+            watcher.send_signal(end)
+        assert watcher.wait(15) == code, bytes(seen).decode()
+        assert termios.tcgetattr(terminal) == before
+        wait_until(lambda: seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l"))  # the cursor is shown again
+    finally:
+        watcher.kill()
+        watcher.wait()
+        os.close(terminal)
+        reader.join()
+        os.close(person)
+
+
+def wait_until(holds: Callable[[], bool], *, deadline_s: float = 15.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_in_a_pipe_there_is_a_line_a_change_and_no_escape_code(fifty: Fifty, tmp_path: Path) -> None:

@@ -232,6 +232,19 @@ def test_q16_a_killed_service_loses_no_number_and_the_watcher_goes_on(shell: She
     assert shell.newest()["counts"] == {"running": 4, "working": 0, "waiting": 0, "failed": 0, "rehearsed": 0, "cancelled": 0}
 
 
+def test_power_is_switched_by_hand_as_the_bmc_then_shows_it_and_the_os_comes_back(shell: Shell) -> None:
+    def shown() -> str:
+        return str(shell.json("server", "power", "lab04", "show")["items"][0]["power"])
+
+    shell.run("server", "power", "lab04", "off", "--force", "--yes", "--expect", "1")
+    assert shown() == "off"
+    with shell.at_a_terminal("server", "power", "lab[03-04]", "restart", "--force") as screen:
+        screen.wait_for("to start:")
+        screen.type("restart 1", "Enter")
+        screen.wait_for("EXIT=0")
+    assert shown() == "on"
+
+
 def test_q22_all_lists_have_items_names_and_csv(shell: Shell) -> None:
     for argv in (("server", "ls"), ("image", "ls"), ("batch", "ls"), ("project", "ls"), ("key", "ls"), ("rack", "ls"), ("events",), ("report",), ("explain",)):
         assert shell.json(*argv)["items"], argv

@@ -29,6 +29,7 @@ from repave.errors import RepaveError, RequestError, Who
 from repave.images.fetch import ImageSources
 from repave.store import Store
 from repave.workflow.fleet import Override
+from repave.workflow.power import PowerSwitch
 
 SITE_PROJECT = "default"
 Json = dict[str, Any]
@@ -103,6 +104,7 @@ class Desk:
     probe: Callable[[BmcAddress], BmcFacts]  # asks a BMC what it is and touches nothing; raises BmcError
     find_unreachable: Callable[[str], str | None]  # by a BMC's URL: the setting whose address can not be reached from there
     set_bmc_password: Callable[[BmcAddress, str], None]
+    power: PowerSwitch
     send_test: Callable[[Webhook], None]
     imports: list[ImportProgress]  # under way in this process
     waits_s: Mapping[Step, float] = field(default_factory=dict)  # how long a step may wait for the outside, by the site's settings

@@ -266,6 +266,20 @@ def probe_server(scope: Operator, reference: str) -> Json:
     }  # fmt: skip
 
 
+class PowerOrder(Body):
+    order: Literal["on", "off", "restart"]
+    force: bool = False  # cut the power at once, the OS is not asked to shut down
+
+
+@router.post("/{reference}/power")
+def switch_power(scope: Operator, reference: str, asked: PowerOrder) -> Json:
+    """The power is as ordered, read back. The OS is asked to shut down first, but for `force`. Never while a run of it is live; off and restart
+    neither where it is locked nor where Repave runs on it."""
+    server = get_server(scope, reference)
+    power = scope.desk.power.carry_out(server, asked.order, force=asked.force, actor=scope.actor)
+    return {"server": server.name, "power": power.value}
+
+
 class Rotation(Body):
     password: str = Field(min_length=1, max_length=200)
 

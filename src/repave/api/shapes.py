@@ -157,6 +157,13 @@ class Probed(BaseModel):
     unreachable: str | None = Field(description="The setting whose address can not be reached from there.")
 
 
+class Switched(BaseModel):
+    """What an order about its power came to, as read back."""
+
+    server: str
+    power: Literal["on", "off"]
+
+
 class Identity(BaseModel):
     serial: str
     uuid: str
@@ -408,7 +415,7 @@ ANSWERS: dict[str, type[BaseModel] | str | None] = {
     "whoami": Whoami, "show_room": Room, "list_users": UserList, "add_user": User, "remove_user": None,
     "list_projects": ProjectList, "add_project": Project, "list_keys": KeyList, "add_key": NewKeyShown, "remove_key": None,
     "list_servers": ServerList, "show_server": Server, "add_server": Server, "set_server": Server, "lock_server": Server, "unlock_server": Server,
-    "replace_server": Replaced, "probe_server": Probed, "rotate_server": Server, "remove_server": None,
+    "replace_server": Replaced, "probe_server": Probed, "rotate_server": Server, "switch_power": Switched, "remove_server": None,
     "list_images": ImageList, "show_image": ImageShown, "add_image": Image, "verify_image": Image, "remove_image": None, "list_imports": ImportList,
     "plan": Plan, "reinstall": BatchShown, "list_batches": BatchList, "show_batch": BatchShown, "pause_batch": BatchShown, "resume_batch": BatchShown,
     "cancel_batch": CancelledRunList, "cancel_run": CancelledRunList, "list_runs": RunList, "show_run": Run,

@@ -51,7 +51,7 @@ def show_batch(batch_id: str | None = None, /, *, project: Project = None, json:
 
 @app.command
 def watch(batch_id: str | None = None, /, *, timeout: float | None = None, project: Project = None, json: bool = False) -> int:
-    """Follow a batch (default: the newest) until it ends.
+    """Follow a batch (default: the newest) until it ends. On a terminal with keys: f failed runs only, u a row for each server, p pause or resume, ? the keys.
 
     Exit code: 0 all run, 10 some failed, 11 all failed, 12 stopped by its limit, 13 cancelled, 124 --timeout, 130 Ctrl-C.
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from repave.cli.output import Json, Usage
+from repave.cli.output import Json, Usage, say
 from repave.errors import CATALOGUE, RepaveError
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:8470"
@@ -29,6 +30,8 @@ ADMIN_FILE = "admin.json"
 _CONNECT_S = 5.0
 _ANSWER_S = 120.0  # adding a server waits for its BMC
 _UPLOAD_S = 8 * 3600.0  # the answer comes when the image is fetched (six hours at most) and stored; /imports tells how far it is
+_AGAIN_AFTER_S = (0.5, 1.0, 2.0, 4.0, 4.0)  # a service that is started again is back by then
+_GATEWAY = (502, 503, 504)  # who stands between had no answer: RFC 9110, 15.6.3 to 15.6.5
 _STREAM_S = 60.0  # the service says something every 15 s
 
 
@@ -77,6 +80,21 @@ class Client:
 
     def post(self, path: str, body: Json) -> Json:
         return self._ask("POST", path, {}, body)
+
+    def begin(self, path: str, body: Json, *, again_after_s: Sequence[float] = _AGAIN_AFTER_S) -> Json:
+        """A post that begins something, once: where no answer comes it is sent again under the same key (api/idempotency.py). Raises answer-lost."""
+        headers = {"Idempotency-Key": os.urandom(16).hex()}
+        pauses = iter(again_after_s)
+        while True:
+            try:
+                return self._ask("POST", path, {}, body, headers=headers)
+            except RepaveError as error:
+                if not _is_lost(error):
+                    raise
+                if (pause_s := next(pauses, None)) is None:
+                    raise RepaveError("answer-lost", error.detail) from None
+                say(f"{error.detail or error.problem.title} Asking again; what has begun does not begin twice.")
+                time.sleep(pause_s)
 
     def order(self, path: str, body: Json, params: Json) -> Json:
         """A post whose answer comes when all is done, which takes as long as an upload."""
@@ -191,4 +209,10 @@ def _error_of(status: int, text: bytes) -> RepaveError:
     if isinstance(value, dict) and value.get("class") in CATALOGUE:
         return RepaveError.from_json(value)
     said = f": {value['error_code']} {value['error_msg']}" if isinstance(value, dict) and {"error_code", "error_msg"} <= value.keys() else "."
-    return RepaveError("internal" if status >= 500 else "bad-request", f"The service answered {status}{said}")
+    slug = "service-unreachable" if status in _GATEWAY and said == "." else "internal" if status >= 500 else "bad-request"
+    return RepaveError(slug, f"The service answered {status}{said}")
+
+
+def _is_lost(error: RepaveError) -> bool:
+    """What was asked may have been done, and the answer did not come."""
+    return error.slug in ("service-unreachable", "database-unavailable")

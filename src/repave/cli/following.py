@@ -7,24 +7,18 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from repave.cli.client import Client
 from repave.cli.output import Exit, Json, may_redraw, progress_mode, say, show
 from repave.cli.summary import show_summary
 from repave.errors import RepaveError
-from repave.folding import batch_rules, batch_time, count, counts_line, duration, fold, fold_runs, folded_row, image_of, more_line, took
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from repave.folding import duration, fold, took
 
 _POLL_S = 1.0
 _HEARTBEAT_S = 60.0
 _LOST_S = 600.0  # a service that restarts is back long before; a watcher that gives up loses nothing
-_NAMES_WIDTH = 32
-_COLOURS = {"✗": "red", "▲": "yellow", "▶": "blue", "✓": "green"}  # beside glyph and word, never instead
 
 
 def follow(client: Client, batch_id: str, *, timeout_s: float | None = None, as_json: bool = False) -> int:
@@ -75,8 +69,11 @@ def _follower(as_json: bool) -> Callable[[Client, str, float | None], Json | Non
     return _follow_live if sys.stdout.isatty() and may_redraw() else follow_lines
 
 
-def batch_states(client: Client, batch_id: str, give_up_at: float | None) -> Iterator[Json]:
-    """The batch again and again, the last time when it has ended. Survives a service that restarts. Ends early at `give_up_at`."""
+def batch_states(client: Client, batch_id: str, give_up_at: float | None, *, pause: Callable[[float], None] = time.sleep) -> Iterator[Json]:
+    """The batch again and again, the last time when it has ended. Survives a service that restarts. Ends early at `give_up_at`.
+
+    `pause`: what is done between, for so many seconds.
+    """
     lost_at: float | None = None
     while give_up_at is None or time.monotonic() < give_up_at:
         try:
@@ -93,7 +90,7 @@ def batch_states(client: Client, batch_id: str, give_up_at: float | None) -> Ite
             if lost_at is None:
                 lost_at = time.monotonic()
                 say(f"Not live since {clock()}: {error.detail} Trying again; the batch goes on when the service does.")
-        time.sleep(_POLL_S)
+        pause(_POLL_S)
 
 
 def follow_lines(client: Client, batch_id: str, give_up_at: float | None, *, heartbeat_s: float = _HEARTBEAT_S) -> Json | None:
@@ -136,47 +133,21 @@ def _change(run: Json) -> tuple[str, ...]:
 
 
 def _follow_live(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:
-    """A frame that is drawn over and over and never taller or wider than the terminal; the last one stays."""
     from rich.console import Console
     from rich.live import Live
 
+    from repave.cli.keys import open_keys
+    from repave.cli.live_table import LiveTable
+
     batch, console = None, Console()
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        for batch in batch_states(client, batch_id, give_up_at):
-            live.update(_frame(batch, console.size.width, console.size.height - 1), refresh=True)
+    with open_keys() as keys, Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        table = LiveTable(client, live, console, keys)
+        try:
+            for batch in batch_states(client, batch_id, give_up_at, pause=table.wait):
+                table.show(batch)
+        finally:
+            table.leave()
     return batch if batch and batch["state"] != "working" else None
-
-
-def _frame(batch: Json, width: int, height: int) -> Group:
-    """Headline, counts, a row for each kind of run, failures first; the rows there is no room for are one line with their counts."""
-    from rich.console import Group
-    from rich.text import Text
-
-    groups = fold_runs(batch["runs"])
-    room = height - 2
-    shown = len(groups) if len(groups) <= room else max(0, room - 1)
-    words = [count(len(batch["runs"]), "server"), image_of(batch), *batch_time(batch, datetime.now(UTC)), *batch_rules(batch), batch["id"]]
-    lines = [Text(" · ".join(words)), Text(counts_line(batch, width))]
-    for row in aligned([folded_row(group) for group in groups[:shown]]):
-        line = Text(row)
-        line.stylize(_COLOURS.get(row[0], ""), 0, len(row.split("  ")[0]))
-        lines.append(line)
-    if shown < len(groups) and room > 0:
-        lines.append(Text(more_line(groups[shown:])))
-    for line in lines:
-        line.no_wrap, line.overflow = True, "ellipsis"
-    return Group(*lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line each; a column that is empty in all of them takes no room, and a long list of names leaves some for what is said of them."""
-    cut = [[_shorten(row[0]), *row[1:]] for row in rows]
-    widths = [max(len(row[i]) for row in cut) for i in range(len(cut[0]))] if cut else []
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip() for row in cut]
-
-
-def _shorten(names: str) -> str:
-    return names if len(names) <= _NAMES_WIDTH else names[: _NAMES_WIDTH - 1] + "…"
 
 
 def _follow_silently(client: Client, batch_id: str, give_up_at: float | None) -> Json | None:

@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     "REPAVE_CA": "A CA bundle for https.",
     "REPAVE_SITE": "The folder of the site.",
     "REPAVE_NEW_PASSWORD, REPAVE_BMC_PASSWORD": "Passwords, where they are not asked for or read by --password-stdin.",
+    "REPAVE_NETBOX_TOKEN": "The token of `server add --netbox`. NetBox's certificate is checked by the system's CAs, or by those in SSL_CERT_FILE.",
     "REPAVE_PROGRESS, REPAVE_CONTEXT, REPAVE_QUIET": "As the options.",
     "NO_COLOR, TERM=dumb, CI, ACCESSIBLE": "No colours; no redrawing.",
 }

@@ -53,7 +53,7 @@ class Refused(Exception):
 def exit_code(error: RepaveError) -> Exit:
     if error.slug in ("not-logged-in", "not-allowed"):
         return Exit.NOT_ALLOWED
-    if error.slug == "service-unreachable":
+    if error.slug in ("service-unreachable", "answer-lost"):
         return Exit.UNREACHABLE
     return Exit.OURS if error.problem.who is Who.US else Exit.REFUSED
 

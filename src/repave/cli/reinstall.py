@@ -138,7 +138,7 @@ def begin(
             raise Refused(f"The password {fault}; nothing was sent.")
     words = f"{'rehearse' if rehearse else 'erase'} {number}"
     confirm(f"Type  {words}  to start: ", words, yes=yes)
-    batch = client.post("/reinstall", target | extras | asdict(waves) | {"password": password, "plan": plan["id"], "rehearse": rehearse})
+    batch = client.begin("/reinstall", target | extras | asdict(waves) | {"password": password, "plan": plan["id"], "rehearse": rehearse})
     if detach:
         show_json(batch) if json else show(batch["id"])
         say("Next: repave watch")

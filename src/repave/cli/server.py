@@ -1,7 +1,8 @@
-"""Servers: one, a nodeset paired with a nodeset of BMC addresses, or a CSV file. A password never stands in a file or on the command line."""
+"""Servers: one, a nodeset paired with a nodeset of BMC addresses, a CSV file, or NetBox's devices. A password never stands in a file or on the command line."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from repave.cli.output import (
     warn,
 )
 from repave.cli.server_csv import read_servers
+from repave.cli.server_netbox import read_devices
 from repave.errors import RepaveError
 
 app = App(name="server")
@@ -104,6 +106,8 @@ def add(
     *,
     settings: Settings = _NOTHING_SAID,
     csv: Path | None = None,
+    netbox: str | None = None,
+    netbox_filter: list[str] | None = None,
     blank: bool = False,
     windows: bool = False,
     image: str | None = None,
@@ -123,6 +127,11 @@ def add(
         A file with the columns name, bmc, user, secret_env and, where wanted, rack, unit, mac, address, prefix, gateway, dns, vlan,
         root_disk, keep_partitions, blank, tls_verify, fingerprint, system, arch, os_type, image. secret_env names the environment variable
         that holds the BMC's password. A file with a mistake is refused whole; servers that are there already are left out.
+    netbox
+        URL of a NetBox whose active devices are the servers: name, rack, position, and oob_ip as the BMC's address. Its token: REPAVE_NETBOX_TOKEN.
+        The login at the BMCs is one for all: --user and the password. As with a file, one mistake refuses all, and what is there already is left out.
+    netbox_filter
+        key=value for NetBox's list of devices, such as role=server or site=ams; may be given several times. status=... instead of the active ones.
     blank
         There is no OS yet: the first install is a reinstall.
     windows
@@ -132,24 +141,33 @@ def add(
     show_pairs
         Show each server with its BMC's address before it is asked, however many they are.
     """
-    if (csv is None) == (nodeset is None):
-        raise Usage("Name the servers, or give --csv FILE.")
+    if [nodeset, csv, netbox].count(None) != 2:
+        raise Usage("Name the servers, or give --csv FILE, or --netbox URL.")
+    if netbox_filter and netbox is None:
+        raise Usage("--netbox-filter goes with --netbox URL.")
     if csv is not None and (settings != _NOTHING_SAID or password_stdin):
         raise Usage("With --csv the file says what each server is; other options than --blank, --windows and --image do not go with it.")
     common = {"blank": blank, "os_type": "Windows" if windows else "Linux", "image": image}
-    bodies: list[Json] = [common | body for body in (read_servers(csv) if csv else _paired(nodeset or "", settings, password_stdin))]
+    if csv is not None:
+        found, order, source = read_servers(csv), "as the file says", f"--csv {csv}"
+    elif netbox is not None:
+        found, order = _from_netbox(netbox, netbox_filter or [], settings, password_stdin), "as NetBox says"
+        source = shlex.join(["--netbox", netbox, *(word for text in netbox_filter or () for word in ("--netbox-filter", text)), "--user", settings.user or ""])
+    else:
+        found, order, source = _paired(nodeset or "", settings, password_stdin), "paired in order", ""
+    bodies: list[Json] = [common | body for body in found]
     client = Client(project)
-    if csv:
-        bodies = _leave_out_known(bodies, client, csv)
+    if source:
+        bodies = _leave_out_known(bodies, client)
         if not bodies:
             return Exit.OK
     if len(bodies) > 1:
-        _show_pairs([(body["name"], body["bmc_url"]) for body in bodies], "as the file says" if csv else "paired in order", whole=show_pairs)
+        _show_pairs([(body["name"], body["bmc_url"]) for body in bodies], order, whole=show_pairs)
         confirm(f"Add {len(bodies)}? [y/N] ", "y", yes=yes)
         say(f"Asking {len(bodies)} BMCs, {_AT_ONCE} at a time.")
     by_name = {body["name"]: body for body in bodies}
-    done = _on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
-    return _tell_added(done, as_json=json, csv=csv)
+    done = on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
+    return _tell_added(done, as_json=json, source=source)
 
 
 def _show_pairs(pairs: Sequence[tuple[str, str]], order: str, *, whole: bool) -> None:
@@ -162,29 +180,29 @@ def _show_pairs(pairs: Sequence[tuple[str, str]], order: str, *, whole: bool) ->
         warn(f"{first} → {first_url} … {last} → {last_url}, {len(pairs)} {order} (--show-pairs).")
 
 
-def _leave_out_known(bodies: list[Json], client: Client, csv: Path) -> list[Json]:
-    """Those that are not there yet: the same file may be sent again, when what was wrong is mended. Raises Usage on a name that another has."""
+def _leave_out_known(bodies: list[Json], client: Client) -> list[Json]:
+    """Those that are not there yet: the same may be sent again, when what was wrong is mended. Raises Usage on a name that another has."""
     known = {s["name"]: s.get("bmc", {}).get("url") for s in client.items("/servers")}
     for body in bodies:
         if body["name"] in known and known[body["name"]] != body["bmc_url"].rstrip("/"):
-            raise Usage(f"{csv}: a server {body['name']!r} with another BMC is there already.")
+            raise Usage(f"A server {body['name']!r} with another BMC is there already.")
     left_out = [body["name"] for body in bodies if body["name"] in known]
     if left_out:
         say(f"{fold(left_out)}: there already, left as {'it is' if len(left_out) == 1 else 'they are'}.")
     return [body for body in bodies if body["name"] not in known]
 
 
-def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, csv: Path | None) -> int:
+def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, source: str) -> int:
     good = [a for a in done.values() if isinstance(a, dict)]
     bad = {name: a for name, a in done.items() if isinstance(a, RepaveError)}
-    _tell_errors(bad)
+    tell_errors(bad)
     if any(error.slug == "tls" for error in bad.values()):
         warn("  or         --fingerprint SHA256 where you know it; --tls-verify false pins what the BMC shows now")
     if as_json:
         show_json({"items": good, "next": None})
     elif good:
         show_list(good, _LIST, TABLE)
-    following = f"the same again (repave server add --csv {csv}) adds the rest" if bad and csv else "repave image ls" if good else ""
+    following = f"the same again (repave server add {source}) adds the rest" if bad and source else "repave image ls" if good else ""
     told = f"{len(good)} added{f', {len(bad)} not: {fold(bad)}' if bad else ''}"
     say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
     codes = {exit_code(error) for error in bad.values()}
@@ -205,6 +223,17 @@ def _paired(nodeset: str, settings: Settings, password_stdin: bool) -> list[Json
         raise Usage("--mac and --address are one server's; use --csv for many.")
     password = read_secret("BMC password", from_stdin=password_stdin, variable="REPAVE_BMC_PASSWORD")
     return [body | {"name": name, "bmc_url": url, "bmc_password": password} for name, url in zip(names, urls, strict=True)]
+
+
+def _from_netbox(url: str, filters: Sequence[str], settings: Settings, password_stdin: bool) -> list[Json]:
+    """What is said of all of them goes with what NetBox says of each."""
+    if not settings.user:
+        raise Usage("--user is needed: NetBox does not know the login at the BMCs.")
+    common = settings.body()
+    if own := common.keys() - {"bmc_username", "tls_verify", "root_disk", "keep_partitions", "arch"}:
+        raise Usage(f"{', '.join(sorted(own))}: what is one server's does not go with --netbox.")
+    password = read_secret("BMC password", from_stdin=password_stdin, variable="REPAVE_BMC_PASSWORD")
+    return read_devices(url, filters, common | {"bmc_password": password})
 
 
 def _unfold_url(url: str) -> list[str]:
@@ -247,40 +276,39 @@ def set_servers(
         body["bmc_password"] = read_secret("BMC password", from_stdin=True)
     if not body:
         raise Usage("Nothing to change was given.")
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     if len(names) > 1 and (alone := {"bmc_url", "system_uri", "unit", "network", "certificate_sha256"} & body.keys() - ({"network"} if dhcp else set())):
         raise Usage(f"{', '.join(sorted(alone))}: what is one server's can not be said of {len(names)}.")
-    return _tell_done(_on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
+    return _tell_done(on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
 
 
 @app.command(name="probe")
 def probe_servers(nodeset: str, /, *, project: Project = None, form: Form = TABLE) -> int:
     """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
-    client, names = _named(nodeset, project)
-    done = _on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
-    found = [{"server": name} | (_failed(a) if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()]
+    client, names = find_named(nodeset, project)
+    done = on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
+    found: list[Json] = [
+        {"server": name} | ({"same": None, "error": a.as_json()} if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()
+    ]
     show_list(found, _PROBE, form)
     bad = [f["server"] for f in found if f["error"] or not f["same"]]
     say(f"{count(len(found) - len(bad), 'BMC')} as we know {'it' if len(found) - len(bad) == 1 else 'them'}{f', not: {fold(bad)}' if bad else ''}.")
-    return _code(len(bad), len(found))
+    return code_of(len(bad), len(found))
 
 
-def _failed(error: RepaveError) -> Json:
-    return {"same": None, "error": error.as_json()}
-
-
-def _code(bad: int, total: int) -> int:
+def code_of(bad: int, total: int) -> int:
+    """The exit code where so many of all failed."""
     return Exit.OK if not bad else Exit.ALL_FAILED if bad == total > 1 else Exit.FAILED
 
 
-def _named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
+def find_named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
     """All of them are known. Raises Usage or RepaveError; then nothing was sent."""
     client, names = Client(project), unfold(nodeset)
     check_known(names, [s["name"] for s in client.items("/servers")])
     return client, names
 
 
-def _on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
+def on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
     """Several at a time, each asked whatever became of the others; in the order of the names."""
 
     def attempt(name: str) -> Json | RepaveError:
@@ -296,13 +324,13 @@ def _on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json 
 def _tell_done(done: dict[str, Json | RepaveError], what: str) -> int:
     """Which of them it was done to, and why not to the others. The exit code."""
     bad = {name: answer for name, answer in done.items() if isinstance(answer, RepaveError)}
-    _tell_errors(bad)
+    tell_errors(bad)
     if good := [name for name in done if name not in bad]:
         say(f"{fold(good)} {what}.")
-    return exit_code(next(iter(bad.values()))) if len(bad) == len(done) == 1 else _code(len(bad), len(done))
+    return exit_code(next(iter(bad.values()))) if len(bad) == len(done) == 1 else code_of(len(bad), len(done))
 
 
-def _tell_errors(bad: dict[str, RepaveError]) -> None:
+def tell_errors(bad: dict[str, RepaveError]) -> None:
     for detail in dict.fromkeys(str(error) for error in bad.values()):
         same = [name for name, error in bad.items() if str(error) == detail]
         warn(f"✗ {fold(same)}")
@@ -312,16 +340,16 @@ def _tell_errors(bad: dict[str, RepaveError]) -> None:
 @app.command
 def lock(nodeset: str, /, *, reason: str, project: Project = None) -> int:
     """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
-    client, names = _named(nodeset, project)
-    done = _on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
+    client, names = find_named(nodeset, project)
+    done = on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
     return _tell_done(done, f"locked: {reason}  A run that has begun goes on")
 
 
 @app.command
 def unlock(nodeset: str, /, *, project: Project = None) -> int:
     """Let these servers be reinstalled again."""
-    client, names = _named(nodeset, project)
-    return _tell_done(_on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
+    client, names = find_named(nodeset, project)
+    return _tell_done(on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
 
 
 @app.command
@@ -380,16 +408,16 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
     yes
         Do not ask.
     """
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     password = read_secret("New BMC password", from_stdin=password_stdin, variable="REPAVE_NEW_BMC_PASSWORD", twice=True)
     confirm(f"Change the BMC password of {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
 
     def change(name: str) -> Json:
         return client.post(f"/servers/{name}/rotate", {"password": password})
 
-    done = _on_each(names[:1], change)
+    done = on_each(names[:1], change)
     if not isinstance(done[names[0]], RepaveError):
-        done |= _on_each(names[1:], change)
+        done |= on_each(names[1:], change)
     code = _tell_done(done, "changed: the BMCs have the new password, and so have we")
     if left := names[len(done) :]:
         warn(f"{fold(left)} not asked: {names[0]} failed.")
@@ -399,11 +427,15 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
 @app.command(name="rm")
 def remove_servers(nodeset: str, /, *, yes: Yes = False, project: Project = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
-    client, names = _named(nodeset, project)
+    client, names = find_named(nodeset, project)
     confirm(f"Forget {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
 
     def forget(name: str) -> Json:
         client.delete(f"/servers/{name}")
         return {}
 
-    return _tell_done(_on_each(names, forget), "forgotten")
+    return _tell_done(on_each(names, forget), "forgotten")
+
+
+app.command("repave.cli.server_power:power", name="power")
+app.command("repave.cli.console:console", name="console")

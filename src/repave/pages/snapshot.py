@@ -76,6 +76,7 @@ _SENTENCES = {
     "run.late": "late in {step}", "run.media-out": "boot media out", "run.proof": "the new OS called home", "run.second-agent": "a second agent was refused",
     "run.step": "{step}", "server.added": "server added", "server.changed": "server changed",
     "server.password-rotated": "its BMC has a new password", "server.password-refused": "its BMC refused a new password", "server.locked": "locked: {reason}",
+    "server.power-ordered": "power by hand: {order}",
     "server.unlocked": "unlocked", "server.removed": "server {name} removed", "user.added": "{name} may log in as {role}",
     "user.removed": "{name} may not log in any more",
     "user.logged-in": "{name} logged in",

@@ -38,6 +38,7 @@ _LEFT_MEDIA = sa.select(SERVERS.c.id, SERVERS.c.media_run_id).where(
     ~sa.exists().where(RUNS.c.server_id == SERVERS.c.id, RUNS.c.ended_at.is_(None)),
 )
 _IS_LEFT = _LEFT_MEDIA.where(SERVERS.c.id == sa.bindparam("server_id"), SERVERS.c.media_run_id == sa.bindparam("run_id"))
+_LIVE_RUN = sa.select(RUNS.c.id).where(RUNS.c.server_id == sa.bindparam("server_id"), RUNS.c.ended_at.is_(None))
 _HOSTS = sa.select(HOSTS).order_by(HOSTS.c.id)
 _INSTANCE = sa.select(INSTANCES).where(INSTANCES.c.project_id == sa.bindparam("project"), INSTANCES.c.id == sa.bindparam("instance"))
 
@@ -130,10 +131,22 @@ class Servers:
             about = {f"old_{n}": getattr(old, n) for n in ("serial", "uuid")} | {f"new_{n}": seen[n] for n in ("serial", "uuid")}
             self._change(conn, old.id, "server.replaced", values, actor=actor, **about, old_macs=list(old.macs), new_macs=list(seen["macs"]))
 
+    def refuse_live(self, server_id: str) -> None:
+        """Raises RequestError in-progress while a run of it is live."""
+        if self._db.row(_LIVE_RUN, server_id=server_id):
+            raise _in_progress()
+
+    def record_power_order(self, server_id: str, order: str, *, force: bool, actor: str) -> None:
+        """An operator's order is in the audit. Raises RequestError in-progress while a run is live."""
+        with self._db.write() as conn:
+            self._refuse_live(conn, server_id)
+            project_id = conn.execute(sa.select(SERVERS.c.project_id).where(SERVERS.c.id == server_id)).scalar_one()
+            self._db.event(conn, "server.power-ordered", project_id, server_id=server_id, actor=actor, order=order, force=force)
+
     @staticmethod
     def _refuse_live(conn: sa.Connection, server_id: str) -> None:
-        if conn.execute(sa.select(RUNS.c.id).where(RUNS.c.server_id == server_id, RUNS.c.ended_at.is_(None))).first():
-            raise RequestError("in-progress", "A run of this server has not ended.", kind="server")
+        if conn.execute(_LIVE_RUN, {"server_id": server_id}).first():
+            raise _in_progress()
 
     def _change(self, conn: sa.Connection, server_id: str, type_: str, values: dict[str, Any], *, actor: str, **about: Any) -> None:
         changed = sa.update(SERVERS).where(SERVERS.c.id == server_id).values(**values).returning(SERVERS.c.project_id)
@@ -269,6 +282,10 @@ class Servers:
     def find_instance(self, project_id: str, instance_id: str) -> Instance | None:
         row = self._db.row(_INSTANCE, project=project_id, instance=instance_id)
         return rows.instance(row) if row else None
+
+
+def _in_progress() -> RequestError:
+    return RequestError("in-progress", "A run of this server has not ended.", kind="server")
 
 
 def _media_are_out(conn: sa.Connection, server_id: str, run_id: str) -> bool:
