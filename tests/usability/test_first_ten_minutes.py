@@ -69,7 +69,7 @@ def test_q1_make_run_ends_with_a_url_and_a_finished_batch_within_the_time_it_ann
 
 def test_q7_a_sample_of_the_official_sdk_runs_unchanged_with_what_make_env_prints_and_nothing_else(stranger: tuple[Run, Path]) -> None:
     _, folder = stranger
-    exports = subprocess.run(["make", "-s", "env"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    exports = subprocess.run(["make", "env"], cwd=folder, capture_output=True, text=True, check=True).stdout
     variables = dict(re.findall(r"^export (\w+)=(\S+)$", exports, re.M))
     sample = [sys.executable, "-I", Path(__file__).with_name("sdk_sample.py")]
     done = subprocess.run(sample, env=variables | {"HOME": str(folder)}, cwd=folder, capture_output=True, text=True, timeout=60)

@@ -138,8 +138,8 @@ def render_next(lab: Json, password: str) -> str:
         f"  Try        .venv/bin/repave reinstall '{fold(names)}' --image tiny-2      in another terminal, here",
         f"             .venv/bin/repave rack fault {names[0]} ignore-boot-override, then again; none ends it",
         f"             .venv/bin/repave console {names[0]} · .venv/bin/repave case · .venv/bin/repave batch ls",
-        '  Own SDK    eval "$(make -s env)": then samples of the official SDK run unchanged',
-        "  Next       docs/first-real-server.md · docs/install.md · docs/operations.md",
+        '  Own SDK    eval "$(make env)": then samples of the official SDK run unchanged',
+        "  Next       docs/tutorial.md · your own servers: docs/first-real-server.md",
     ))  # fmt: skip
 
 
