@@ -4,7 +4,7 @@ VENV := .venv
 REPAVE := $(VENV)/bin/repave
 T ?=
 
-.PHONY: help env package package-test faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
+.PHONY: help env first-run package package-test faults soak soak-hour crashes sabotage kills run test power-loss check rack bench docs clean install
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -12,16 +12,13 @@ help: ## This list
 install: $(VENV)/installed ## Debian packages and the virtual environment (the other targets call it)
 
 $(VENV)/installed: requirements.txt pyproject.toml tools/packages.txt
-	@echo "1/6 check    Debian packages"
-	@tools/install-packages
-	@echo "2/6 python   locked packages into $(VENV)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt 2>$(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
-	@touch $@
+	@PYTHON=$(PYTHON) tools/install $(VENV)
 
-run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK
-	@$(VENV)/bin/python -m repave.lab.demo
+run: install ## The main job on the virtual rack: two machines reinstalled by one PUT of the official SDK; SCRIPTED=1 without firmware, in seconds
+	@$(VENV)/bin/python -m repave.lab.demo $(if $(SCRIPTED),--scripted)
+
+first-run: ## The first ten minutes as a stranger has them, with a clock: a clone, make run, and again without a network (15 minutes)
+	@$(PYTHON) tests/usability/first_run.py
 
 env: ## Endpoint, project id, AK and SK of the rack that make run has up, as shell exports
 	@$(REPAVE) rack env

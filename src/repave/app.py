@@ -35,6 +35,7 @@ from repave.api.agent import MAX_BODY_BYTES, ChunkPlaces, build_agent_router
 from repave.api.asgi import BodyLimit, EchoAsk, WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
 from repave.api.health import build_health_router
+from repave.api.iam import build_iam_router
 from repave.api.limits import Limiter
 from repave.api.media import build_media_router
 from repave.api.metrics import build_metrics_router
@@ -304,6 +305,7 @@ def build_api(site: Site) -> FastAPI:
     authenticator = Authenticator(site.store.access, now=utc_now)
     limiter = Limiter(site.settings.rate_per_s, site.settings.rate_burst)
     app.include_router(build_clouddc_router(site.store, site.fleet, authenticate=authenticator, limiter=limiter))
+    app.include_router(build_iam_router(site.store, authenticate=authenticator, limiter=limiter))
     find_unreachable = functools.partial(
         find_unreachable_place, media_urls=site.places.media_urls, agent_url=site.places.agent_url, chunks_url=site.places.chunks_url
     )

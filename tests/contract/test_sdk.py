@@ -58,6 +58,19 @@ def reinstall_request(ids, password=PASSWORD, image_id=None):
     return ReinstallOsRequest(body=ReinstallOSOptions(image_id=image_id, password=password, instance_id_set=ids))
 
 
+def test_a_client_with_a_region_and_no_project_id_finds_its_own(site: Site, monkeypatch):
+    from huaweicloudsdkclouddc.v1 import CloudDCClient, ListInstancesRequest
+    from huaweicloudsdkclouddc.v1.region.clouddc_region import CloudDCRegion
+    from huaweicloudsdkcore.auth.credentials import BasicCredentials
+
+    for name in ("HUAWEICLOUD_SDK_REGION_CLOUDDC_CN_EAST_3", "HUAWEICLOUD_SDK_IAM_ENDPOINT"):
+        monkeypatch.setenv(name, site.endpoint)
+    for key, instance in ((site.viewer, site.add_instance()), (site.other_key, site.other_instance)):
+        build = CloudDCClient.new_builder().with_credentials(BasicCredentials(key.ak, key.sk)).with_region(CloudDCRegion.value_of("cn-east-3"))
+        assert [i.id for i in build.build().list_instances(ListInstancesRequest(instance_id=instance)).instances] == [instance]
+    assert site.ask("GET", "/v3/projects?name=cn-east-3", headers=[]).status == 401
+
+
 def test_a_batch_is_accepted_and_its_instances_are_pending(site: Site):
     from huaweicloudsdkclouddc.v1 import ShowInstanceStatusRequest
 

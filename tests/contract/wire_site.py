@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from repave.api.asgi import WireProtocol, install_wire
 from repave.api.clouddc import build_clouddc_router
+from repave.api.iam import build_iam_router
 from repave.api.limits import Limiter
 from repave.auth import Authenticator
 from repave.domain.model import Image, Project, Role, Server
@@ -140,8 +141,9 @@ def open_site(folder: Path, *, per_s: float = 10_000, burst: int = 10_000, http:
 
     app = FastAPI()
     fleet = Fleet(store, lambda conn, runs: None, run_timeout_s=600)
-    limiter = Limiter(per_s, burst)
-    app.include_router(build_clouddc_router(store, fleet, authenticate=Authenticator(store.access, now=now), limiter=limiter))
+    limiter, authenticator = Limiter(per_s, burst), Authenticator(store.access, now=now)
+    app.include_router(build_clouddc_router(store, fleet, authenticate=authenticator, limiter=limiter))
+    app.include_router(build_iam_router(store, authenticate=authenticator, limiter=limiter))
 
     @app.get("/v1/broken")
     def broken() -> None:

@@ -106,7 +106,7 @@ def test_the_last_thing_on_the_screen_says_where_it_runs_and_what_to_type_next(l
 def test_a_phase_that_fails_shows_the_end_of_its_log_the_cause_the_fix_and_what_then(tmp_path):
     log = tmp_path / "libvirtd.log"
     log.write_text("".join(f"line {n}\n" for n in range(9)))
-    with pytest.raises(PhaseFailed) as failed, phase("5/6 rack", log=lambda: log, fix="free some memory"):
+    with pytest.raises(PhaseFailed) as failed, phase("5/6 rack", "two machines", log=lambda: log, fix="free some memory"):
         raise RuntimeError("libvirtd does not answer")
     shown = str(failed.value)
     assert "5/6 rack failed" in shown and [line for line in shown.splitlines() if "|" in line] == [f"  | line {n}" for n in range(4, 9)]

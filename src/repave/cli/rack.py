@@ -12,6 +12,7 @@ from repave.cli.output import Exit, Usage, fold, say, show, show_json
 
 app = App(name="rack")
 FOLDER = Path(".repave")
+SDK_REGIONS = ("CN_EAST_3", "CN_SOUTHWEST_2", "CN_SOUTH_1", "AP_SOUTHEAST_3")  # huaweicloudsdkclouddc 3.1.219, v1/region/clouddc_region.py
 
 
 @app.command
@@ -75,13 +76,16 @@ def fault(machine: str, kind: str, /) -> None:
 
 @app.command
 def env() -> None:
-    """Print what your own SDK needs, as shell exports: endpoint, project id, AK and SK of the rack that is up."""
+    """Print what a program with the official SDK needs, as shell exports by the names its samples read: AK, SK, project id, endpoint of each region."""
     from repave.lab.rack import rack_state
 
     lab = rack_state(FOLDER)
     if lab is None:
         raise Usage("No rack is up here: make run, or repave rack up.")
-    names = {"CLOUDDC_ENDPOINT": "endpoint", "HUAWEICLOUD_SDK_PROJECT_ID": "project_id", "HUAWEICLOUD_SDK_AK": "ak", "HUAWEICLOUD_SDK_SK": "sk"}
+    names = {"CLOUDDC_ENDPOINT": "endpoint", "HUAWEICLOUD_SDK_IAM_ENDPOINT": "endpoint"}
+    names |= {f"HUAWEICLOUD_SDK_REGION_CLOUDDC_{region}": "endpoint" for region in SDK_REGIONS}
+    names |= {"HUAWEICLOUD_SDK_PROJECT_ID": "project_id", "HUAWEICLOUD_SDK_AK": "ak", "HUAWEICLOUD_SDK_SK": "sk"}
+    names |= {"CLOUD_SDK_AK": "ak", "CLOUD_SDK_SK": "sk"}  # what samples of Huawei's API Explorer read
     for name, key in names.items():
         show(f"export {name}={lab[key]}")
 

@@ -1,13 +1,14 @@
 """`make run`: the main job on the virtual rack, from nothing to two reinstalled machines, by the unmodified official SDK.
 
-    check -> ramdisk -> images -> rack -> one PUT -> watch -> SSH with the new password, not with the old -> where the time went
+    check -> ramdisk -> images -> rack (the pages answer) -> one PUT -> watch -> SSH with the new password, not with the old -> where the time went
 
 With a terminal the rack stays up until Ctrl-C; without one everything is taken down and the exit status says how it went.
-Ctrl-C before that takes everything down too, and the exit status is 130.
+Ctrl-C before that takes everything down too, and the exit status is 130. `--scripted`: the machines are played, without firmware and SSH.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -26,6 +27,7 @@ from typing import Any
 from repave.cli.client import Client, Endpoint
 from repave.cli.output import fold
 from repave.lab.domain_xml import probe_kvm
+from repave.lab.os_images import default_cache
 from repave.lab.phases import PhaseFailed
 from repave.lab.rack import OLD_PASSWORD, rack_down, rack_up
 from repave.lab.ssh import SshRefused, ssh_login
@@ -35,9 +37,11 @@ FOLDER = Path(".repave")
 PASSWORDS = Path(".repave/passwords.json")  # the lab's machines only: what `ssh` needs after a run
 COUNT = 2
 PERSON = "demo"  # who may log in to the pages
-IMAGE = os.environ.get("REPAVE_DEMO_IMAGE", "debian-12")
 WAIT_S = 1800.0
 SSH_WAIT_S = 180.0  # under emulation sshd starts up to a minute after cloud-init called home
+
+# Minutes that each part takes at most on two cores without KVM, as announced; what is cached takes none.
+RAMDISK_MIN, IMAGES_MIN, BATCH_MIN, SCRIPTED_MIN = 1, 2, 5, 1
 
 Json = dict[str, Any]
 
@@ -52,22 +56,35 @@ class RunsFailed(Failed):
 
 def main() -> int:
     """Exit status 0 when both machines run the new OS and took the new password, 130 when Ctrl-C came before that."""
+    parser = argparse.ArgumentParser(prog="make run")
+    parser.add_argument("--scripted", action="store_true")
+    scripted: bool = parser.parse_args().scripted
+    image = os.environ.get("REPAVE_DEMO_IMAGE", "tiny-2" if scripted else "debian-12")
     stay = sys.stdout.isatty() and sys.stdin.isatty()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    started = time.monotonic()
+    started, password = time.monotonic(), "-".join(secrets.token_hex(2) for _ in range(3))
+
+    def show_pages(client: Client) -> None:
+        add_person(client, password)
+        login = f"user {PERSON}, password {password}"
+        print(f"  Pages      {client.endpoint.url}      {login}      after {time.monotonic() - started:.0f} s: watch it there", flush=True)
+
     try:
-        show_check()
-        lab = rack_up(COUNT, scripted=False, folder=FOLDER)
+        print(announce(default_cache(), scripted=scripted), flush=True)
+        show_check(scripted=scripted)
+        lab = rack_up(COUNT, scripted=scripted, folder=FOLDER, begun=show_pages)
         client = Client(None, Endpoint(lab["endpoint"], lab["token"]))
         follow_unfinished(client)
-        seconds = reinstall_all(client, lab)
+        seconds = reinstall_all(client, lab, image)
         show_machines(client, lab)
-        print(f"\n✓ {COUNT} machines run {IMAGE} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.")
+        print(f"\n✓ {COUNT} machines run {image} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.", flush=True)
         if stay:
-            print(render_next(lab, add_person(client)), flush=True)
+            print(render_next(lab, password), flush=True)
             with contextlib.suppress(KeyboardInterrupt):  # all is done: this is how one leaves
                 threading.Event().wait()
             print("\nstopping", flush=True)
+        else:
+            print("Without a terminal nothing stays up: all of it is taken down.", flush=True)
     except KeyboardInterrupt:
         print("\nstopping", flush=True)
         return 130
@@ -79,22 +96,37 @@ def main() -> int:
     return 0
 
 
-def show_check() -> None:
+def announce(cache: Path, *, scripted: bool) -> str:
+    """What is about to happen, and within which time; by what the cache lacks."""
+    kind, on = ("scripted", "on two cores") if scripted else ("with real firmware", "on two cores without KVM")
+    minutes = {"rack and batch": SCRIPTED_MIN if scripted else BATCH_MIN}
+    if not scripted:
+        minutes |= {} if any(cache.glob("debian-12-*")) else {"images": IMAGES_MIN}
+        minutes |= {} if any(cache.glob("ramdisk-*")) else {"ramdisk": RAMDISK_MIN}
+    parts = ", ".join(f"{name} {count}" for name, count in reversed(minutes.items()))
+    after = "what is made once is kept" if len(minutes) > 1 else "nothing is fetched: the pages within 20 s"
+    return (
+        f"Repave on a virtual rack: {COUNT} machines, {kind}, reinstalled by one PUT of the official SDK.\n"
+        f"Within {sum(minutes.values())} min {on} ({parts}); {after}."
+    )
+
+
+def show_check(*, scripted: bool) -> None:
     """What this machine is, for whom the numbers astonish. The packages and the virtual environment are there: make has seen to it."""
     started = time.monotonic()
-    kvm = "KVM works" if probe_kvm() else "KVM: does not work here → emulation, about 5x slower, all features work"
-    took = f"{time.monotonic() - started:.0f} s"
-    print(f"1/6 check    ✓ Python {platform.python_version()}, QEMU, OVMF · {kvm}  {took}  why: choose the fast path that works", flush=True)
-    print("2/6 python   ✓ locked packages in .venv  cached by lock file", flush=True)
+    if scripted:
+        machine = "scripted machines need no KVM"
+    else:
+        machine = "QEMU, OVMF · " + ("KVM works" if probe_kvm() else "KVM: does not work here → emulation, about 5x slower, all features work")
+    print(f"1/6 check    ✓ Python {platform.python_version()}, {machine}  {time.monotonic() - started:.0f} s", flush=True)
+    print("2/6 python   ✓ locked packages in .venv, cached by their lock file", flush=True)
 
 
-def add_person(client: Client) -> str:
-    """The password of `demo`, who may log in to the pages: another one each time."""
-    password = "-".join(secrets.token_hex(2) for _ in range(3))
+def add_person(client: Client, password: str) -> None:
+    """`demo` may log in to the pages, with this password alone."""
     if any(user["name"] == PERSON for user in client.items("/users")):
         client.delete(f"/users/{PERSON}")
     client.post("/users", {"name": PERSON, "role": "admin", "password": password})
-    return password
 
 
 def render_next(lab: Json, password: str) -> str:
@@ -106,8 +138,8 @@ def render_next(lab: Json, password: str) -> str:
         f"  Try        .venv/bin/repave reinstall '{fold(names)}' --image tiny-2      in another terminal, here",
         f"             .venv/bin/repave rack fault {names[0]} ignore-boot-override, then again; none ends it",
         f"             .venv/bin/repave console {names[0]} · .venv/bin/repave case · .venv/bin/repave batch ls",
-        "  Own SDK    export of endpoint, project id, AK/SK:  make env",
-        "  Next       docs/first-real-server.md · docs/install.md · docs/operations.md",
+        '  Own SDK    eval "$(make env)": then samples of the official SDK run unchanged',
+        "  Next       docs/tutorial.md · your own servers: docs/first-real-server.md",
     ))  # fmt: skip
 
 
@@ -115,23 +147,24 @@ def follow_unfinished(client: Client) -> None:
     """A batch that an earlier life left runs to its end, good or bad, before a new one is sent."""
     for batch in client.items("/batches", limit=5):
         if batch["state"] == "working":
-            print(f"6/6 first batch: {batch['id']} of an earlier run goes on")
+            print(f"6/6 batch    {batch['id']} of an earlier run goes on")
             try:
                 watch(client, batch["id"])
             except RunsFailed as failure:
-                print(f"6/6 first batch: that one ended badly ({failure}); here is another", flush=True)
+                print(f"6/6 batch    that one ended badly ({failure}); here is another", flush=True)
 
 
-def reinstall_all(client: Client, lab: Json) -> float:
-    """One PUT of the official SDK for all instances; returns seconds from its answer to the last `running`."""
-    image = next((i for i in lab["images"] if i["name"] == IMAGE), None)
-    if image is None:
-        raise Failed(f"the rack has no image {IMAGE}")
+def reinstall_all(client: Client, lab: Json, image: str) -> float:
+    """One PUT of the official SDK for all instances with Linux; returns seconds from its answer to the last `running`."""
+    image_id = next((i["id"] for i in lab["images"] if i["name"] == image), None)
+    if image_id is None:
+        raise Failed(f"the rack has no image {image}")
     known = read_passwords()
     password = "Lab-" + secrets.token_hex(6) + "A1"
-    ids = [i["id"] for i in lab["instances"]]
-    print(f"6/6 first batch: PUT /v1/{lab['project_id']}/instances/reinstall  {len(ids)} instances, image {IMAGE}", flush=True)
-    accepted = send_reinstall(lab, image["id"], password, ids)
+    instances = [i for i in lab["instances"] if i["os_type"] == "Linux"]
+    ids = [i["id"] for i in instances]
+    print(f"6/6 batch    PUT /v1/{lab['project_id']}/instances/reinstall  {len(ids)} instances, image {image}", flush=True)
+    accepted = send_reinstall(lab, image_id, password, ids)
     if accepted != ids:
         raise Failed("the 202 names other ids than the request")
     sent_at = time.monotonic()
@@ -139,8 +172,9 @@ def reinstall_all(client: Client, lab: Json) -> float:
     batch = client.items("/batches", limit=1)[0]["id"]
     watch(client, batch)
     seconds = time.monotonic() - sent_at
-    with ThreadPoolExecutor(COUNT) as pool:  # an emulated machine takes some seconds for each key exchange
-        list(pool.map(lambda i: verify_login(i, password, known.get(i["id"], OLD_PASSWORD)), lab["instances"]))
+    if not lab["scripted"]:
+        with ThreadPoolExecutor(COUNT) as pool:  # an emulated machine takes some seconds for each key exchange
+            list(pool.map(lambda i: verify_login(i, password, known.get(i["id"], OLD_PASSWORD)), instances))
     show_waterfall(client, batch)
     return seconds
 
@@ -232,7 +266,8 @@ def show_waterfall(client: Client, batch_id: str) -> None:
 def show_machines(client: Client, lab: Json) -> None:
     for server in client.items("/servers"):
         port = next((i["ssh"]["port"] for i in lab["instances"] if i["server_id"] == server["id"]), 0)
-        print(f"  {server['name']:<8} {server['instance']['state']:<8} {server['instance']['image'] or '?':<10} ssh -p {port} root@127.0.0.1")
+        login = f"ssh -p {port} root@127.0.0.1" if port else "no SSH: its OS is played"
+        print(f"  {server['name']:<8} {server['instance']['state']:<8} {server['instance']['image'] or '?':<10} {login}")
 
 
 def read_passwords() -> dict[str, str]:

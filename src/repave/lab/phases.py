@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +13,22 @@ from repave.errors import RepaveError
 LAST_LINES = 5
 
 
+def say(text: str) -> None:
+    """Progress: standard error, so that --json stays clean."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class PhaseFailed(Exception):
     """A phase did not end well; the text is all that a person needs."""
 
 
 @contextlib.contextmanager
-def phase(name: str, *, log: Callable[[], Path | None] = lambda: None, fix: str, goes_on: str = "what was made before is kept") -> Iterator[Callable[[], str]]:
-    """Gives the seconds so far, as a text. Raises PhaseFailed for any error in the block but Ctrl-C."""
+def phase(
+    name: str, why: str, *, log: Callable[[], Path | None] = lambda: None, fix: str, goes_on: str = "what was made before is kept"
+) -> Iterator[Callable[[], str]]:
+    """`why` is told first: what for, how long, what is kept. Gives the seconds so far, as a text. Raises PhaseFailed for any error in the block but Ctrl-C."""
     started = time.monotonic()
+    say(f"{name:<12} {why}")
     try:
         yield lambda: f"{time.monotonic() - started:.0f} s"
     except PhaseFailed:

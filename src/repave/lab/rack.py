@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Any
 
 from repave.bmc import BmcAddress
 from repave.bmc.redfish import RedfishBmc
+from repave.cli.client import Client, Endpoint
 from repave.lab import scripted_os
 from repave.lab.faults import start_proxies
 from repave.lab.machines import QemuRack
 from repave.lab.os_images import build_debian, build_tiny, write_old_os
-from repave.lab.phases import phase
+from repave.lab.phases import phase, say
 from repave.lab.processes import ProcessRef, is_alive, stop_processes
 from repave.lab.scripted import ScriptedRack
 from repave.lab.service import LAB_FILE, Service, import_image, register_machine, restart_service, start_service, write_lab_file
@@ -43,15 +43,14 @@ SERVICE_FILE = "service.json"
 PROXIES_FILE = "proxies.json"
 _BLOCK = 1 << 20
 Json = dict[str, Any]
-Say = Callable[[str], None]
+Begun = Callable[[Client], None]  # told as soon as the service answers, before the machines boot
 
 
-def say(text: str) -> None:
-    """Progress: standard error, so that --json stays clean."""
-    print(text, file=sys.stderr, flush=True)
+def _nothing(_: Client) -> None:
+    pass
 
 
-def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, data_disk: bool = False) -> Json:
+def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, data_disk: bool = False, begun: Begun = _nothing) -> Json:
     """`count` instances with Linux are running, in a scripted rack one with Windows beside them, and one of another project.
 
     Returns what lab.json holds. A live rack of this folder that has as many is taken as it is.
@@ -59,15 +58,16 @@ def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, da
     live = find_live_rack(folder)
     if live is not None and live["scripted"] is scripted and sum(i.get("os_type") != "Windows" for i in live["instances"]) >= count:
         say("5/6 rack     ✓ the one that runs already")
+        begun(Client(None, Endpoint(live["endpoint"], live["token"])))
         return live
     rack_down(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("REPAVE_CACHE", folder / "cache"))
     try:
         if scripted:
-            return _scripted_up(count, folder)
+            return _scripted_up(count, folder, begun)
         boot_iso = build_boot_iso(cache, folder)
-        return _qemu_up(count, folder, boot_iso, build_images(cache, debian=debian), data_disk)
+        return _qemu_up(count, folder, boot_iso, build_images(cache, debian=debian), data_disk, begun)
     except BaseException:
         rack_down(folder)
         raise
@@ -75,30 +75,34 @@ def rack_up(count: int, *, scripted: bool, folder: Path, debian: bool = True, da
 
 def build_boot_iso(cache: Path, folder: Path) -> Path:
     """The boot media's ISO of this checkout's agent."""
-    with phase("3/6 ramdisk", fix="is Debian's mirror reachable? apt-get update, then again") as took:
+    why = "the system that a server boots to be written; a minute, then cached by its recipe"
+    with phase("3/6 ramdisk", why, fix="is Debian's mirror reachable? apt-get update, then again") as took:
         files = build_ramdisk(cache, progress=lambda line: say(f"3/6 ramdisk  {line}"))
         iso = folder / "boot.iso"
         build_iso(files, iso)
-        say(f"3/6 ramdisk  ✓ {iso.stat().st_size / 1e6:.1f} MB ISO  {took()}  why: the system a server boots to be written · cached by its recipe")
+        say(f"3/6 ramdisk  ✓ {iso.stat().st_size / 1e6:.1f} MB ISO  {took()}")
     return iso
 
 
 def build_images(cache: Path, *, debian: bool) -> dict[str, Path]:
     """Something real to install, each from the cache where it is there."""
-    with phase("4/6 images", fix="is Debian's mirror reachable, and are 3 GB of disk free? then again") as took:
+    why = "something real to install; two minutes, then cached by their recipes"
+    with phase("4/6 images", why, fix="is Debian's mirror reachable, and are 3 GB of disk free? then again") as took:
         images = {name: build_tiny(cache, variant=name, progress=lambda line: say(f"4/6 images   {line}")) for name in ("tiny-1", "tiny-2")}
         if debian:
             images["debian-12"] = build_debian(cache, progress=lambda line: say(f"4/6 images   {line}"))
-        say(f"4/6 images   ✓ {', '.join(images)}  {took()}  why: something real to install · cached by recipe")
+        say(f"4/6 images   ✓ {', '.join(images)}  {took()}")
     return images
 
 
-def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], data_disk: bool) -> Json:
+def _qemu_up(count: int, folder: Path, boot_iso: Path, images: dict[str, Path], data_disk: bool, begun: Begun) -> Json:
     logs = folder / "rack"
-    with phase("5/6 rack", log=lambda: _newest_log(logs, folder), fix="repave rack down; is memory free (1 GiB a machine)?") as took:
+    why = f"{count} machines with UEFI firmware and an old OS behind {count} Redfish BMCs, and Repave; a minute, made anew each time"
+    with phase("5/6 rack", why, log=lambda: _newest_log(logs, folder), fix="repave rack down; is memory free (1 GiB a machine)?") as took:
         rack, other = QemuRack(logs, count=count, data_disk=data_disk), ScriptedRack(folder / "other", count=1)
         service = _start(folder, agent_host="10.0.2.2", boot_iso=boot_iso)
-        say(f"5/6 rack     Repave answers at {service.endpoint}  {took()}; {count} machines behind {count} Redfish BMCs boot their old OS")
+        say(f"5/6 rack     Repave answers at {service.endpoint}  {took()}; now the machines boot their old OS")
+        begun(service.client())
         machines = rack.start(root_disk_bytes=ROOT_DISK_BYTES)
         proxies, bmc_urls = start_proxies(logs, machines)
         write_private(folder / PROXIES_FILE, json.dumps(dataclasses.asdict(proxies)).encode())
@@ -122,7 +126,7 @@ def _newest_log(*folders: Path) -> Path | None:
     return max((path for folder in folders for path in folder.glob("*.log")), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _scripted_up(count: int, folder: Path) -> Json:
+def _scripted_up(count: int, folder: Path, begun: Begun) -> Json:
     """Nothing is fetched or built but small stand-ins for disc and images, under the real ones' names."""
     boot_iso = scripted_os.build_disc(folder / "boot.iso")
     images = {name: scripted_os.build_image(folder / f"{name}.raw", name) for name in ("tiny-1", "tiny-2", "windows-2022")}
@@ -133,6 +137,7 @@ def _scripted_up(count: int, folder: Path) -> Json:
         scripted_os.write_old_os(machine.root_disk)
         power_on(machine)
     service = _start(folder, agent_host="127.0.0.1", boot_iso=boot_iso)
+    begun(service.client())
     _import(service, images)
     import_image(service.client(), windows_image, name="windows-2022", os_type="Windows")
     mine, windows, other = machines[:count], machines[count], machines[count + 1]
