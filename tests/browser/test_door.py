@@ -1,9 +1,11 @@
 """Who comes in, and what keeps everybody else out. Asked over HTTP, without a browser."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from operator_site import Site
 from person import Person
-from scene import PERSON_PASSWORD, Clock, add_image
+from scene import PERSON_PASSWORD, Clock, add_image, break_a_row
 
 
 @pytest.fixture
@@ -188,3 +190,73 @@ def test_all_files_are_ours_and_small(site: Site, ann: Person) -> None:
     assert all("immutable" in ann.get(name).headers["cache-control"] for name in sizes)
     for name in ("..%2fdoor.py", "../door.py", "door.py", "nothing.css", "%2e%2e/x.css"):
         assert ann.get(f"/static/{name}").status_code == 404
+
+
+# ---- our own fault ----
+
+
+@contextlib.contextmanager
+def away(site: Site) -> Iterator[None]:
+    """The database can not be opened any more, and is back at the end."""
+    database = Path(str(site.store.engine.url.database))
+    site.store.engine.dispose()
+    files = list(database.parent.glob("repave.db*"))  # without connections the file alone is left
+    for file in files:
+        file.rename(file.with_name(f"away-{file.name}"))
+    database.mkdir()
+    try:
+        yield
+    finally:
+        site.store.engine.dispose()
+        database.rmdir()
+        for file in files:
+            file.with_name(f"away-{file.name}").rename(file)
+
+
+def test_what_nobody_foresaw_is_a_page_that_says_it_is_our_fault_and_names_the_line_of_the_log(
+    site: Site, ann: Person, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.add_server("web01")
+    break_a_row(site)
+    capsys.readouterr()
+    answer = ann.get("/")
+    request_id = answer.headers["x-request-id"]
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "text/html; charset=utf-8")
+    for text in (
+        "our fault, not yours",
+        "Repave made a mistake",
+        request_id,
+        "repave doctor",
+        "repave case",
+        "it changes nothing",
+        "Log out",
+        ">Try it again<",
+    ):
+        assert text in answer.text, text
+    said = answer.text + str(answer.headers)
+    assert not re.search("Traceback|canary-state|ValueError|\\.py|SELECT|instances", said)
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    log = capsys.readouterr()
+    [line] = [line for line in (log.out + log.err).splitlines() if request_id in line]
+    assert "request failed" in line and "canary" not in line
+    changing = ann.post("/lock", {"form": ann.form_token("/events"), "servers": "web01", "reason": "x"})
+    assert (changing.status_code, "before you ask for it again" in changing.text) == (500, True)
+    own = site.ask("GET", "/servers")
+    assert (own.status_code, own.json()["code"], own.headers["content-type"]) == (500, "Repave.9001", "application/problem+json")
+
+
+def test_without_a_database_every_page_says_so_and_it_goes_on_when_it_is_back(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    with away(site):
+        for path in ("/", "/b", "/live/", "/plan?servers=web01"):
+            answer = ann.get(path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10"), path
+            assert "The database can not be used now" in answer.text and "repave doctor" in answer.text and answer.headers["x-request-id"] in answer.text
+            assert not re.search("Traceback|sqlite|OperationalError|\\.db", answer.text), path
+        assert ann.get("/errors/Repave.9024").status_code == 200  # what it means can be read
+        stranger = Person(site.url)
+        assert stranger.get("/login").status_code == 200
+        refused = stranger.log_in()
+        assert (refused.status_code, PERSON_PASSWORD in refused.text) == (503, False)
+        assert site.ask("GET", "/servers").json()["code"] == "Repave.9024"
+    assert ann.get("/").status_code == 200

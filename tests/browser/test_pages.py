@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import Open, log_in
 from operator_site import NEW_PASSWORD, Site, start_site
 from playwright.sync_api import Browser, Page, expect
-from scene import Clock, Script, add_image, add_person, add_rack, begin, busy_day, play
+from scene import Clock, Script, add_image, add_person, add_rack, begin, break_a_row, busy_day, play
 
 from repave.domain.model import Role
 
@@ -50,7 +50,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Day]:
 
 
 def test_every_page_is_fit_for_everybody_in_both_colours_and_widths_and_fits_its_window(browser: Browser, day: Day) -> None:
-    """axe finds nothing, nothing is wider than the window; with REPAVE_PICTURES=1 pictures are in docs/pictures."""
+    """axe finds nothing, nothing is wider than the window. With REPAVE_PICTURES=1 those that are shown are in docs/pictures; =FOLDER has all."""
     context = browser.new_context(base_url=day.site.url)
     page, found = context.new_page(), dict[str, list[str]]()
     for name, path in {"login": "/login", **day.pages}.items():
@@ -81,11 +81,13 @@ def faults(page: Page, response: dict[str, Any]) -> list[str]:
 
 
 def picture(page: Page, name: str) -> None:
-    if os.environ.get("REPAVE_PICTURES") and name in SHOWN:
-        PICTURES.mkdir(parents=True, exist_ok=True)
+    wanted = os.environ.get("REPAVE_PICTURES", "")
+    folder = PICTURES if wanted == "1" else Path(wanted)
+    if wanted and (name in SHOWN or wanted != "1"):
+        folder.mkdir(parents=True, exist_ok=True)
         page.set_viewport_size({"width": int(name.rpartition("-")[2]), "height": 768})
         page.wait_for_timeout(400)
-        page.screenshot(path=PICTURES / f"{name}.png")
+        page.screenshot(path=folder / f"{name}.png")
 
 
 def test_counts_are_of_the_tiles_shown_and_each_state_has_a_word_and_a_glyph(browser: Browser, day: Day) -> None:
@@ -293,3 +295,19 @@ def test_a_viewer_sees_no_bmc_and_the_colours_follow_the_switch(open_page: Open,
         expect(page.locator("html")).to_have_attribute("data-theme", wanted)
     assert (light, page.evaluate("getComputedStyle(document.documentElement).backgroundColor")) == ("rgb(255, 255, 255)", "rgb(17, 22, 28)")
     assert page.url.endswith("/s/web01")
+
+
+def test_the_page_of_our_own_fault_is_fit_for_everybody_too(browser: Browser, small: Site) -> None:
+    context = browser.new_context(base_url=small.url)
+    page, found = context.new_page(), dict[str, list[str]]()
+    log_in(page, small.url)
+    break_a_row(small)
+    answer = page.goto("/")
+    assert answer is not None and answer.status == 500
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Repave made a mistake.")
+    for width in (1366, 390):
+        page.set_viewport_size({"width": width, "height": TALL})
+        found[f"fault, {width}"] = faults(page, Axe().run(page, options=ALL_RULES).response)
+        picture(page, f"fault-light-{width}")
+    context.close()
+    assert not any(found.values()), found

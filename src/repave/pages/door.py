@@ -18,8 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
-from repave.api.asgi import incoming
+from repave.api.asgi import fault_of, incoming
 from repave.api.limits import Limiter
 from repave.api.operator import Desk, Scope, check_role, status_of
 from repave.auth.login import LASTS, Logins
@@ -139,6 +140,14 @@ def visitor_of(request: Request) -> Visitor:
     return Visitor(house, Scope(credential, house.desk), token)
 
 
+def find_visitor(request: Request) -> Visitor | None:
+    """None for a stranger, and where the database can not tell: for pages that need neither, as those of errors."""
+    try:
+        return visitor_of(request)
+    except Exception:
+        return None
+
+
 def visitor(request: Request) -> Visitor:
     """Raises not-logged-in; not-allowed where a form is not from one of our pages."""
     who = visitor_of(request)
@@ -172,6 +181,10 @@ class PageRoute(APIRoute):
                 answer = await run_in_threadpool(_error_page, request, RequestError("bad-request", f"{error.errors()[0]['loc'][-1]} is not valid."))
             except RepaveError as error:
                 answer = await run_in_threadpool(_error_page, request, error)
+            except HTTPException:
+                raise
+            except Exception as error:  # ours, or the database's
+                answer = await run_in_threadpool(_fault_page, request, fault_of(error, incoming(request).request_id))
             answer.headers.update(HEADERS)
             return answer
 
@@ -186,11 +199,23 @@ def _error_page(request: Request, error: RepaveError) -> Response:
         if request.headers.get("sec-fetch-site") == "cross-site":  # a link elsewhere: the browser kept the cookie back, and will send it from here
             return HTMLResponse(render("again.html", here=here, theme=_theme(request)))
         return RedirectResponse(f"/login?{urlencode({'next': here})}" if here != "/" else "/login", 303)
-    try:
-        who: Visitor | None = visitor_of(request)
-    except RepaveError:
-        who = None
-    return show(request, who, "error.html", Frame("That did not work"), error=error.as_json(), request_id=incoming(request).request_id, status=status_of(error))
+    return show(
+        request,
+        find_visitor(request),
+        "error.html",
+        Frame("That did not work"),
+        error=error.as_json(),
+        request_id=incoming(request).request_id,
+        status=status_of(error),
+    )
+
+
+def _fault_page(request: Request, error: RepaveError) -> Response:
+    more: dict[str, Any] = {"error": error.as_json(), "request_id": incoming(request).request_id, "asked": request.method}
+    answer = show(request, find_visitor(request), "fault.html", Frame("Our fault"), status=status_of(error), **more)
+    if error.problem.retryable and answer.status_code == 503:
+        answer.headers["Retry-After"] = "10"
+    return answer
 
 
 def _theme(request: Request) -> str:
