@@ -108,6 +108,28 @@ def test_counts_are_of_the_tiles_shown_and_each_state_has_a_word_and_a_glyph(bro
     context.close()
 
 
+def test_q18_in_greyscale_every_state_is_told_apart_by_its_glyph_and_its_word(browser: Browser, day: Day) -> None:
+    context = browser.new_context(viewport={"width": 1366, "height": 768}, base_url=day.site.url)
+    page = context.new_page()
+    log_in(page, day.site.url)
+    for path, rows, state in (("/", ".tile", "e.classList[1]"), (f"/b/{day.batch}?unfold=1", "#rows > li", "e.classList[1]")):
+        page.goto(path)
+        page.evaluate("document.documentElement.style.filter = 'grayscale(1)'")
+        seen = page.locator(rows).evaluate_all(f"all => all.map(e => [{state}, e.querySelector('.glyph').textContent, e.innerText])")
+        glyphs = {state: {glyph for its, glyph, _ in seen if its == state} for state, _, _ in seen}
+        assert len(glyphs) >= 4 and all(len(its) == 1 for its in glyphs.values()), glyphs
+        assert len(set.union(*glyphs.values())) == len(glyphs), glyphs
+    fills = page.evaluate("Object.fromEntries(['late', 'first-boot', 'write'].map(k => [k, getComputedStyle(document.querySelector(`#rows rect.${k}`)).fill]))")
+    assert "#striped" in fills["late"] and "#hatched" in fills["first-boot"] and fills["write"].startswith("rgb"), fills
+    page.goto("/?view=table")
+    words = page.locator("td.state").evaluate_all("all => all.map(e => e.textContent.trim().split(/\\s+/).slice(0, 2).join(' '))")
+    assert {*words} == {"✓ running", "▶ working", "▲ late", "✗ failed"}
+    page.goto(f"/b/{day.batch}?view=table")
+    words = page.locator("td.state").all_inner_texts()
+    assert {*words} == {"✓ running", "▶ working", "▲ late", "✗ failed"}
+    context.close()
+
+
 def test_everything_is_read_and_done_without_javascript(browser: Browser, day: Day) -> None:
     context = browser.new_context(java_script_enabled=False, base_url=day.site.url)
     page = context.new_page()
@@ -148,7 +170,9 @@ def test_what_is_clicked_and_what_is_typed_are_one_selection(open_page: Open, sm
     page.locator("#t-web02 input").click(modifiers=["Shift"])
     expect(page.get_by_label("Selected")).to_have_value("web[02-04]")
     expect(page.locator("#chosen")).to_have_text("3")
-    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --image IMAGE --plan-only")
+    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --plan-only")
+    page.get_by_label("Image").select_option("tiny")
+    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --image 'tiny' --plan-only")
     page.get_by_label("Selected").fill("web[01-04]!web03")
     expect(page.locator("#t-web03 input")).not_to_be_checked()
     expect(page.locator("#t-web01 input")).to_be_checked()
@@ -283,6 +307,46 @@ def test_with_keys_alone_servers_are_chosen_failures_found_and_nothing_is_erased
     page.keyboard.press("Enter")
     page.wait_for_url(f"**/b/{batch}")
     assert len(small.ask("GET", "/batches").json()["items"]) == 1
+
+
+def reach(page: Page, name: str, key: str = "Tab") -> None:
+    """The focus is on what has this name; a person gets there with one key, and sees where they are."""
+    for _ in range(25):
+        page.keyboard.press(key)
+        if name in page.evaluate("[...(document.activeElement.labels || [])].concat(document.activeElement).map(e => e.textContent).join(' ')"):
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+            return
+    raise AssertionError(f"{name} is not within 25 times {key}")
+
+
+def test_q19_with_keys_alone_four_are_chosen_and_rehearsed_the_failure_is_found_and_tried_again(open_page: Open, small: Site, clock: Clock) -> None:
+    page = open_page("/")
+    for key in "jxjxjxjx":
+        page.keyboard.press(key)
+    expect(page.get_by_label("Selected")).to_have_value("web[01-04]")
+    page.keyboard.press("s")
+    reach(page, "Rehearse…")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/plan?*")
+    reach(page, "Type rehearse 4 to start")
+    page.keyboard.type("rehearse 4")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/b/*")
+    first = small.ask("GET", "/batches").json()["items"][0]
+    assert (first["rehearse"], first["counts"]["waiting"]) == (True, 4)
+    play(small, clock, first["id"], {"web03": Script([4, 12, 6, 130], "boot_override_ignored")}, seconds=180)
+    expect(page.locator("#counts")).to_contain_text("1 failed")
+    page.keyboard.press("f")
+    assert "web03" in page.evaluate("document.activeElement.querySelector('h2').textContent")
+    reach(page, "Retry 1…", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/plan?retry=*")
+    reach(page, "Type rehearse 1 to start")
+    page.keyboard.type("rehearse 1")
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda where: "/b/" in where and first["id"] not in where)
+    second = small.ask("GET", f"/batches/{small.ask('GET', '/batches').json()['items'][0]['id']}").json()
+    assert (second["rehearse"], [r["server"] for r in second["runs"]], second["created_by"]) == (True, ["web03"], "ann")
 
 
 def test_a_viewer_sees_no_bmc_and_the_colours_follow_the_switch(open_page: Open, small: Site) -> None:
