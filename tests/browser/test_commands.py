@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from operator_site import NEW_PASSWORD, Site
 from person import Person
-from scene import Clock, Script, add_image, add_rack, begin, end, play
+from scene import Clock, Script, add_image, add_person, add_rack, begin, end, play
 
 from repave.cli.main import build_app, run
+from repave.domain.model import Role
 
 Json = dict[str, Any]
 ALL = ["web01", "web02", "web03", "web04"]
@@ -99,6 +100,20 @@ def test_q14_every_page_has_the_commands_of_its_buttons_and_the_command_line_kno
                 if not any(command.startswith(wanted.format(html.unescape(of))) for command in shown):
                     missing.append(f"{path}: {wanted.format(of)}: {shown}")
     assert (missing, unknown, set(BUTTONS) - seen) == ([], [], set())
+
+
+def test_q14_a_command_names_the_project_that_its_page_shows(small: Site) -> None:
+    small.bmcs.known["https://db07.bmc.invalid"] = "SN99"
+    small.add_server("db07", project=small.other)
+    add_person(small, "root", Role.ADMIN)
+    root = Person(small.url)
+    root.log_in("root")
+    shown = [
+        command for path in ("/?project=other", "/b", "/i", "/s/db07", "/lock?servers=db07", "/plan?servers=db07") for command in commands(root.get(path).text)
+    ]
+    assert len(shown) >= 9 and [command for command in shown if not command.endswith(" --project other")] == []
+    for command in shown:
+        build_app().parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
 
 
 # ---- the same request ----

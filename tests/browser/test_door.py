@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from operator_site import Site
 from person import Person
-from scene import PERSON_PASSWORD, Clock, add_image, break_a_row
+from scene import PERSON_PASSWORD, Clock, add_image, add_person, break_a_row
+
+from repave.domain.model import Role
 
 
 @pytest.fixture
@@ -65,6 +67,63 @@ def test_a_person_sees_their_own_project_only(site: Site) -> None:
     olga = Person(site.url)
     olga.log_in("olga", "olgas-own-secret")
     assert "db07" not in olga.get("/").text and olga.get("/s/db07").status_code == 404
+
+
+OF = {"default": "web01", "other": "db07"}  # the server of each project
+
+
+@pytest.fixture
+def two_projects(site: Site) -> Iterator[Site]:
+    site.add_server("web01")
+    site.add_server("db07", project=site.other)
+    add_person(site, "root", Role.ADMIN)
+    yield site
+
+
+def locks(site: Site) -> list[str | None]:
+    """Why each project's server is locked."""
+    found = [site.ask("GET", f"/servers/{server}", params={"project": project}).json()["lock"] for project, server in OF.items()]
+    return [f"{lock['by']}: {lock['reason']}" if lock else None for lock in found]
+
+
+def test_the_sites_admin_chooses_a_project_and_acts_in_the_one_that_the_page_shows(two_projects: Site) -> None:
+    site, root = two_projects, Person(two_projects.url)
+    root.log_in("root")
+    home = root.get("/").text
+    assert "Project <b>default</b>" in home and 'href="/?project=other"' in home and "web01" in home and "db07" not in home and "--project" not in home
+    theirs = root.get("/?project=other").text
+    assert "Project <b>other</b>" in theirs and 'data-live="/live/?project=other"' in theirs and "db07" in theirs and "web01" not in theirs
+    assert "repave reinstall db07 --rehearse --project other" in root.get("/s/db07").text  # it is remembered
+    assert root.get("/s/web01").status_code == 404
+    form = root.form_token("/lock?servers=db07")
+    assert "Project <b>default</b>" in root.get("/b?project=default").text  # in another window
+    assert (root.get("/s/web01").status_code, root.get("/s/db07").status_code) == (200, 404)
+    assert root.post("/lock", {"form": form, "servers": "web01", "reason": "not there"}).status_code == 404
+    assert root.post("/lock", {"form": form, "servers": "db07", "reason": "theirs"}).headers["location"] == "/s/db07"
+    assert locks(site) == [None, "root: theirs"]
+    assert root.get("/s/db07").status_code == 200  # where they have just acted
+    root.send("/lock", {"servers": "web01", "reason": "ours"}, page="/lock?servers=web01&project=default")
+    assert locks(site) == ["root: ours", "root: theirs"]
+    nowhere = root.get("/?project=nowhere")
+    assert nowhere.status_code == 404 and "Log out" in nowhere.text
+
+
+def test_who_has_one_project_sees_no_chooser_and_comes_into_no_other(two_projects: Site) -> None:
+    site = two_projects
+    site.ask("POST", "/users", json={"name": "olga", "role": "admin", "password": PERSON_PASSWORD}, as_="other")
+    for name, own, foreign in (("vic", "default", "other"), ("ann", "default", "other"), ("olga", "other", "default")):
+        person = Person(site.url)
+        person.log_in(name)
+        assert 'class="projects"' not in person.get("/").text and person.get(f"/?project={own}").status_code == 200
+        for path in ("/?", f"/s/{OF[foreign]}?", f"/plan?servers={OF[foreign]}&", "/live/?"):
+            assert person.get(f"{path}project={foreign}").status_code == 403, path
+            assert person.get(f"{path}project=nowhere").status_code == 403, path  # as for one that there is
+        person.session.cookies.set("repave-project", foreign)
+        assert (person.get(f"/s/{OF[own]}").status_code, person.get(f"/s/{OF[foreign]}").status_code) == (200, 404)
+        mac = person.form_token("/").partition(".")[0]
+        theirs = {"default": site.project.id, "other": site.other.id}[foreign]
+        assert person.post("/lock", {"form": f"{mac}.{theirs}", "servers": OF[foreign], "reason": "x"}).status_code == 403
+    assert locks(site) == [None, None]
 
 
 def test_the_cookie_is_for_http_and_this_site_only_and_its_token_is_in_the_database_as_a_hash(site: Site) -> None:

@@ -361,10 +361,21 @@ def test_a_viewer_sees_no_bmc_and_the_colours_follow_the_switch(open_page: Open,
     assert page.url.endswith("/s/web01")
 
 
-def test_the_page_of_our_own_fault_is_fit_for_everybody_too(browser: Browser, small: Site) -> None:
+def test_the_projects_to_choose_from_and_the_page_of_our_own_fault_are_fit_for_everybody_too(browser: Browser, small: Site) -> None:
+    add_person(small, "root", Role.ADMIN)
     context = browser.new_context(base_url=small.url)
     page, found = context.new_page(), dict[str, list[str]]()
-    log_in(page, small.url)
+    log_in(page, small.url, "root")
+    for width in (1366, 390):
+        page.set_viewport_size({"width": width, "height": TALL})
+        page.goto("/")
+        page.locator(".projects summary").click()
+        found[f"projects, {width}"] = faults(page, Axe().run(page, options=ALL_RULES).response)
+        picture(page, f"projects-light-{width}")
+    page.get_by_role("link", name="other", exact=True).click()
+    expect(page.locator(".projects summary")).to_have_text("Project other")
+    expect(page.get_by_role("heading", name="No servers yet. Three ways in")).to_be_visible()
+    page.goto("/?project=default")
     break_a_row(small)
     answer = page.goto("/")
     assert answer is not None and answer.status == 500
