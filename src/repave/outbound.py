@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import queue
 import socket
 import ssl
+import threading
 
 _METADATA = tuple(map(ipaddress.ip_network, ("100.64.0.0/10", "168.63.129.16/32", "fd00:ec2::/32")))  # Alibaba, Azure, AWS; the others' are link-local
 
@@ -17,19 +19,44 @@ class AddressRefused(Exception):
 
 
 class OutboundConnection(http.client.HTTPConnection):
-    """To an address that may be asked, and that was looked at before it is connected to. `connect` raises AddressRefused."""
+    """To an address that may be asked, and that was looked at before it is connected to. `connect` raises AddressRefused, and TimeoutError after `timeout_s`
+    for the name and as long again for the address. Whoever shuts `sock` down ends all that follows, the TLS handshake too."""
 
     def __init__(self, host: str, port: int, scheme: str, local_addresses: bool, *, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s)
+        self._timeout_s = timeout_s
         self._scheme, self._local_addresses = scheme, local_addresses
 
     def connect(self) -> None:
-        found = [str(info[4][0]) for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)]
+        found = _resolve(self.host, self.port, self._timeout_s)
         if not self._local_addresses and any(_is_local(address) for address in found):
             raise AddressRefused("this machine's or link-local")
         self.sock = socket.create_connection((found[0], self.port), self.timeout)
         if self._scheme == "https":
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            tls = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock = tls  # before the handshake: the other end may take its time for each byte of it
+            tls.do_handshake()
+
+
+def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
+    """The host's addresses. Raises OSError; TimeoutError in time: the resolver has a time of its own, up to minutes, and nothing ends it. Its thread does
+    when it answers at last."""
+    answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put([str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)])
+        except Exception as error:  # whatever it is, it is raised where it was asked for
+            answers.put(error)
+
+    threading.Thread(target=ask, name="resolver", daemon=True).start()
+    try:
+        found = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError(f"no address in {timeout_s:.0f} seconds") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _is_local(text: str) -> bool:

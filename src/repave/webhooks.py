@@ -17,6 +17,7 @@ import json
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -33,10 +34,13 @@ from repave.outbound import AddressRefused, OutboundConnection
 from repave.store import Store
 
 TIMEOUT_S = 10.0  # without a byte
-DELIVERY_S = 25.0  # in all, once its address is known
+DELIVERY_S = 25.0  # in all: its name and its connection take TIMEOUT_S each at most, and from there on it can be cut
 CLAIM_S = 60.0  # above all that one delivery may take
 LOOK_S = 1.0
-AT_ONCE = 4  # hooks; one that hangs does not hold up the others
+TURN_S = 5.0  # then who has more to tell goes to the end of the line
+AT_ONCE = 8  # hooks
+AT_ONCE_OF_PROJECT = 2  # whose receivers are slow waits for their own
+AT_ONCE_IN_TROUBLE = 4  # whose receiver did not answer the last time; the rest is for those that do
 
 log = structlog.get_logger()
 
@@ -48,7 +52,7 @@ class WebhookSender:
         self._store, self._local_addresses = store, local_addresses
         self._stop = threading.Event()
         self._looked: dict[str, int] = {}  # by hook: there is nothing for it up to this seq
-        self._busy: set[str] = set()
+        self._busy: dict[str, Webhook] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -61,11 +65,21 @@ class WebhookSender:
             thread.join(timeout=1)  # a delivery under way is not waited for: it is done again in the next life
 
     def look(self) -> None:
-        """Each hook that is due is told what there is for it, in a thread of its own; who must wait is due for longer next time, and goes first."""
+        """Each hook that is due and has something to be told is told it, in a thread of its own, as far as there is room. Who waits longest goes first."""
+        last = self._store.webhooks.read_last_seq()  # before the look: what comes meanwhile is looked for again
         for hook in self._store.webhooks.list_due():
-            if hook.id not in self._busy and len(self._busy) < AT_ONCE and not self._stop.is_set():
-                self._busy.add(hook.id)
+            if self._looked.get(hook.id, -1) < last and self._has_room_for(hook) and not self._stop.is_set() and self._find_next(hook, last):
+                self._busy[hook.id] = hook
                 threading.Thread(target=self._tell_all, args=(hook,), name="webhook", daemon=True).start()
+
+    def _has_room_for(self, hook: Webhook) -> bool:
+        busy = list(self._busy.values())
+        return (
+            hook.id not in self._busy
+            and len(busy) < AT_ONCE
+            and sum(other.project_id == hook.project_id for other in busy) < AT_ONCE_OF_PROJECT
+            and (hook.tries == 0 or sum(other.tries > 0 for other in busy) < AT_ONCE_IN_TROUBLE)
+        )
 
     def send_test(self, hook: Webhook) -> None:
         """A `webhook.test` was taken. Raises RepaveError webhook-failed."""
@@ -74,8 +88,11 @@ class WebhookSender:
             raise RepaveError("webhook-failed", f"{hook.host}: {why}.")
 
     def _tell_all(self, hook: Webhook) -> None:
+        turn_ends_at = time.monotonic() + TURN_S
         try:
-            while not self._stop.is_set() and (event := self._find_next(hook)) is not None:
+            while not self._stop.is_set() and time.monotonic() < turn_ends_at:
+                if (event := self._find_next(hook, self._store.webhooks.read_last_seq())) is None:
+                    return
                 if not self._store.webhooks.claim(hook, seconds=CLAIM_S):
                     return  # another worker does it
                 message_id = f"msg_{hashlib.sha256(f'{hook.id}:{event.seq}:{event.at.isoformat()}'.encode()).hexdigest()[:32]}"
@@ -93,10 +110,10 @@ class WebhookSender:
         except Exception as error:  # the next look may do better; a sender that died would be silence
             log.warning("webhook: no delivery", webhook=hook.name, error=type(error).__name__)
         finally:
-            self._busy.discard(hook.id)
+            self._busy.pop(hook.id, None)
 
-    def _find_next(self, hook: Webhook) -> Event | None:
-        last = self._store.webhooks.read_last_seq()  # before the look: what comes meanwhile is looked for again
+    def _find_next(self, hook: Webhook, last: int) -> Event | None:
+        """The next event for it. `last`: the newest there was before."""
         event = self._store.webhooks.find_next_event(hook, self._looked.get(hook.id, 0))
         if event is None:
             self._looked[hook.id] = last
@@ -147,9 +164,9 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
     connection = OutboundConnection(parts.hostname or "", parts.port or default, parts.scheme, local_addresses, timeout_s=TIMEOUT_S)
     timer = threading.Timer(DELIVERY_S, _cut, [connection])
     timer.daemon = True
+    timer.start()  # it can be cut however slowly it drips
     try:
         connection.connect()
-        timer.start()  # from here on there is something to cut, however slowly it drips
         connection.request("POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), body, {"Host": parts.netloc, **headers})
         status = connection.getresponse().status
     except AddressRefused as refused:

@@ -21,7 +21,7 @@ class Person:
         return self.session.post(self.url + path, data=fields, timeout=20, allow_redirects=False, **how)
 
     def form_token(self, path: str) -> str:
-        found = re.search(r'name="form" value="([0-9a-f]+)"', self.get(path).text)
+        found = re.search(r'name="form" value="([0-9a-f.-]+)"', self.get(path).text)
         assert found, path
         return found.group(1)
 

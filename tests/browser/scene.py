@@ -184,3 +184,9 @@ def busy_day(site: Site, clock: Clock) -> str:
     scripts |= {n: Script([*huawei[:3], 400]) for n in ("web11", "web12")}
     play(site, clock, batch, scripts, seconds=380)
     return batch
+
+
+def break_a_row(site: Site) -> None:
+    """Something that no code of ours foresaw: an instance is in a state that there is not."""
+    with site.store.engine.begin() as conn:
+        conn.exec_driver_sql("UPDATE instances SET state = 'canary-state'")

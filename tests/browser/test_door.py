@@ -1,9 +1,11 @@
 """Who comes in, and what keeps everybody else out. Asked over HTTP, without a browser."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 from operator_site import Site
 from person import Person
-from scene import PERSON_PASSWORD, Clock, add_image
+from scene import PERSON_PASSWORD, Clock, add_image, add_person, break_a_row
+
+from repave.domain.model import Role
 
 
 @pytest.fixture
@@ -63,6 +67,63 @@ def test_a_person_sees_their_own_project_only(site: Site) -> None:
     olga = Person(site.url)
     olga.log_in("olga", "olgas-own-secret")
     assert "db07" not in olga.get("/").text and olga.get("/s/db07").status_code == 404
+
+
+OF = {"default": "web01", "other": "db07"}  # the server of each project
+
+
+@pytest.fixture
+def two_projects(site: Site) -> Iterator[Site]:
+    site.add_server("web01")
+    site.add_server("db07", project=site.other)
+    add_person(site, "root", Role.ADMIN)
+    yield site
+
+
+def locks(site: Site) -> list[str | None]:
+    """Why each project's server is locked."""
+    found = [site.ask("GET", f"/servers/{server}", params={"project": project}).json()["lock"] for project, server in OF.items()]
+    return [f"{lock['by']}: {lock['reason']}" if lock else None for lock in found]
+
+
+def test_the_sites_admin_chooses_a_project_and_acts_in_the_one_that_the_page_shows(two_projects: Site) -> None:
+    site, root = two_projects, Person(two_projects.url)
+    root.log_in("root")
+    home = root.get("/").text
+    assert "Project <b>default</b>" in home and 'href="/?project=other"' in home and "web01" in home and "db07" not in home and "--project" not in home
+    theirs = root.get("/?project=other").text
+    assert "Project <b>other</b>" in theirs and 'data-live="/live/?project=other"' in theirs and "db07" in theirs and "web01" not in theirs
+    assert "repave reinstall db07 --rehearse --project other" in root.get("/s/db07").text  # it is remembered
+    assert root.get("/s/web01").status_code == 404
+    form = root.form_token("/lock?servers=db07")
+    assert "Project <b>default</b>" in root.get("/b?project=default").text  # in another window
+    assert (root.get("/s/web01").status_code, root.get("/s/db07").status_code) == (200, 404)
+    assert root.post("/lock", {"form": form, "servers": "web01", "reason": "not there"}).status_code == 404
+    assert root.post("/lock", {"form": form, "servers": "db07", "reason": "theirs"}).headers["location"] == "/s/db07"
+    assert locks(site) == [None, "root: theirs"]
+    assert root.get("/s/db07").status_code == 200  # where they have just acted
+    root.send("/lock", {"servers": "web01", "reason": "ours"}, page="/lock?servers=web01&project=default")
+    assert locks(site) == ["root: ours", "root: theirs"]
+    nowhere = root.get("/?project=nowhere")
+    assert nowhere.status_code == 404 and "Log out" in nowhere.text
+
+
+def test_who_has_one_project_sees_no_chooser_and_comes_into_no_other(two_projects: Site) -> None:
+    site = two_projects
+    site.ask("POST", "/users", json={"name": "olga", "role": "admin", "password": PERSON_PASSWORD}, as_="other")
+    for name, own, foreign in (("vic", "default", "other"), ("ann", "default", "other"), ("olga", "other", "default")):
+        person = Person(site.url)
+        person.log_in(name)
+        assert 'class="projects"' not in person.get("/").text and person.get(f"/?project={own}").status_code == 200
+        for path in ("/?", f"/s/{OF[foreign]}?", f"/plan?servers={OF[foreign]}&", "/live/?"):
+            assert person.get(f"{path}project={foreign}").status_code == 403, path
+            assert person.get(f"{path}project=nowhere").status_code == 403, path  # as for one that there is
+        person.session.cookies.set("repave-project", foreign)
+        assert (person.get(f"/s/{OF[own]}").status_code, person.get(f"/s/{OF[foreign]}").status_code) == (200, 404)
+        mac = person.form_token("/").partition(".")[0]
+        theirs = {"default": site.project.id, "other": site.other.id}[foreign]
+        assert person.post("/lock", {"form": f"{mac}.{theirs}", "servers": OF[foreign], "reason": "x"}).status_code == 403
+    assert locks(site) == [None, None]
 
 
 def test_the_cookie_is_for_http_and_this_site_only_and_its_token_is_in_the_database_as_a_hash(site: Site) -> None:
@@ -188,3 +249,73 @@ def test_all_files_are_ours_and_small(site: Site, ann: Person) -> None:
     assert all("immutable" in ann.get(name).headers["cache-control"] for name in sizes)
     for name in ("..%2fdoor.py", "../door.py", "door.py", "nothing.css", "%2e%2e/x.css"):
         assert ann.get(f"/static/{name}").status_code == 404
+
+
+# ---- our own fault ----
+
+
+@contextlib.contextmanager
+def away(site: Site) -> Iterator[None]:
+    """The database can not be opened any more, and is back at the end."""
+    database = Path(str(site.store.engine.url.database))
+    site.store.engine.dispose()
+    files = list(database.parent.glob("repave.db*"))  # without connections the file alone is left
+    for file in files:
+        file.rename(file.with_name(f"away-{file.name}"))
+    database.mkdir()
+    try:
+        yield
+    finally:
+        site.store.engine.dispose()
+        database.rmdir()
+        for file in files:
+            file.with_name(f"away-{file.name}").rename(file)
+
+
+def test_what_nobody_foresaw_is_a_page_that_says_it_is_our_fault_and_names_the_line_of_the_log(
+    site: Site, ann: Person, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.add_server("web01")
+    break_a_row(site)
+    capsys.readouterr()
+    answer = ann.get("/")
+    request_id = answer.headers["x-request-id"]
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "text/html; charset=utf-8")
+    for text in (
+        "our fault, not yours",
+        "Repave made a mistake",
+        request_id,
+        "repave doctor",
+        "repave case",
+        "it changes nothing",
+        "Log out",
+        ">Try it again<",
+    ):
+        assert text in answer.text, text
+    said = answer.text + str(answer.headers)
+    assert not re.search("Traceback|canary-state|ValueError|\\.py|SELECT|instances", said)
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    log = capsys.readouterr()
+    [line] = [line for line in (log.out + log.err).splitlines() if request_id in line]
+    assert "request failed" in line and "canary" not in line
+    changing = ann.post("/lock", {"form": ann.form_token("/events"), "servers": "web01", "reason": "x"})
+    assert (changing.status_code, "before you ask for it again" in changing.text) == (500, True)
+    own = site.ask("GET", "/servers")
+    assert (own.status_code, own.json()["code"], own.headers["content-type"]) == (500, "Repave.9001", "application/problem+json")
+
+
+def test_without_a_database_every_page_says_so_and_it_goes_on_when_it_is_back(site: Site, ann: Person) -> None:
+    site.add_server("web01")
+    with away(site):
+        for path in ("/", "/b", "/live/", "/plan?servers=web01"):
+            answer = ann.get(path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10"), path
+            assert "The database can not be used now" in answer.text and "repave doctor" in answer.text and answer.headers["x-request-id"] in answer.text
+            assert not re.search("Traceback|sqlite|OperationalError|\\.db", answer.text), path
+        assert ann.get("/errors/Repave.9024").status_code == 200  # what it means can be read
+        stranger = Person(site.url)
+        assert stranger.get("/login").status_code == 200
+        refused = stranger.log_in()
+        assert (refused.status_code, PERSON_PASSWORD in refused.text) == (503, False)
+        assert site.ask("GET", "/servers").json()["code"] == "Repave.9024"
+    assert ann.get("/").status_code == 200

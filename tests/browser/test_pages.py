@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import Open, log_in
 from operator_site import NEW_PASSWORD, Site, start_site
 from playwright.sync_api import Browser, Page, expect
-from scene import Clock, Script, add_image, add_person, add_rack, begin, busy_day, play
+from scene import Clock, Script, add_image, add_person, add_rack, begin, break_a_row, busy_day, play
 
 from repave.domain.model import Role
 
@@ -50,7 +50,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Day]:
 
 
 def test_every_page_is_fit_for_everybody_in_both_colours_and_widths_and_fits_its_window(browser: Browser, day: Day) -> None:
-    """axe finds nothing, nothing is wider than the window; with REPAVE_PICTURES=1 pictures are in docs/pictures."""
+    """axe finds nothing, nothing is wider than the window. With REPAVE_PICTURES=1 those that are shown are in docs/pictures; =FOLDER has all."""
     context = browser.new_context(base_url=day.site.url)
     page, found = context.new_page(), dict[str, list[str]]()
     for name, path in {"login": "/login", **day.pages}.items():
@@ -81,11 +81,13 @@ def faults(page: Page, response: dict[str, Any]) -> list[str]:
 
 
 def picture(page: Page, name: str) -> None:
-    if os.environ.get("REPAVE_PICTURES") and name in SHOWN:
-        PICTURES.mkdir(parents=True, exist_ok=True)
+    wanted = os.environ.get("REPAVE_PICTURES", "")
+    folder = PICTURES if wanted == "1" else Path(wanted)
+    if wanted and (name in SHOWN or wanted != "1"):
+        folder.mkdir(parents=True, exist_ok=True)
         page.set_viewport_size({"width": int(name.rpartition("-")[2]), "height": 768})
         page.wait_for_timeout(400)
-        page.screenshot(path=PICTURES / f"{name}.png")
+        page.screenshot(path=folder / f"{name}.png")
 
 
 def test_counts_are_of_the_tiles_shown_and_each_state_has_a_word_and_a_glyph(browser: Browser, day: Day) -> None:
@@ -103,6 +105,28 @@ def test_counts_are_of_the_tiles_shown_and_each_state_has_a_word_and_a_glyph(bro
     assert failure.bounding_box()["y"] < 700  # type: ignore[index]
     expect(page.locator("#row-web08 .text")).to_contain_text(re.compile(r"late: now 3:0\d, usual 1:3"))
     assert page.locator("#row-web09 line.line").count() == 1 and page.locator("#row-web11 line.line").count() == 0
+    context.close()
+
+
+def test_q18_in_greyscale_every_state_is_told_apart_by_its_glyph_and_its_word(browser: Browser, day: Day) -> None:
+    context = browser.new_context(viewport={"width": 1366, "height": 768}, base_url=day.site.url)
+    page = context.new_page()
+    log_in(page, day.site.url)
+    for path, rows, state in (("/", ".tile", "e.classList[1]"), (f"/b/{day.batch}?unfold=1", "#rows > li", "e.classList[1]")):
+        page.goto(path)
+        page.evaluate("document.documentElement.style.filter = 'grayscale(1)'")
+        seen = page.locator(rows).evaluate_all(f"all => all.map(e => [{state}, e.querySelector('.glyph').textContent, e.innerText])")
+        glyphs = {state: {glyph for its, glyph, _ in seen if its == state} for state, _, _ in seen}
+        assert len(glyphs) >= 4 and all(len(its) == 1 for its in glyphs.values()), glyphs
+        assert len(set.union(*glyphs.values())) == len(glyphs), glyphs
+    fills = page.evaluate("Object.fromEntries(['late', 'first-boot', 'write'].map(k => [k, getComputedStyle(document.querySelector(`#rows rect.${k}`)).fill]))")
+    assert "#striped" in fills["late"] and "#hatched" in fills["first-boot"] and fills["write"].startswith("rgb"), fills
+    page.goto("/?view=table")
+    words = page.locator("td.state").evaluate_all("all => all.map(e => e.textContent.trim().split(/\\s+/).slice(0, 2).join(' '))")
+    assert {*words} == {"✓ running", "▶ working", "▲ late", "✗ failed"}
+    page.goto(f"/b/{day.batch}?view=table")
+    words = page.locator("td.state").all_inner_texts()
+    assert {*words} == {"✓ running", "▶ working", "▲ late", "✗ failed"}
     context.close()
 
 
@@ -146,7 +170,9 @@ def test_what_is_clicked_and_what_is_typed_are_one_selection(open_page: Open, sm
     page.locator("#t-web02 input").click(modifiers=["Shift"])
     expect(page.get_by_label("Selected")).to_have_value("web[02-04]")
     expect(page.locator("#chosen")).to_have_text("3")
-    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --image IMAGE --plan-only")
+    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --plan-only")
+    page.get_by_label("Image").select_option("tiny")
+    expect(page.locator("#command")).to_have_text("repave reinstall 'web[02-04]' --image 'tiny' --plan-only")
     page.get_by_label("Selected").fill("web[01-04]!web03")
     expect(page.locator("#t-web03 input")).not_to_be_checked()
     expect(page.locator("#t-web01 input")).to_be_checked()
@@ -283,6 +309,46 @@ def test_with_keys_alone_servers_are_chosen_failures_found_and_nothing_is_erased
     assert len(small.ask("GET", "/batches").json()["items"]) == 1
 
 
+def reach(page: Page, name: str, key: str = "Tab") -> None:
+    """The focus is on what has this name; a person gets there with one key, and sees where they are."""
+    for _ in range(25):
+        page.keyboard.press(key)
+        if name in page.evaluate("[...(document.activeElement.labels || [])].concat(document.activeElement).map(e => e.textContent).join(' ')"):
+            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+            return
+    raise AssertionError(f"{name} is not within 25 times {key}")
+
+
+def test_q19_with_keys_alone_four_are_chosen_and_rehearsed_the_failure_is_found_and_tried_again(open_page: Open, small: Site, clock: Clock) -> None:
+    page = open_page("/")
+    for key in "jxjxjxjx":
+        page.keyboard.press(key)
+    expect(page.get_by_label("Selected")).to_have_value("web[01-04]")
+    page.keyboard.press("s")
+    reach(page, "Rehearse…")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/plan?*")
+    reach(page, "Type rehearse 4 to start")
+    page.keyboard.type("rehearse 4")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/b/*")
+    first = small.ask("GET", "/batches").json()["items"][0]
+    assert (first["rehearse"], first["counts"]["waiting"]) == (True, 4)
+    play(small, clock, first["id"], {"web03": Script([4, 12, 6, 130], "boot_override_ignored")}, seconds=180)
+    expect(page.locator("#counts")).to_contain_text("1 failed")
+    page.keyboard.press("f")
+    assert "web03" in page.evaluate("document.activeElement.querySelector('h2').textContent")
+    reach(page, "Retry 1…", "Shift+Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/plan?retry=*")
+    reach(page, "Type rehearse 1 to start")
+    page.keyboard.type("rehearse 1")
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda where: "/b/" in where and first["id"] not in where)
+    second = small.ask("GET", f"/batches/{small.ask('GET', '/batches').json()['items'][0]['id']}").json()
+    assert (second["rehearse"], [r["server"] for r in second["runs"]], second["created_by"]) == (True, ["web03"], "ann")
+
+
 def test_a_viewer_sees_no_bmc_and_the_colours_follow_the_switch(open_page: Open, small: Site) -> None:
     assert Role.VIEWER.value in open_page("/", name="vic").locator(".user").inner_text()
     page = open_page("/s/web01", name="vic", color_scheme="light")
@@ -293,3 +359,30 @@ def test_a_viewer_sees_no_bmc_and_the_colours_follow_the_switch(open_page: Open,
         expect(page.locator("html")).to_have_attribute("data-theme", wanted)
     assert (light, page.evaluate("getComputedStyle(document.documentElement).backgroundColor")) == ("rgb(255, 255, 255)", "rgb(17, 22, 28)")
     assert page.url.endswith("/s/web01")
+
+
+def test_the_projects_to_choose_from_and_the_page_of_our_own_fault_are_fit_for_everybody_too(browser: Browser, small: Site) -> None:
+    add_person(small, "root", Role.ADMIN)
+    context = browser.new_context(base_url=small.url)
+    page, found = context.new_page(), dict[str, list[str]]()
+    log_in(page, small.url, "root")
+    for width in (1366, 390):
+        page.set_viewport_size({"width": width, "height": TALL})
+        page.goto("/")
+        page.locator(".projects summary").click()
+        found[f"projects, {width}"] = faults(page, Axe().run(page, options=ALL_RULES).response)
+        picture(page, f"projects-light-{width}")
+    page.get_by_role("link", name="other", exact=True).click()
+    expect(page.locator(".projects summary")).to_have_text("Project other")
+    expect(page.get_by_role("heading", name="No servers yet. Three ways in")).to_be_visible()
+    page.goto("/?project=default")
+    break_a_row(small)
+    answer = page.goto("/")
+    assert answer is not None and answer.status == 500
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Repave made a mistake.")
+    for width in (1366, 390):
+        page.set_viewport_size({"width": width, "height": TALL})
+        found[f"fault, {width}"] = faults(page, Axe().run(page, options=ALL_RULES).response)
+        picture(page, f"fault-light-{width}")
+    context.close()
+    assert not any(found.values()), found

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +27,9 @@ from secret_scan import find_secret
 from repave.domain.model import Step
 from repave.domain.states import Ending
 from repave.errors import RepaveError
-from repave.webhooks import WebhookSender
+from repave.outbound import OutboundConnection
+from repave.store import new_id
+from repave.webhooks import WebhookSender, _cut
 
 
 @dataclass
@@ -221,6 +225,81 @@ def test_the_service_tells_by_itself_while_it_runs(site: Site, receiver: Receive
     assert receiver.bodies[0]["data"]["state"] == "succeeded"
 
 
+# ---- one receiver's time is no other's ----
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Addresses of receivers that keep whoever comes: one takes the connection and says nothing, of the other not even the name server answers."""
+    over, resolve = threading.Event(), socket.getaddrinfo
+
+    def ask(host: Any, *more: Any, **how: Any) -> Any:
+        if host == "slow.invalid":
+            over.wait(60)
+        return resolve(host, *more, **how)
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield [f"http://127.0.0.1:{listener.getsockname()[1]}/", "http://slow.invalid/"]
+        over.set()
+
+
+def test_the_slow_receivers_of_one_project_hold_up_nobody_elses(site: Site, receiver: Receiver, silent: list[str]) -> None:
+    for number in range(10):
+        add_hook(site, Receiver(silent[number % 2]), "run.ended", name=f"slow{number}")
+    server = site.add_server("db07", project=site.other)
+    image = replace(site.add_image("theirs"), id=new_id(), project_id=site.other.id)
+    site.store.images.add_image(image)
+    site.ask("POST", "/webhooks", json={"name": "theirs", "url": receiver.url, "events": ["run.ended"]}, as_="other")
+    sender = WebhookSender(site.store, local_addresses=True)
+    with sender.running():
+        end(site, begin(site)["web01"])
+        wait_until(lambda: len(sender._busy) == 2)
+        began = time.monotonic()
+        body = {"servers": [server["name"]], "image": "theirs", "password": NEW_PASSWORD}
+        end(site, site.ask("POST", "/reinstall", json=body, as_="other").json()["runs"][0]["id"])
+        wait_until(lambda: receiver.got)
+        assert time.monotonic() - began < 5
+        assert len(sender._busy) == 2
+    assert [b["data"]["server"] for b in receiver.bodies] == ["db07"]
+
+
+def test_hooks_that_have_nothing_to_tell_take_nobodys_place(site: Site, receiver: Receiver) -> None:
+    for number in range(20):
+        add_hook(site, receiver, "run.late", name=f"idle{number}")
+    add_hook(site, receiver, "run.ended")
+    end(site, begin(site)["web01"])
+    look(site)
+    assert [b["type"] for b in receiver.bodies] == ["run.ended"]
+
+
+def test_a_name_that_is_not_answered_and_a_handshake_that_drips_take_no_longer_than_they_may(silent: list[str]) -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        OutboundConnection("slow.invalid", 80, "http", False, timeout_s=0.3).connect()
+    assert time.monotonic() - began < 2
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
+
+        def drip() -> None:
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                peer.sendall(b"\x16\x03\x03\x40\x00")  # a handshake of 16 KiB is announced
+                while not over.wait(0.1):
+                    peer.sendall(b"\x02")
+
+        threading.Thread(target=drip, daemon=True).start()
+        connection = OutboundConnection("127.0.0.1", listener.getsockname()[1], "https", True, timeout_s=5)
+        timer = threading.Timer(0.5, _cut, [connection])
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            connection.connect()
+        assert 0.3 < time.monotonic() - began < 3
+        over.set()
+        connection.close()
+
+
 # ---- where it may lead, and who may ----
 
 
@@ -236,7 +315,7 @@ def test_nothing_is_sent_to_this_machine_or_to_where_clouds_keep_their_metadata(
     for number, host in enumerate(("127.0.0.1", "localhost", "169.254.169.254", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "100.100.100.200")):
         add_hook(site, Receiver(f"http://{host}:{port}/x"), name=f"ops{number}")
     end(site, begin(site)["web01"])
-    for _ in range(2):  # four at once
+    for _ in range(4):  # two of a project at once
         look(site, sender)
     hooks = site.store.webhooks.list_webhooks(site.project.id)
     assert receiver.got == [] and all("webhook_local_addresses" in (hook.trouble or "") for hook in hooks)

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from repave.agent.protocol import ASK_HEADER
 from repave.api.body import MAX_BODY_BYTES
-from repave.api.wire_errors import WireError, answer_for, from_status, internal
+from repave.api.wire_errors import WireError, answer_for, from_status
 from repave.auth import Presented
 from repave.errors import RepaveError, RequestError
 from repave.store.database import OF_THE_STORE, is_damage, is_unavailable
@@ -74,8 +74,7 @@ def install_wire(app: FastAPI) -> None:
     async def on_store(request: Request, error: Exception) -> Response:
         if not is_unavailable(error):
             raise error
-        _log.error("database not available", request_id=incoming(request).request_id, error=type(error).__name__)
-        return answer_for(request.url.path, RepaveError("database-corrupt" if is_damage(error) else "database-unavailable"))
+        return answer_for(request.url.path, fault_of(error, incoming(request).request_id))
 
     for of_the_store in OF_THE_STORE:
         app.add_exception_handler(of_the_store, on_store)
@@ -83,6 +82,17 @@ def install_wire(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+def fault_of(error: Exception, request_id: str) -> RepaveError:
+    """What is said of an error that no route foresaw. The log has it, under the request's id."""
+    if is_unavailable(error):
+        _log.error("database not available", request_id=request_id, error=type(error).__name__)
+        return RepaveError("database-corrupt" if is_damage(error) else "database-unavailable")
+    # Where, not what: an exception's text may hold a value of the request.
+    where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+    _log.error("request failed", request_id=request_id, error=type(error).__name__, where=where)
+    return RepaveError("internal")
 
 
 class WireMiddleware:
@@ -114,12 +124,10 @@ class WireMiddleware:
         except WireError as refused:
             await answer_for(scope["path"], refused)(scope, receive, send_marked)
         except Exception as error:
-            # Where, not what: an exception's text may hold a value of the request.
-            where = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
-            _log.error("request failed", request_id=request_id, error=type(error).__name__, where=where)
+            fault = fault_of(error, request_id)
             if started:
                 raise ConnectionAbortedError(f"request {request_id} failed while answering") from None
-            await answer_for(scope["path"], internal())(scope, receive, send_marked)
+            await answer_for(scope["path"], fault)(scope, receive, send_marked)
 
     async def _read(self, scope: Scope, receive: Receive, request_id: str) -> tuple[Incoming, Receive]:
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])

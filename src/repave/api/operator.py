@@ -118,6 +118,7 @@ class Scope:
     credential: Credential
     desk: Desk
     replay_key: str | None = None  # names the signed request, where it was signed
+    named: str = ""  # the project's name, where it is not their own: what they do there by a command says it too
 
     @property
     def store(self) -> Store:
@@ -141,7 +142,7 @@ class Body(BaseModel):
 # ---- who may, and how it fails ----
 
 
-def _is_site_admin(credential: Credential, store: Store) -> bool:
+def is_site_admin(credential: Credential, store: Store) -> bool:
     site = store.access.find_project(SITE_PROJECT)
     return site is not None and credential.project_id == site.id and credential.role is Role.ADMIN
 
@@ -152,22 +153,24 @@ def check_role(credential: Credential, role: Role) -> None:
         raise RequestError("not-allowed", f"This needs the role {role.value}; this is {credential.role.value}.", role=role.value)
 
 
+def open_scope(credential: Credential, desk: Desk, project: str | None, replay_key: str | None = None) -> Scope:
+    """In the project that is named: their own, or any for the site's admin. Raises not-allowed, not-found."""
+    named = desk.store.access.find_project(project) if project is not None else None
+    if project is None or (named is not None and named.id == credential.project_id):
+        return Scope(credential, desk, replay_key)
+    if not is_site_admin(credential, desk.store):
+        raise RequestError("not-allowed", "Another project may be named by an admin of project default only.", field="project")
+    if named is None:
+        raise RequestError("not-found", f"There is no project {project!r}.", field="project")
+    return Scope(replace(credential, project_id=named.id), desk, replay_key, named.name)
+
+
 def _needs(role: Role) -> Callable[[Request, str | None], Scope]:
     def scope(request: Request, project: str | None = None) -> Scope:
         desk: Desk = request.state.desk
         caller = desk.identify(incoming(request).presented)
-        credential = caller.credential
-        check_role(credential, role)
-        if project is None:
-            return Scope(credential, desk, caller.replay_key)
-        named = desk.store.access.find_project(project)
-        if named is not None and named.id == credential.project_id:
-            return Scope(credential, desk, caller.replay_key)
-        if not _is_site_admin(credential, desk.store):
-            raise RequestError("not-allowed", "Another project may be named by an admin of project default only.", field="project")
-        if named is None:
-            raise RequestError("not-found", f"There is no project {project!r}.", field="project")
-        return Scope(replace(credential, project_id=named.id), desk, caller.replay_key)
+        check_role(caller.credential, role)
+        return open_scope(caller.credential, desk, project, caller.replay_key)
 
     return scope
 
@@ -250,7 +253,7 @@ def whoami(scope: Viewer) -> Json:
     assert project is not None
     return {
         "name": scope.actor, "role": scope.credential.role.value, "project": project.name, "project_id": project.id,
-        "site_admin": _is_site_admin(scope.credential, scope.store), "expires_at": scope.credential.expires_at,
+        "site_admin": is_site_admin(scope.credential, scope.store), "expires_at": scope.credential.expires_at,
     }  # fmt: skip
 
 
@@ -263,7 +266,7 @@ def show_room(scope: Viewer) -> Json:
 @router.get("/projects")
 def list_projects(scope: Viewer) -> Json:
     """All projects for the site's admin, one's own for the others."""
-    everything = _is_site_admin(scope.credential, scope.store)
+    everything = is_site_admin(scope.credential, scope.store)
     return render_list([asdict(p) for p in scope.store.access.list_projects() if everything or p.id == scope.project_id])
 
 
@@ -273,7 +276,7 @@ class NewProject(Body):
 
 @router.post("/projects", status_code=201)
 def add_project(scope: Admin, new: NewProject) -> Json:
-    if not _is_site_admin(scope.credential, scope.store):
+    if not is_site_admin(scope.credential, scope.store):
         raise RequestError("not-allowed", "Projects are added by an admin of project default.", role="admin")
     return asdict(scope.store.access.add_project(new.name))
 

@@ -41,7 +41,7 @@ def show_console(request: Request, who: Visits, name: str, run: str = "") -> Res
     if chosen is None:
         raise RequestError("not-found", f"{server['name']} has no such run.", kind="run")
     found = scope.store.consoles.read(chosen["id"], choose_source(scope, chosen["id"]), most=_LARGEST)
-    asked = urlencode({"run": chosen["id"], "after": found.next_at})
+    asked = urlencode({"run": chosen["id"], "after": found.next_at} | who.naming)
     stream = "" if chosen["ended_at"] else f"/live/s/{quote(server['name'])}/console?{asked}"
     frame = snapshot.frame(f"{server['name']} console")
     return show(request, who, "console.html", frame, server=server, runs=runs, chosen=chosen, text=found.text, stream=stream)

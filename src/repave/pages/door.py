@@ -2,10 +2,14 @@
 
 The cookie holds a random token, whose SHA-256 the database has. A form carries a MAC of it, made with the site's key: another site can neither read the
 cookie nor make the MAC. SameSite=Strict keeps the cookie from requests that other sites begin; a link from a chat is followed once more from here.
+
+The site's admin chooses a project by ?project=, and another cookie remembers it. A form names the one that its page showed, in its token: a button never acts
+in a project that was chosen meanwhile in another window.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,10 +22,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
-from repave.api.asgi import incoming
+from repave.api.asgi import fault_of, incoming
 from repave.api.limits import Limiter
-from repave.api.operator import Desk, Scope, check_role, status_of
+from repave.api.operator import Desk, Scope, check_role, is_site_admin, open_scope, status_of
 from repave.auth.login import LASTS, Logins
 from repave.domain.model import Role
 from repave.errors import RepaveError, RequestError
@@ -35,6 +40,7 @@ HEADERS = {
     "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
 }  # fmt: skip
 _FORM_COOKIE = "repave-form"  # before there is a login: what the login form's token is a MAC of; `_cookie_name` has its prefix
+_PROJECT_COOKIE = "repave-project"
 _MOST_FIELDS = 500
 _LONGEST_NAME = 100
 _THEMES = ("system", "light", "dark")
@@ -82,15 +88,22 @@ def parse_number(name: str, text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who is logged in, and with which token."""
+    """Who is logged in, with which token, and in which project. `projects`: the names of those that they may choose from; none for who has but one."""
 
     house: House
     scope: Scope
     token: str
+    project: str = ""
+    projects: tuple[str, ...] = ()
 
     @property
     def form_token(self) -> str:
-        return self.house.form_token(self.token)
+        return f"{self.house.form_token(f'{self.token} {self.scope.project_id}')}.{self.scope.project_id}"
+
+    @property
+    def naming(self) -> dict[str, str]:
+        """What an address carries that must go on in this project."""
+        return {"project": self.project} if self.projects else {}
 
     def needs(self, role: Role) -> Scope:
         """Raises not-allowed."""
@@ -129,26 +142,51 @@ def posted(request: Request) -> Posted:
         raise RequestError("bad-request", f"The form has more than {_MOST_FIELDS} fields.") from None
 
 
-def visitor_of(request: Request) -> Visitor:
-    """Who is logged in, whatever they send. Raises not-logged-in."""
+def visitor_of(request: Request, *, at_home: bool = False) -> Visitor:
+    """Who is logged in, whatever they send, in the project that was chosen. Raises not-logged-in; not-allowed, not-found for a project that is named."""
     house: House = request.state.house
     token = request.cookies.get(_cookie_name(request), "")
     credential = house.logins.find(token)
     if credential is None:
         raise RequestError("not-logged-in")
-    return Visitor(house, Scope(credential, house.desk), token)
+    store = house.desk.store
+    projects = {p.name: p.id for p in store.access.list_projects()} if is_site_admin(credential, store) else {}
+    named = None if at_home else _named_project(request)
+    if named is None and (remembered := request.cookies.get(_cookie_name(request, _PROJECT_COOKIE), "")) in projects:
+        named = remembered
+    scope = open_scope(credential, house.desk, named)
+    if len(projects) < 2:
+        return Visitor(house, scope, token)
+    return Visitor(house, scope, token, next(name for name, its in projects.items() if its == scope.project_id), tuple(projects))
+
+
+def _named_project(request: Request) -> str | None:
+    """By the address, or by the form's page."""
+    if request.method == "POST":
+        return posted(request).one("form").partition(".")[2] or None
+    return request.query_params.get("project")
+
+
+def find_visitor(request: Request) -> Visitor | None:
+    """None for a stranger, and where the database can not tell: for pages that need neither, as those of errors."""
+    with contextlib.suppress(Exception):
+        return visitor_of(request)
+    with contextlib.suppress(Exception):  # the project was the error
+        return visitor_of(request, at_home=True)
+    return None
 
 
 def visitor(request: Request) -> Visitor:
-    """Raises not-logged-in; not-allowed where a form is not from one of our pages."""
+    """Raises not-logged-in; not-allowed where a form is not from one of our pages, or a project not theirs; not-found for none."""
     who = visitor_of(request)
     if request.method == "POST":
-        _check_form(who.house, posted(request), who.token)
+        _check_form(posted(request), who.form_token)
+    request.state.visitor = who
     return who
 
 
-def _check_form(house: House, form: Posted, of: str) -> None:
-    if not of or not hmac.compare_digest(form.one("form").encode(), house.form_token(of).encode()):
+def _check_form(form: Posted, wanted: str) -> None:
+    if not hmac.compare_digest(form.one("form").encode(), wanted.encode()):
         raise RequestError("not-allowed", "This form is not from a page of yours, or you have logged in anew since. Open the page again.", field="form")
 
 
@@ -172,7 +210,13 @@ class PageRoute(APIRoute):
                 answer = await run_in_threadpool(_error_page, request, RequestError("bad-request", f"{error.errors()[0]['loc'][-1]} is not valid."))
             except RepaveError as error:
                 answer = await run_in_threadpool(_error_page, request, error)
+            except HTTPException:
+                raise
+            except Exception as error:  # ours, or the database's
+                answer = await run_in_threadpool(_fault_page, request, fault_of(error, incoming(request).request_id))
             answer.headers.update(HEADERS)
+            if (who := getattr(request.state, "visitor", None)) and who.projects and answer.status_code < 400 and not request.url.path.startswith("/live/"):
+                _set_cookie(request, answer, _PROJECT_COOKIE, who.project, seconds=round(LASTS.total_seconds()))
             return answer
 
         return guarded
@@ -186,11 +230,23 @@ def _error_page(request: Request, error: RepaveError) -> Response:
         if request.headers.get("sec-fetch-site") == "cross-site":  # a link elsewhere: the browser kept the cookie back, and will send it from here
             return HTMLResponse(render("again.html", here=here, theme=_theme(request)))
         return RedirectResponse(f"/login?{urlencode({'next': here})}" if here != "/" else "/login", 303)
-    try:
-        who: Visitor | None = visitor_of(request)
-    except RepaveError:
-        who = None
-    return show(request, who, "error.html", Frame("That did not work"), error=error.as_json(), request_id=incoming(request).request_id, status=status_of(error))
+    return show(
+        request,
+        find_visitor(request),
+        "error.html",
+        Frame("That did not work"),
+        error=error.as_json(),
+        request_id=incoming(request).request_id,
+        status=status_of(error),
+    )
+
+
+def _fault_page(request: Request, error: RepaveError) -> Response:
+    more: dict[str, Any] = {"error": error.as_json(), "request_id": incoming(request).request_id, "asked": request.method}
+    answer = show(request, find_visitor(request), "fault.html", Frame("Our fault"), status=status_of(error), **more)
+    if error.problem.retryable and answer.status_code == 503:
+        answer.headers["Retry-After"] = "10"
+    return answer
 
 
 def _theme(request: Request) -> str:
@@ -202,7 +258,14 @@ def show(request: Request, who: Visitor | None, template: str, frame: Frame, *, 
     """The page, made of the frame's parts. `live`: the address of its stream."""
     here = request.url.path + (f"?{request.url.query}" if request.url.query and request.method == "GET" else "")
     theme, now = _theme(request), request.state.house.desk.store.now()
-    values = {"who": who, "frame": frame, "live": live, "here": here if request.method == "GET" else "/", "theme": theme}
+    values = {
+        "who": who,
+        "named": who.scope.named if who else "",
+        "frame": frame,
+        "live": live,
+        "here": here if request.method == "GET" else "/",
+        "theme": theme,
+    }
     following = _THEMES[(_THEMES.index(theme) + 1) % len(_THEMES)]
     return HTMLResponse(render(template, **values, next_theme=following, now=now, **frame.fixed, **more), status)
 
@@ -221,13 +284,13 @@ def add_view(router: APIRouter, path: str, template: str, view: View) -> None:
 
     def page(request: Request, who: Visits) -> Response:
         frame = view(who.scope, _asked(request))
-        query = f"?{request.url.query}" if request.url.query else ""
-        return show(request, who, template, frame, live=f"/live{quote(request.url.path)}{query}")
+        query = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "project"] + [*who.naming.items()])
+        return show(request, who, template, frame, live=f"/live{quote(request.url.path)}{'?' if query else ''}{query}")
 
     async def stream(request: Request, who: Visits) -> Response:
         scope, asked = who.scope, _asked(request)
         await run_in_threadpool(view, scope, asked)  # what is not there is an answer, not a stream
-        key = (view.__module__, view.__name__, scope.project_id, scope.credential.role.value, urlencode(sorted(asked.items())))
+        key = (view.__module__, view.__name__, scope.project_id, scope.named, scope.credential.role.value, urlencode(sorted(asked.items())))
 
         async def is_welcome() -> bool:
             return await run_in_threadpool(who.house.logins.find, who.token) is not None
@@ -243,7 +306,7 @@ def add_view(router: APIRouter, path: str, template: str, view: View) -> None:
 
 
 def _asked(request: Request) -> dict[str, str]:
-    return {name: value for name, value in request.query_params.items() if name != "frame"} | request.path_params
+    return {name: value for name, value in request.query_params.items() if name not in ("frame", "project")} | request.path_params
 
 
 # ---- login, logout, theme ----
@@ -275,7 +338,7 @@ def log_in(request: Request, form: Form) -> Response:
     house: House = request.state.house
     after, name = _local(form.one("next")), form.one("name")
     try:
-        _check_form(house, form, request.cookies.get(_cookie_name(request, _FORM_COOKIE), ""))
+        _check_form(form, house.form_token(request.cookies.get(_cookie_name(request, _FORM_COOKIE), "")))
     except RequestError:
         return _login_page(request, after, "This form was open too long. Try again.", name=name, status=403)
     address = request.client.host if request.client else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from repave.errors import CATALOGUE, RequestError
-from repave.pages.door import PageRoute, show, visitor_of
+from repave.pages.door import PageRoute, find_visitor, show
 from repave.pages.frame import Frame
 
 router = APIRouter(route_class=PageRoute)
@@ -17,8 +17,4 @@ def show_error(request: Request, code: str) -> Response:
     problem = next((p for slug, p in CATALOGUE.items() if code in (p.code, slug)), None)
     if problem is None:
         raise RequestError("not-found", f"There is no error {code[:50]!r}.")
-    try:
-        who = visitor_of(request)
-    except RequestError:
-        who = None
-    return show(request, who, "explain.html", Frame(problem.code), problem=problem)
+    return show(request, find_visitor(request), "explain.html", Frame(problem.code), problem=problem)

@@ -26,8 +26,8 @@ def view_images(scope: Scope, asked: dict[str, str]) -> Frame:
     frame.moving = frame.moving or bool(imports)
     for image in images:
         on = [s["name"] for s in snapshot.servers if s["instance"]["image_id"] == image["id"]]
-        frame.add("images", f"i-{image['id']}", parts().image_row(image, fold(on) if on else "", len(on)))
-    frame.put("imports", parts().imports(imports))
+        frame.add("images", f"i-{image['id']}", parts(scope.named).image_row(image, fold(on) if on else "", len(on)))
+    frame.put("imports", parts(scope.named).imports(imports))
     frame.fixed = {"any": bool(images)}
     return frame
 

@@ -59,14 +59,14 @@ def templates() -> jinja2.Environment:
     return env
 
 
-@functools.cache
-def parts() -> Any:
-    """The macros that draw parts of pages: `parts().headline(batch)`."""
-    return templates().get_template("parts.html").module
+@functools.lru_cache(64)
+def parts(named: str = "") -> Any:
+    """The macros that draw parts of pages: `parts().headline(batch)`. `named`: the project that commands must name (Scope.named)."""
+    return templates().get_template("parts.html").make_module({"named": named})
 
 
 def render(template: str, **values: Any) -> str:
-    return templates().get_template(template).render(**values)
+    return templates().get_template(template).render(**{"named": "", **values})
 
 
 @router.get("/static/{name}")

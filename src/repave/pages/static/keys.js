@@ -51,6 +51,7 @@
     k: () => move(-1),
     f: () => move(1, (row) => row.dataset.failed === "1"),
     x: () => click(here()?.querySelector("input[type=checkbox]")),
+    s: () => document.getElementById("nodeset")?.focus(),
     u: () => click(document.getElementById("fold")),
     p: () => window.repave?.pause(),
     c: () => click(document.querySelector("main [data-copy]")),

@@ -21,7 +21,7 @@
 
   function tell(nodeset, count) {
     number.textContent = count ? String(count) : "";
-    command.textContent = `repave reinstall ${nodeset ? `'${nodeset}'` : "NODESET"} --image ${image.value || "IMAGE"} --plan-only`;
+    command.textContent = `repave reinstall ${nodeset ? `'${nodeset}'` : "NODESET"}${image.value ? ` --image '${image.value}'` : ""} --plan-only${command.dataset.project ? ` --project ${command.dataset.project}` : ""}`;
     const address = new URL(location);
     if (nodeset) address.searchParams.set("sel", nodeset); else address.searchParams.delete("sel");
     history.replaceState(null, "", address);
