@@ -40,7 +40,8 @@ from repave.api.limits import Limiter
 from repave.api.media import build_media_router
 from repave.api.metrics import build_metrics_router
 from repave.api.openapi import build_openapi_router
-from repave.api.operator import Desk, ImportProgress, build_operator_router
+from repave.api.operator.desk import Desk, ImportProgress
+from repave.api.operator.routes import build_operator_router
 from repave.auth import Authenticator
 from repave.auth.login import Logins
 from repave.bmc import Bmc, BmcAddress, BmcFacts

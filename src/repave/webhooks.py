@@ -27,7 +27,7 @@ import structlog
 from fastapi.encoders import jsonable_encoder
 
 from repave.api.batch_views import batch_json
-from repave.api.operator_events import event_json
+from repave.api.operator.events import event_json
 from repave.domain.model import Event, Webhook
 from repave.errors import RepaveError
 from repave.outbound import AddressRefused, OutboundConnection

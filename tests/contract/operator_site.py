@@ -24,7 +24,8 @@ from repave.api.health import build_health_router
 from repave.api.limits import Limiter
 from repave.api.metrics import build_metrics_router
 from repave.api.openapi import build_openapi_router, render_openapi
-from repave.api.operator import Desk, build_operator_router
+from repave.api.operator.desk import Desk
+from repave.api.operator.routes import build_operator_router
 from repave.app import ImageDesk
 from repave.auth import Authenticator
 from repave.auth.login import Logins

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Response
 
-from repave.api.operator_batches import Chosen, Reinstall, begin_reinstall, cancel_batch, pause_batch, resume_batch
+from repave.api.operator.batches import Chosen, Reinstall, begin_reinstall, cancel_batch, pause_batch, resume_batch
 from repave.domain.waves import Limits, Waves
 from repave.errors import RequestError
 from repave.workflow.fleet import ALL_AT_ONCE, NO_LIMITS

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastapi import APIRouter, Request, Response
 
 from repave.api.asgi import incoming
-from repave.api.operator import SITE_PROJECT
+from repave.api.operator.scope import SITE_PROJECT
 from repave.auth import Authenticator, Presented
 from repave.domain.model import Role
 from repave.errors import RequestError

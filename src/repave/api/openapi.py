@@ -53,7 +53,7 @@ def build_openapi_router(app: FastAPI) -> APIRouter:
 
 
 def render_openapi(app: FastAPI) -> Json:
-    from repave.api.operator_images import ImportBody
+    from repave.api.operator.images import ImportBody
 
     document = get_openapi(title="Repave", version=__version__, openapi_version="3.1.0", routes=app.routes)
     schemas: Json = document["components"]["schemas"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from repave.cli.output import Json, Usage
 
-# Column -> the API's field (api/operator_servers.py, NewServer). `secret_env` names the environment variable that holds the BMC's password.
+# Column -> the API's field (api/operator/servers.py, NewServer). `secret_env` names the environment variable that holds the BMC's password.
 FIELDS = {
     "name": "name", "bmc": "bmc_url", "user": "bmc_username", "secret_env": "bmc_password", "rack": "rack", "unit": "unit",
     "mac": "network.mac", "address": "network.address", "prefix": "network.prefix", "gateway": "network.gateway", "dns": "network.dns",
@@ -69,7 +69,7 @@ def _validate(body: Json) -> list[tuple[str, str]]:
     """The service's own rules, asked before it is: all rows are sent, or none."""
     from pydantic import ValidationError
 
-    from repave.api.operator_servers import NewServer
+    from repave.api.operator.servers import NewServer
 
     try:
         NewServer.model_validate(body)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends, Request
 
-from repave.api.operator import Desk
+from repave.api.operator.desk import Desk
 from repave.auth.login import Logins
 from repave.pages import acts, audit, batches, console, door, errors, fleet, images, reinstall, render, servers
 from repave.pages.live import Live

@@ -7,8 +7,8 @@ import shlex
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from repave.api.operator_batches import Chosen, cancel_batch, pause_batch, resume_batch, show_batch
-from repave.api.operator_servers import Lock, lock_server, unlock_server
+from repave.api.operator.batches import Chosen, cancel_batch, pause_batch, resume_batch, show_batch
+from repave.api.operator.servers import Lock, lock_server, unlock_server
 from repave.domain.model import Role
 from repave.errors import RequestError
 from repave.folding import CANCEL_ROWS, cancel_kind, fold

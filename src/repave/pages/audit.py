@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from repave.api.operator import Scope
-from repave.api.operator_events import list_newest
-from repave.api.operator_servers import get_server
+from repave.api.operator.events import list_newest
+from repave.api.operator.scope import Scope
+from repave.api.operator.servers import get_server
 from repave.errors import RequestError
 from repave.pages.door import PageRoute, add_view
 from repave.pages.frame import Frame

@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from repave.api.batch_views import STATES
-from repave.api.operator import Scope
-from repave.api.operator_batches import list_batches
+from repave.api.operator.batches import list_batches
+from repave.api.operator.scope import Scope
 from repave.folding import GLYPHS, LATE, batch_rules, batch_time, count, fold, fold_failures, fold_runs, glyph, row_cells
 from repave.pages.door import PageRoute, add_view
 from repave.pages.frame import Frame

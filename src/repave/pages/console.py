@@ -10,9 +10,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from repave.api.operator import Scope
-from repave.api.operator_batches import get_run, list_runs
-from repave.api.operator_console import choose_source, follow_console
+from repave.api.operator.batches import get_run, list_runs
+from repave.api.operator.console import choose_source, follow_console
+from repave.api.operator.scope import Scope
 from repave.errors import RequestError
 from repave.pages.door import PageRoute, Visits, show
 from repave.pages.snapshot import Snapshot

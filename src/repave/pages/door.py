@@ -26,7 +26,9 @@ from starlette.exceptions import HTTPException
 
 from repave.api.asgi import fault_of, incoming
 from repave.api.limits import Limiter
-from repave.api.operator import Desk, Scope, check_role, is_site_admin, open_scope, status_of
+from repave.api.operator.answers import status_of
+from repave.api.operator.desk import Desk
+from repave.api.operator.scope import Scope, check_role, is_site_admin, open_scope
 from repave.auth.login import LASTS, Logins
 from repave.domain.model import Role
 from repave.errors import RepaveError, RequestError

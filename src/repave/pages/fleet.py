@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from repave.api.operator import Scope
+from repave.api.operator.scope import Scope
 from repave.errors import RequestError
 from repave.folding import GLYPHS, LATE, count, fold, unfold
 from repave.pages.door import PageRoute, Visits, add_view

@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from repave.api.operator import Scope
-from repave.api.operator_images import list_images, list_imports
+from repave.api.operator.images import list_images, list_imports
+from repave.api.operator.scope import Scope
 from repave.folding import fold
 from repave.pages.door import PageRoute, add_view
 from repave.pages.frame import Frame

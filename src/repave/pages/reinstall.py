@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from repave.api.operator import Scope
-from repave.api.operator_batches import Reinstall, Target, begin_reinstall, plan, show_batch
+from repave.api.operator.batches import Reinstall, Target, begin_reinstall, plan, show_batch
+from repave.api.operator.scope import Scope
 from repave.domain.model import Role
 from repave.domain.password import find_password_fault, user_for
 from repave.domain.waves import Waves

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from repave.api.operator import Scope
-from repave.api.operator_batches import list_runs
-from repave.api.operator_events import list_newest
+from repave.api.operator.batches import list_runs
+from repave.api.operator.events import list_newest
+from repave.api.operator.scope import Scope
 from repave.domain.model import Role, Step
 from repave.pages.console import read_tail
 from repave.pages.door import PageRoute, add_view

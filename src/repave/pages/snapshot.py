@@ -6,10 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from repave.api.operator import Scope
-from repave.api.operator_batches import show_batch
-from repave.api.operator_events import list_newest
-from repave.api.operator_servers import list_servers
+from repave.api.operator.batches import show_batch
+from repave.api.operator.events import list_newest
+from repave.api.operator.scope import Scope
+from repave.api.operator.servers import list_servers
 from repave.errors import RequestError
 from repave.folding import fold
 from repave.pages.frame import Frame

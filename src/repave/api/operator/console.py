@@ -12,8 +12,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from repave.api.case_file import MEDIA_TYPE, Case, build_case, case_name
-from repave.api.operator import Operator, ProblemRoute, Scope, Viewer
-from repave.api.operator_batches import get_run, show_run
+from repave.api.operator.answers import ProblemRoute
+from repave.api.operator.batches import get_run, show_run
+from repave.api.operator.scope import Operator, Scope, Viewer
 from repave.domain.model import Source
 from repave.errors import RequestError
 

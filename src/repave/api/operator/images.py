@@ -22,7 +22,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from repave.api.body import MAX_BODY_BYTES
-from repave.api.operator import After, ImportProgress, Json, Limit, Operator, ProblemRoute, Scope, Viewer, cut_page, one_more, render_list
+from repave.api.operator.answers import After, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.desk import ImportProgress
+from repave.api.operator.scope import Operator, Scope, Viewer
 from repave.domain.model import Image
 from repave.errors import ImageError, RequestError
 from repave.images.fetch import MOST_SIGNATURE_BYTES, fetch, hash_file, open_beneath, verify_signature

@@ -15,9 +15,10 @@ from repave.api.asgi import incoming
 from repave.api.batch_views import Beside, batch_json, estimate_json, run_durations, run_json, run_state, when_given_up
 from repave.api.clouddc import POLL_AFTER_S
 from repave.api.idempotency import REPLAYED, name_request
-from repave.api.operator import After, Body, Json, Operator, PageLimit, ProblemRoute, Scope, Viewer, cut_page, render_list
-from repave.api.operator_images import get_image
-from repave.api.operator_servers import get_server
+from repave.api.operator.answers import After, Body, Json, PageLimit, ProblemRoute, cut_page, render_list
+from repave.api.operator.images import get_image
+from repave.api.operator.scope import Operator, Scope, Viewer
+from repave.api.operator.servers import get_server
 from repave.domain.model import Batch, Image, Instance, RunRow, Server, Step
 from repave.domain.root_disk import find_known_misfit, is_candidate
 from repave.domain.states import may_reinstall

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field
 
-from repave.api.operator import Admin, After, Body, Json, Limit, ProblemRoute, Scope, cut_page, one_more, render_list
+from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.scope import Admin, Scope
 from repave.domain.model import Webhook
 from repave.domain.urls import find_url_with_query_fault
 from repave.errors import RequestError

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from repave.api.operator import Admin, After, Body, Json, Limit, Operator, ProblemRoute, Scope, Viewer, cut_page, one_more, render_list
-from repave.api.operator_images import get_image
+from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.images import get_image
+from repave.api.operator.scope import Admin, Operator, Scope, Viewer
 from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.kept_partitions import parse_names
 from repave.domain.model import Instance, Role, Server

@@ -12,7 +12,8 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from repave.api.operator import Json, ProblemRoute, Scope, Viewer, render_list
+from repave.api.operator.answers import Json, ProblemRoute, render_list
+from repave.api.operator.scope import Scope, Viewer
 from repave.domain.model import Event
 from repave.errors import RequestError
 
