@@ -79,14 +79,14 @@ class Run:
         return sum(60 * int(found[1]) for _, line in self.said if (found := re.search(r"[Ww]ithin (\d+) min", line)))
 
 
-def judge(run: Run, name: str, *, busy: int = 1) -> list[str]:
-    """Prints the figures; returns what was promised and did not come. `busy`: so many times slower is this machine than one that has nothing else to do."""
+def judge(run: Run, name: str) -> list[str]:
+    """Prints the figures; returns what was promised and did not come."""
     pages, done, end = run.at(PAGES), run.at(r"^✓ \d+ machines run"), run.said[-1] if run.said else (0.0, "")
     print(f"{name}: announced {run.announced_s()} s")
     print(f"{name}: pages after {pages[0]:.1f} s, at {pages[1][1]}" if pages else f"{name}: no pages")
     print(f"{name}: batch finished after {done[0]:.1f} s" if done else f"{name}: no finished batch")
     broken = [] if pages and done else [f"{name}: it did not come to its end; it said last: {end[1]}"]
-    if done and done[0] > busy * run.announced_s():
+    if done and done[0] > run.announced_s():
         broken.append(f"{name}: {done[0]:.0f} s, and {run.announced_s()} s were announced")
     if not end[1].startswith(LAST):
         broken.append(f"{name}: the next steps are not last on the screen")

@@ -26,7 +26,7 @@ from repave.lab.rack import find_service, rack_down
 
 TREE = Path(__file__).parents[2]
 MAKE = ["make", "--old-file=install", "run", "SCRIPTED=1"]  # the environment of whoever runs the tests is installed
-BUSY = 2  # how much slower four files of tests at once may make it
+BUSY = 2  # how much later the pages may come beside four files of tests
 
 
 def make_folder() -> Path:
@@ -60,7 +60,7 @@ def stranger() -> Iterator[tuple[Run, Path]]:
 
 def test_q1_make_run_ends_with_a_url_and_a_finished_batch_within_the_time_it_announced(stranger: tuple[Run, Path]) -> None:
     run, _ = stranger
-    assert judge(run, "make run", busy=BUSY) == []
+    assert judge(run, "make run") == []
     pages = run.at(PAGES)
     assert pages and answers(pages[1][1])
     phases = {found[1] for _, line in run.said if (found := re.match(r"(\d)/6 ", line))}
@@ -81,7 +81,7 @@ def test_q7_a_sample_of_the_official_sdk_runs_unchanged_with_what_make_env_print
 
 def test_q2_without_a_network_its_pages_come_in_time_a_batch_ends_and_ctrl_c_leaves_nothing() -> None:
     with open_run(without_network(" ".join(MAKE))) as (run, folder):
-        assert judge(run, "without a network", busy=BUSY) == []
+        assert judge(run, "without a network") == []
         pages = run.at(PAGES)
         assert pages and pages[0] <= PAGES_S * BUSY
         service = find_service(folder / ".repave")
