@@ -80,8 +80,8 @@ def main() -> int:
         show_machines(client, lab)
         print(f"\n✓ {COUNT} machines run {image} {seconds:.0f} s after the PUT; {time.monotonic() - started:.0f} s in all.", flush=True)
         if stay:
-            print(render_next(lab, password), flush=True)
             with contextlib.suppress(KeyboardInterrupt):  # all is done: this is how one leaves
+                print(render_next(lab, password), flush=True)
                 threading.Event().wait()
             print("\nstopping", flush=True)
         else:
