@@ -4,6 +4,7 @@ where clouds keep their metadata, unless the site allows it. The address that wa
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import queue
@@ -20,11 +21,12 @@ class AddressRefused(Exception):
 
 class OutboundConnection(http.client.HTTPConnection):
     """To an address that may be asked, and that was looked at before it is connected to. `connect` raises AddressRefused, and TimeoutError after `timeout_s`
-    for the name and as long again for the address. Whoever shuts `sock` down ends all that follows, the TLS handshake too."""
+    for the name and as long again for the address."""
 
     def __init__(self, host: str, port: int, scheme: str, local_addresses: bool, *, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s)
         self._timeout_s = timeout_s
+        self._is_cut = False
         self._scheme, self._local_addresses = scheme, local_addresses
 
     def connect(self) -> None:
@@ -32,10 +34,19 @@ class OutboundConnection(http.client.HTTPConnection):
         if not self._local_addresses and any(_is_local(address) for address in found):
             raise AddressRefused("this machine's or link-local")
         self.sock = socket.create_connection((found[0], self.port), self.timeout)
+        if self._scheme == "https":  # the handshake comes when it can be cut: the other end may take its time for each byte of it
+            self.sock = tls = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        if self._is_cut:
+            raise ConnectionAbortedError("cut")
         if self._scheme == "https":
-            tls = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
-            self.sock = tls  # before the handshake: the other end may take its time for each byte of it
             tls.do_handshake()
+
+    def cut(self) -> None:
+        """From another thread: whoever waits for the other end sees its end, and `connect` does not go on."""
+        self._is_cut = True
+        if (sock := self.sock) is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the connection alone: SSLSocket's own forgets its TLS under who reads from it
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:

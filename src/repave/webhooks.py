@@ -15,7 +15,6 @@ import hmac
 import http.client
 import json
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -162,7 +161,7 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
     parts = urlsplit(url)
     default = 443 if parts.scheme == "https" else 80
     connection = OutboundConnection(parts.hostname or "", parts.port or default, parts.scheme, local_addresses, timeout_s=TIMEOUT_S)
-    timer = threading.Timer(DELIVERY_S, _cut, [connection])
+    timer = threading.Timer(DELIVERY_S, connection.cut)
     timer.daemon = True
     timer.start()  # it can be cut however slowly it drips
     try:
@@ -179,13 +178,6 @@ def post(url: str, body: bytes, headers: dict[str, str], *, local_addresses: boo
         timer.cancel()
         connection.close()
     return None if 200 <= status < 300 else f"it answered {status}"
-
-
-def _cut(connection: OutboundConnection) -> None:
-    """Whoever reads from it reads its end."""
-    if connection.sock is not None:
-        with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def render_slack(type_: str, data: dict[str, Any]) -> str:

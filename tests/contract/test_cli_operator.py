@@ -272,6 +272,15 @@ def test_an_answer_that_stays_lost_says_that_it_is_not_known_whether_it_has_begu
     assert "not known" in lost.value.problem.untouched
 
 
+def test_a_service_that_was_never_reached_or_says_that_it_began_nothing_is_told_as_such(fleet: Cli) -> None:
+    asked = {"servers": ["web01"], "image": "tiny", "password": NEW_PASSWORD}
+    with start_fault_proxy(fleet.site.url) as proxy:
+        client = Client(None, Endpoint(proxy.url, fleet.site.tokens["admin"]))
+    with pytest.raises(RepaveError) as unreached:  # nobody listens there any more
+        client.begin("/reinstall", asked, again_after_s=(0.05,))
+    assert (unreached.value.slug, unreached.value.problem.untouched) == ("service-unreachable", "everything")
+
+
 def test_only_the_typed_words_start_it(fleet: Cli) -> None:
     """On a terminal: 'y' does not, 'erase 2' does."""
     for words, begun in (("y", 0), ("erase 2", 1)):

@@ -119,7 +119,7 @@ def test_it_is_asked_before_anything_is_sent_and_the_same_again_adds_the_rest(cl
         assert add(cli, f"{box.url}/netbox").returncode == 3, "nobody was there to confirm"
         assert cli.site.bmcs.asked == []
         half = add(cli, f"{box.url}/netbox/api", "--yes", "--netbox-filter", "role=server", token="nbt_key.secret")
-        assert half.returncode == 10 and f"repave server add --netbox {box.url}/netbox/api --netbox-filter role=server --user root" in half.stderr, half.stderr
+        assert half.returncode == 10 and "1 added, 1 not: web02." in half.stderr and "the same command again adds the rest" in half.stderr, half.stderr
         known_bmcs(cli, 2)
         rest = add(cli, f"{box.url}/netbox", "--yes")
     assert rest.returncode == 0 and "web01: there already" in rest.stderr
@@ -168,3 +168,9 @@ def test_a_netbox_that_does_not_answer_is_named(cli: Cli) -> None:
     refused = add(cli, "http://127.0.0.1:9", "--yes")
     assert refused.returncode == 2 and "NetBox at http://127.0.0.1:9 does not answer" in refused.stderr
     assert add(cli, "http://root:pw@127.0.0.1:9").returncode == 2
+
+
+@pytest.mark.parametrize("url", ["https://nb:99999", "https://nb/ü", f"https://{'n' * 70}/"])
+def test_an_address_that_can_be_none_is_refused_in_plain_words(cli: Cli, url: str) -> None:
+    done = add(cli, url, "--yes")
+    assert done.returncode == 2 and "NetBox" in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -183,6 +183,10 @@ def test_p_pauses_the_batch_and_lets_it_go_on_and_a_viewer_is_refused_in_one_lin
 
     with open_screen([*REPAVE, "watch"], env=fifty.env(), cwd=tmp_path) as screen:
         screen.wait_for("? keys")
+        screen.type("-l", "repave batch ls")  # pasted, for the shell
+        screen.type("u")
+        screen.wait_for("u fold")
+        assert not is_paused()
         screen.type("p")
         assert "Paused: 50 wait, 0 under way go on." in screen.wait_for("p resume") and is_paused()
         screen.type("p")

@@ -57,6 +57,10 @@ def find_endpoint() -> Endpoint:
     return Endpoint(os.environ.get("REPAVE_ENDPOINT", DEFAULT_ENDPOINT), os.environ.get("REPAVE_TOKEN", ""))
 
 
+class NotSent(RepaveError):
+    """Nobody took the connection."""
+
+
 class Client:
     """Asks; raises RepaveError as the service said it, or service-unreachable."""
 
@@ -82,17 +86,22 @@ class Client:
         return self._ask("POST", path, {}, body)
 
     def begin(self, path: str, body: Json, *, again_after_s: Sequence[float] = _AGAIN_AFTER_S) -> Json:
-        """A post that begins something, once: where no answer comes it is sent again under the same key (api/idempotency.py). Raises answer-lost."""
+        """A post that begins something, once: where no answer comes it is sent again under the same key (api/idempotency.py).
+
+        Raises answer-lost where one of them may have begun it.
+        """
         headers = {"Idempotency-Key": os.urandom(16).hex()}
         pauses = iter(again_after_s)
+        may_have_begun = False
         while True:
             try:
                 return self._ask("POST", path, {}, body, headers=headers)
             except RepaveError as error:
-                if not _is_lost(error):
+                if error.slug not in ("service-unreachable", "database-unavailable"):
                     raise
+                may_have_begun |= error.slug == "service-unreachable" and not isinstance(error, NotSent)
                 if (pause_s := next(pauses, None)) is None:
-                    raise RepaveError("answer-lost", error.detail) from None
+                    raise RepaveError("answer-lost", error.detail) if may_have_begun else error from None
                 say(f"{error.detail or error.problem.title} Asking again; what has begun does not begin twice.")
                 time.sleep(pause_s)
 
@@ -159,8 +168,8 @@ class Client:
             except (OSError, HTTPException):
                 raise self._no_answer("broke off") from None
 
-    def _no_answer(self, why: str) -> RepaveError:
-        return RepaveError("service-unreachable", f"No answer from {self.endpoint.url} ({why}).")
+    def _no_answer(self, why: str, kind: type[RepaveError] = RepaveError) -> RepaveError:
+        return kind("service-unreachable", f"No answer from {self.endpoint.url} ({why}).")
 
     def _send(
         self, method: str, path: str, params: Json, body: Any = None, *, headers: dict[str, str] | None = None, answer_s: float = _ANSWER_S,
@@ -179,6 +188,9 @@ class Client:
         connection = self._connect()
         try:
             connection.connect()
+        except (OSError, ValueError) as error:
+            raise self._no_answer(type(error).__name__, NotSent) from None
+        try:
             connection.sock.settimeout(answer_s)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent: the answer says why
                 connection.request(method, f"{root}{path}{query}", body, sent | (headers or {}))
@@ -211,8 +223,3 @@ def _error_of(status: int, text: bytes) -> RepaveError:
     said = f": {value['error_code']} {value['error_msg']}" if isinstance(value, dict) and {"error_code", "error_msg"} <= value.keys() else "."
     slug = "service-unreachable" if status in _GATEWAY and said == "." else "internal" if status >= 500 else "bad-request"
     return RepaveError(slug, f"The service answered {status}{said}")
-
-
-def _is_lost(error: RepaveError) -> bool:
-    """What was asked may have been done, and the answer did not come."""
-    return error.slug in ("service-unreachable", "database-unavailable")

@@ -64,7 +64,7 @@ class LiveTable:
             return
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            for key in self._keys.wait(left):
+            if key := self._keys.wait(left):
                 self._obey(key)
 
     def _obey(self, key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -149,15 +148,14 @@ def add(
         raise Usage("With --csv the file says what each server is; other options than --blank, --windows and --image do not go with it.")
     common = {"blank": blank, "os_type": "Windows" if windows else "Linux", "image": image}
     if csv is not None:
-        found, order, source = read_servers(csv), "as the file says", f"--csv {csv}"
+        found, order = read_servers(csv), "as the file says"
     elif netbox is not None:
         found, order = _from_netbox(netbox, netbox_filter or [], settings, password_stdin), "as NetBox says"
-        source = shlex.join(["--netbox", netbox, *(word for text in netbox_filter or () for word in ("--netbox-filter", text)), "--user", settings.user or ""])
     else:
-        found, order, source = _paired(nodeset or "", settings, password_stdin), "paired in order", ""
+        found, order = _paired(nodeset or "", settings, password_stdin), "paired in order"
     bodies: list[Json] = [common | body for body in found]
     client = Client(project)
-    if source:
+    if nodeset is None:
         bodies = _leave_out_known(bodies, client)
         if not bodies:
             return Exit.OK
@@ -167,7 +165,7 @@ def add(
         say(f"Asking {len(bodies)} BMCs, {_AT_ONCE} at a time.")
     by_name = {body["name"]: body for body in bodies}
     done = on_each(list(by_name), lambda name: client.post("/servers", by_name[name]))
-    return _tell_added(done, as_json=json, source=source)
+    return _tell_added(done, as_json=json, may_repeat=nodeset is None)
 
 
 def _show_pairs(pairs: Sequence[tuple[str, str]], order: str, *, whole: bool) -> None:
@@ -192,7 +190,7 @@ def _leave_out_known(bodies: list[Json], client: Client) -> list[Json]:
     return [body for body in bodies if body["name"] not in known]
 
 
-def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, source: str) -> int:
+def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, may_repeat: bool) -> int:
     good = [a for a in done.values() if isinstance(a, dict)]
     bad = {name: a for name, a in done.items() if isinstance(a, RepaveError)}
     tell_errors(bad)
@@ -202,7 +200,7 @@ def _tell_added(done: dict[str, Json | RepaveError], *, as_json: bool, source: s
         show_json({"items": good, "next": None})
     elif good:
         show_list(good, _LIST, TABLE)
-    following = f"the same again (repave server add {source}) adds the rest" if bad and source else "repave image ls" if good else ""
+    following = "the same command again adds the rest" if bad and may_repeat else "repave image ls" if good else ""
     told = f"{len(good)} added{f', {len(bad)} not: {fold(bad)}' if bad else ''}"
     say(f"{told}. Nothing was powered or written." + (f"  Next: {following}" if following else ""))
     codes = {exit_code(error) for error in bad.values()}

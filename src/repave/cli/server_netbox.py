@@ -58,12 +58,15 @@ class _Netbox:
 
     def get_devices(self, query: str) -> Json:
         """One page. Redirects are not followed."""
-        connection = self._connect()
+        try:
+            connection = self._connect()
+        except ValueError as error:
+            raise Usage(f"{self._url!r} is no address of a NetBox: {error}.") from None
         try:
             connection.request("GET", f"{self._at.path.rstrip('/').removesuffix('/api')}/api/dcim/devices/?{query}", headers=self._headers)
             answer = connection.getresponse()
             status, text = answer.status, answer.read()
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise Usage(f"NetBox at {self._url} does not answer: {error or type(error).__name__}.") from None
         finally:
             connection.close()
@@ -105,7 +108,7 @@ def _list_devices(netbox: _Netbox, filters: Sequence[str]) -> Iterator[Json]:
 def _row(device: Any) -> Row:
     """What NetBox does not say is left out."""
     try:
-        name, rack, position = device["name"] or "", (device.get("rack") or {}).get("name") or "", device.get("position")
+        name, rack, position = str(device["name"] or ""), str((device.get("rack") or {}).get("name") or ""), device.get("position")
         place = f"NetBox device {device['id']} ({name!r})" if name else f"NetBox device {device['id']}"
         address = (device.get("oob_ip") or {}).get("address")
         unit = "" if position is None else f"{float(position):g}"  # 37.0; a device may stand at half a unit

@@ -159,7 +159,7 @@ def visitor_of(request: Request, *, at_home: bool = False) -> Visitor:
     scope = open_scope(credential, house.desk, named)
     if len(projects) < 2:
         return Visitor(house, scope, token)
-    return Visitor(house, scope, token, next(name for name, its in projects.items() if its == scope.project_id), tuple(projects))
+    return Visitor(house, scope, token, next((name for name, its in projects.items() if its == scope.project_id), scope.named), tuple(projects))
 
 
 def _named_project(request: Request) -> str | None:
