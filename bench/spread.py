@@ -1,4 +1,4 @@
-"""48 agents fetch the same image over links that are shaped: from the origin alone, through one cache a rack of 12, and one agent alone.
+"""1 to 48 agents fetch the same image over links that are shaped: from the origin alone, and through one cache a rack of 12. Draws docs/spread.svg.
 
 Each agent is a process in a network namespace with a link of its own, and fetches with the agent's own code (four threads; nothing is written). All
 of it is on one machine, so the links are slow enough for its cores. Needs root.
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from bench.plot import Series, render_plot
 from bench.scripted_batch import describe_machine
 from bench.serving import CHUNK_BYTES, KEY, write_chunks
 from repave.ca import make_ca, make_certificate
@@ -30,11 +31,13 @@ RACKS, AGENTS_A_RACK = 4, 12
 ORIGIN_MBIT, AGENT_MBIT = 240, 48
 IMAGE_CHUNKS = 50
 ORIGIN = "10.77.0.1"
+AT_ONCE = (1, 3, 12, 24, 48)
 NS = "rpspread"
+PLOT = Path(__file__).parents[1] / "docs/spread.svg"
 
 
 def main(agents: int = RACKS * AGENTS_A_RACK) -> None:
-    """Prints one table. 3 minutes on 2 cores."""
+    """Prints one table. 7 minutes on 2 cores. `agents`: at most."""
     folder = Path(tempfile.mkdtemp(prefix="rps-", dir="/tmp"))
     folder.chmod(0o755)
     try:
@@ -59,14 +62,13 @@ def measure(folder: Path, agents: int, stack: contextlib.ExitStack) -> None:
     origin = subprocess.Popen([*inside("origin"), *command], stderr=subprocess.DEVNULL)
     stack.callback(origin.wait)
     stack.callback(origin.kill)
-    rows = []
+    found: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
     everybody = [(rack, number) for number in range(AGENTS_A_RACK) for rack in range(RACKS)][:agents]
     time.sleep(3)
-    for title, who, with_caches in (
-        ("one agent alone", everybody[:1], False),
-        (f"{len(everybody)} agents, one cache a rack of {AGENTS_A_RACK}", everybody, True),
-        (f"{len(everybody)} agents, no caches", everybody, False),
-    ):
+    links = f"an image of {IMAGE_CHUNKS * CHUNK_BYTES / 1e6:.0f} MB; origin {ORIGIN_MBIT} Mbit/s, agents {AGENT_MBIT} each"
+    print(f"{links}; {describe_machine()}; {datetime.now():%Y-%m-%d %H:%M}\n", flush=True)
+    for number, with_caches in itertools.product(sorted({min(n, len(everybody)) for n in AT_ONCE}), found):
+        who = everybody[:number]
         with contextlib.ExitStack() as caches:
             if with_caches:
                 for rack in range(RACKS):
@@ -74,12 +76,13 @@ def measure(folder: Path, agents: int, stack: contextlib.ExitStack) -> None:
             before = read_sent_bytes()
             took = fetch_all(folder, who, with_caches)
             sent = read_sent_bytes() - before
-        rows.append((title, f"{statistics.median(took):.1f} s, the last {max(took):.1f} s", f"{sent / 1e6:.0f} MB out of the origin"))
-        print(f"{title}: {rows[-1][1]}", flush=True)
-    links = f"an image of {IMAGE_CHUNKS * CHUNK_BYTES / 1e6:.0f} MB; origin {ORIGIN_MBIT} Mbit/s, agents {AGENT_MBIT} each"
-    print(f"\n{links}; {describe_machine()}; {datetime.now():%Y-%m-%d %H:%M}\n")
-    for row in rows:
-        print(f"  {row[0]:<40} {row[1]:<28} {row[2]}", flush=True)
+        found[with_caches][number] = took
+        title = f"{number} agents, {f'a cache for each {AGENTS_A_RACK}' if with_caches else 'no caches'}"
+        print(f"  {title:<36} {statistics.median(took):5.1f} s, the last {max(took):5.1f} s; {sent / 1e6:5.0f} MB out of the origin", flush=True)
+    names = {True: f"one cache a rack of {AGENTS_A_RACK}", False: "no caches"}
+    lines = [Series(name, [(n, max(took)) for n, took in found[with_caches].items()]) for with_caches, name in names.items()]
+    note = f"{links}; {describe_machine()}; {datetime.now():%Y-%m-%d}"
+    PLOT.write_text(render_plot("One image to so many agents at once", "agents", "seconds until the last has it", lines, note=note))
 
 
 def start_cache(folder: Path, rack: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:

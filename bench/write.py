@@ -299,16 +299,21 @@ def count_stale(disk: Path, raw: Path) -> int:
 def link(rounds: int, ram: Path, files: Files) -> None:
     """Over a veth pair whose server's end sends at most 1 Gbit/s: the agent, and curl that throws the same bytes away."""
     with shaped_link() as (address, before), start_origin(ram, files.folder, address=address, before=before) as url:
-        agents, curls = [], []
+        agents, curls, alone = [], [], []
         for _ in range(rounds):
             began = time.monotonic()
             subprocess.run(["curl", "-sf", "-o", "/dev/null", f"{url}/all.chunks"], check=True)
             curls.append(time.monotonic() - began)
             command = [*AGENT, f"{url}/pack/manifests/{files.manifest_name}"]
-            agents.append(measure(ram / "disk", IMAGE_BYTES, files, lambda device, command=command: [*command, device, "--json"], ram).wall_s)  # type: ignore[misc]
+            done = measure(ram / "disk", IMAGE_BYTES, files, lambda device, command=command: [*command, device, "--json"], ram)  # type: ignore[misc]
+            agents.append(done.wall_s)
+            alone.append(float(done.said["stages_s"]["write"]))  # type: ignore[index]
         (ram / "disk").unlink()
-    share = statistics.median(curls) / statistics.median(agents)
-    print(f"\nat {LINK}: curl -o /dev/null {statistics.median(curls):.2f} s, agent {statistics.median(agents):.2f} s: {share:.3f} of the link", flush=True)
+    curl, agent, stage = (statistics.median(each) for each in (curls, agents, alone))
+    print(
+        f"\nat {LINK}: curl -o /dev/null {curl:.2f} s, agent {agent:.2f} s: {curl / agent:.3f} of the link; its write alone {stage:.2f} s: {curl / stage:.3f}",
+        flush=True,
+    )
 
 
 @contextmanager
