@@ -106,7 +106,7 @@ class OpenedBmc:
     server: Server
     before_write: Callable[[], None]
 
-    def power_off(self, *, graceful_s: float = 0) -> bool:
+    def power_off(self, *, graceful_s: float = 0, while_waiting: Callable[[], None] = lambda: None) -> bool:
         self._switch(f"{self.server.name} {'shut down' if graceful_s else 'cut'}")
         self.bmcs.off.add(self.server.bmc_url)
         return not graceful_s

@@ -3,15 +3,30 @@
 import json
 import os
 import pty
+import select
+import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from operator_site import NEW_PASSWORD, start_site
+from operator_site import BMC_PASSWORD, NEW_PASSWORD, start_site
+from redfish_fake import FakeBmc, small_bmc, start_bmc
 from test_cli_operator import REPAVE, Cli
 
-from repave.domain.model import Host
+from repave.app import init_site, open_site
+from repave.bmc import BmcAddress
+from repave.bmc.redfish import RedfishBmc
+from repave.config import load_settings
+from repave.domain.model import Host, Server
+from repave.errors import RepaveError
+from repave.store import new_id
+from repave.workflow.fleet import Fleet
+from repave.workflow.lease import LeaseGiven, LeaseLapsed
+from repave.workflow.power import PowerSwitch
 
 
 @pytest.fixture
@@ -29,16 +44,22 @@ def type_at_terminal(cli: Cli, *argv: str, words: str) -> tuple[int, str]:
     if pid == 0:
         os.chdir(cli.folder)
         os.execve(sys.executable, [*REPAVE, *argv], cli.env())
-    seen = b""
+    seen, is_typed, status = b"", False, None
     try:
-        while piece := os.read(terminal, 4096):
+        while select.select([terminal], [], [], 30)[0] and (piece := os.read(terminal, 4096)):
             seen += piece
-            if b"to start:" in piece:
+            if not is_typed and b"to start:" in seen:
                 os.write(terminal, words.encode() + b"\n")
+                is_typed = True
+        raise AssertionError(f"It stands still after {seen!r}.")
     except OSError:  # EIO: the other end has ended
-        pass
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode()
+        status = os.waitpid(pid, 0)[1]
+    finally:
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
+    return os.waitstatus_to_exitcode(status), seen.decode()
 
 
 def power_of(cli: Cli, *names: str) -> list[str]:
@@ -93,6 +114,84 @@ def test_a_live_run_owns_its_servers_power_also_one_that_is_admitted_at_the_last
 
 def assert_accepted(status: int) -> None:
     assert status == 202
+
+
+def test_a_run_that_is_admitted_while_an_os_shuts_down_finds_the_bmc_free_and_the_order_ends(cli: Cli) -> None:
+    """The driver is the real one; the OS behind the BMC does not follow, so the order would wait for all of its time."""
+    with start_bmc(FakeBmc("small", resources=small_bmc())) as bmc:
+        bmc.rule("POST", "ComputerSystem.Reset", lambda handler, apply: (204, None))
+        cli.site.bmcs.known[bmc.url] = "SN4"
+        made = cli.site.add_server("web04", bmc_url=bmc.url, root_disk="serial=S4")
+        server = cli.site.store.servers.get_server(made["id"])
+
+        @contextmanager
+        def open_bmc(server: Server, before_write: Callable[[], None] = lambda: None, run_id: str = "") -> Iterator[RedfishBmc]:
+            with RedfishBmc(BmcAddress.of(server, BMC_PASSWORD), before_write=before_write) as opened:
+                yield opened
+
+        fleet = Fleet(cli.site.store, lambda conn, runs: None, run_timeout_s=3600)
+        power = PowerSwitch(cli.site.store, fleet, open_bmc, graceful_s=20)
+        with ThreadPoolExecutor(1) as pool:
+            order = pool.submit(power.carry_out, server, "restart", force=False, actor="the operator")
+            wait_until(lambda: bmc.sent("POST") != [])
+            admitted = cli.site.ask("POST", "/reinstall", json={"servers": ["web04"], "image": "tiny", "password": NEW_PASSWORD})
+            with RedfishBmc(BmcAddress.of(server, BMC_PASSWORD), deadline_s=5) as bmc_of_the_run:
+                bmc_of_the_run.probe()
+            assert admitted.status_code == 202
+            with pytest.raises(RepaveError) as refused:
+                order.result(timeout=30)
+        assert refused.value.slug == "in-progress"
+        assert [body["ResetType"] for body in bmc.sent("POST")] == ["GracefulShutdown"]
+
+
+def wait_until(reached: Callable[[], bool], within_s: float = 10) -> None:
+    end = time.monotonic() + within_s
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("end", [LeaseLapsed, LeaseGiven])
+def test_an_order_is_cut_short_where_its_worker_may_send_nothing_any_more(cli: Cli, end: type[Exception]) -> None:
+    def end_lease() -> None:
+        if cli.site.bmcs.switched:
+            raise end
+
+    cli.site.bmcs.before_switch = end_lease
+    cut = cli.site.ask("POST", "/servers/web01/power", json={"order": "restart"})
+    assert (cut.status_code, cut.json()["class"], cut.json()["retryable"]) == (503, "order-cut-short", True)
+    assert cli.site.bmcs.switched == ["web01 shut down"] and power_of(cli, "web01") == ["off"]
+    assert orders(cli) == [("the admin", "restart")]
+
+
+def test_a_service_that_stops_sends_no_order_to_a_bmc(tmp_path: Path) -> None:
+    """As it is put together to serve: the lease is asked last, when the order is in the audit."""
+    project_id = init_site(tmp_path).project.id
+    with start_bmc(FakeBmc("small", resources=small_bmc())) as bmc, open_site(load_settings(tmp_path)) as site:
+        server = Server(
+            id=new_id(), name="web01", project_id=project_id, bmc_url=bmc.url, bmc_username="root", bmc_tls_verify="true", bmc_certificate_sha256=None,
+            bmc_system_uri=None, manufacturer="", model="", serial="", uuid="", macs=(), arch="amd64", boot="uefi", rack="", unit="", root_disk={},
+            network=None, created_at=site.store.now(),
+        )  # fmt: skip
+        site.store.servers.add_server(server, bmc_password=BMC_PASSWORD, blank=True)
+        site.engine.lease.stop_effects()
+        with pytest.raises(RepaveError) as cut:
+            site.power.carry_out(server, "off", force=True, actor="the operator")
+        assert cut.value.slug == "order-cut-short" and bmc.sent("POST") == []
+
+
+def test_power_that_another_servers_bmc_shows_is_not_told_as_this_servers_and_never_taken(cli: Cli) -> None:
+    cli.site.bmcs.known["https://web02.bmc.invalid"] = "SN99"
+    shown = cli.run("server", "power", "web[01-02]", "show", "-o", "csv")
+    assert shown.returncode == 10
+    told = "The BMC shows another serial number or UUID than the one recorded."
+    assert shown.stdout.splitlines() == ["server,power,error,cause", "web01,on,,", f"web02,,Repave.3103,{told}"]
+    assert "✗ web02" in shown.stderr
+    assert cli.run("server", "power", "web02", "show").returncode == 3
+    for order in ("off", "restart"):
+        code, seen = type_at_terminal(cli, "server", "power", "web[01-02]", order, words=f"{order} 2")
+        assert code == 3 and "web02: the BMC is another server's" in seen and "to start:" not in seen
+    assert cli.site.bmcs.switched == [] and orders(cli) == []
 
 
 def test_a_locked_server_and_one_that_repave_runs_on_keep_their_power(cli: Cli) -> None:

@@ -7,7 +7,7 @@ All raise `errors.BmcError` with one of `errors.BMC_CLASSES` as its slug. All bl
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,8 +75,9 @@ class Bmc(Protocol):
     def power_on(self) -> None:
         """The server is on, read back."""
 
-    def power_off(self, *, graceful_s: float = 0) -> bool:
-        """The server is off, read back. With `graceful_s` it is asked first for that long. Returns True when forced."""
+    def power_off(self, *, graceful_s: float = 0, while_waiting: Callable[[], None] = lambda: None) -> bool:
+        """The server is off, read back. With `graceful_s` it is asked first for that long. Returns True when forced.
+        `while_waiting` is called before each reading of that wait: what it raises ends the wait, and the BMC is free at once."""
 
     def wait_for_off(self, within_s: float) -> bool:
         """Whether the server is off by then. Asks for nothing: a shutdown that was asked for earlier ends."""

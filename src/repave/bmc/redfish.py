@@ -136,12 +136,16 @@ class RedfishBmc(Bmc):
         with self._call():
             self._reach_power(self._read_system(), Power.ON, "On")
 
-    def power_off(self, *, graceful_s: float = 0) -> bool:
+    def power_off(self, *, graceful_s: float = 0, while_waiting: Callable[[], None] = lambda: None) -> bool:
+        def is_off() -> bool:
+            while_waiting()
+            return _power_of(self._read_system()) is Power.OFF
+
         with self._call(extra_s=graceful_s):
             system = self._read_system()
             if self._is_already(Power.OFF, system):
                 return False
-            if graceful_s > 0 and self._asked_to_shut_down(system) and self._until(self._is(Power.OFF), graceful_s):
+            if graceful_s > 0 and self._asked_to_shut_down(system) and self._until(is_off, graceful_s):
                 return False
             self._reach_power(system, Power.OFF, "ForceOff")
             return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -274,17 +274,17 @@ def set_servers(
         body["bmc_password"] = read_secret("BMC password", from_stdin=True)
     if not body:
         raise Usage("Nothing to change was given.")
-    client, names = find_named(nodeset, project)
-    if len(names) > 1 and (alone := {"bmc_url", "system_uri", "unit", "network", "certificate_sha256"} & body.keys() - ({"network"} if dhcp else set())):
-        raise Usage(f"{', '.join(sorted(alone))}: what is one server's can not be said of {len(names)}.")
-    return _tell_done(on_each(names, lambda name: client.patch(f"/servers/{name}", body)), "changed")
+    client, servers = find_named(nodeset, project)
+    if len(servers) > 1 and (alone := {"bmc_url", "system_uri", "unit", "network", "certificate_sha256"} & body.keys() - ({"network"} if dhcp else set())):
+        raise Usage(f"{', '.join(sorted(alone))}: what is one server's can not be said of {len(servers)}.")
+    return _tell_done(on_each(servers, lambda name: client.patch(f"/servers/{name}", body)), "changed")
 
 
 @app.command(name="probe")
 def probe_servers(nodeset: str, /, *, project: Project = None, form: Form = TABLE) -> int:
     """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
-    client, names = find_named(nodeset, project)
-    done = on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
+    client, servers = find_named(nodeset, project)
+    done = on_each(servers, lambda name: client.post(f"/servers/{name}/probe", {}))
     found: list[Json] = [
         {"server": name} | ({"same": None, "error": a.as_json()} if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()
     ]
@@ -299,14 +299,15 @@ def code_of(bad: int, total: int) -> int:
     return Exit.OK if not bad else Exit.ALL_FAILED if bad == total > 1 else Exit.FAILED
 
 
-def find_named(nodeset: str, project: str | None) -> tuple[Client, list[str]]:
-    """All of them are known. Raises Usage or RepaveError; then nothing was sent."""
+def find_named(nodeset: str, project: str | None) -> tuple[Client, dict[str, Json]]:
+    """The servers by name, in the nodeset's order; all of them are known. Raises Usage or RepaveError; then nothing was sent."""
     client, names = Client(project), unfold(nodeset)
-    check_known(names, [s["name"] for s in client.items("/servers")])
-    return client, names
+    known: dict[str, Json] = {s["name"]: s for s in client.items("/servers")}
+    check_known(names, list(known))
+    return client, {name: known[name] for name in names}
 
 
-def on_each(names: Sequence[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
+def on_each(names: Collection[str], do: Callable[[str], Json]) -> dict[str, Json | RepaveError]:
     """Several at a time, each asked whatever became of the others; in the order of the names."""
 
     def attempt(name: str) -> Json | RepaveError:
@@ -338,16 +339,16 @@ def tell_errors(bad: dict[str, RepaveError]) -> None:
 @app.command
 def lock(nodeset: str, /, *, reason: str, project: Project = None) -> int:
     """Refuse every reinstall of these servers until they are unlocked; the reason is shown to whoever tries."""
-    client, names = find_named(nodeset, project)
-    done = on_each(names, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
+    client, servers = find_named(nodeset, project)
+    done = on_each(servers, lambda name: client.post(f"/servers/{name}/lock", {"reason": reason}))
     return _tell_done(done, f"locked: {reason}  A run that has begun goes on")
 
 
 @app.command
 def unlock(nodeset: str, /, *, project: Project = None) -> int:
     """Let these servers be reinstalled again."""
-    client, names = find_named(nodeset, project)
-    return _tell_done(on_each(names, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
+    client, servers = find_named(nodeset, project)
+    return _tell_done(on_each(servers, lambda name: client.post(f"/servers/{name}/unlock", {})), "unlocked")
 
 
 @app.command
@@ -406,7 +407,8 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
     yes
         Do not ask.
     """
-    client, names = find_named(nodeset, project)
+    client, servers = find_named(nodeset, project)
+    names = list(servers)
     password = read_secret("New BMC password", from_stdin=password_stdin, variable="REPAVE_NEW_BMC_PASSWORD", twice=True)
     confirm(f"Change the BMC password of {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
 
@@ -425,14 +427,14 @@ def rotate(nodeset: str, /, *, password_stdin: bool = False, yes: bool = False, 
 @app.command(name="rm")
 def remove_servers(nodeset: str, /, *, yes: Yes = False, project: Project = None) -> int:
     """Forget servers, their instances and their runs. The servers themselves are not touched."""
-    client, names = find_named(nodeset, project)
-    confirm(f"Forget {fold(names)} ({count(len(names), 'server')})? [y/N] ", "y", yes=yes)
+    client, servers = find_named(nodeset, project)
+    confirm(f"Forget {fold(servers)} ({count(len(servers), 'server')})? [y/N] ", "y", yes=yes)
 
     def forget(name: str) -> Json:
         client.delete(f"/servers/{name}")
         return {}
 
-    return _tell_done(on_each(names, forget), "forgotten")
+    return _tell_done(on_each(servers, forget), "forgotten")
 
 
 app.command("repave.cli.server_power:power", name="power")

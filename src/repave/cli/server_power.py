@@ -37,33 +37,46 @@ def power(
     takes_power = order in ("off", "restart")
     if takes_power:
         refuse_unconfirmed(yes=yes, expect=expect)
-    client, names = find_named(nodeset, project)
-    if expect is not None and expect != len(names):
-        raise Refused(f"{nodeset}: {count(len(names), 'server')}, not the {expect} expected; nothing was sent.")
+    client, servers = find_named(nodeset, project)
+    if expect is not None and expect != len(servers):
+        raise Refused(f"{nodeset}: {count(len(servers), 'server')}, not the {expect} expected; nothing was sent.")
     if takes_power and not yes:
-        _confirm(client, names, order, force=force)
+        _confirm(client, servers, order, force=force)
 
     def send(name: str) -> Json:
         if order == "show":
-            return client.post(f"/servers/{name}/probe", {})
+            return _probe(client, name)
         return client.order(f"/servers/{name}/power", {"order": order, "force": force}, {})  # an OS may take its time to shut down
 
-    done = on_each(names, send)
+    done = on_each(servers, send)
     bad = {name: answer for name, answer in done.items() if isinstance(answer, RepaveError)}
     show_list([{"server": name} | ({"error": a.as_json()} if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()], _POWER, form)
     tell_errors(bad)
-    return exit_code(bad[names[0]]) if len(bad) == len(names) == 1 else code_of(len(bad), len(names))
+    return exit_code(next(iter(bad.values()))) if len(bad) == len(servers) == 1 else code_of(len(bad), len(servers))
 
 
-def _confirm(client: Client, names: list[str], order: str, *, force: bool) -> None:
-    """Returns when it was typed, or when nothing runs that could lose its power. A BMC that does not answer may have a running OS behind it."""
-    seen = on_each(names, lambda name: client.post(f"/servers/{name}/probe", {}))
+def _probe(client: Client, name: str) -> Json:
+    """What its BMC shows. Raises RepaveError, wrong-server where that is another server's: its power says nothing of ours."""
+    found = client.post(f"/servers/{name}/probe", {})
+    if not found["same"]:
+        raise RepaveError("wrong-server", "The BMC shows another serial number or UUID than the one recorded.")
+    return found
+
+
+def _confirm(client: Client, servers: dict[str, Json], order: str, *, force: bool) -> None:
+    """Returns when it was typed, or when nothing runs that could lose its power. A BMC that does not answer may have a running OS behind it.
+
+    Raises Refused where it was not typed, or a BMC is another server's.
+    """
+    seen = on_each(servers, lambda name: _probe(client, name))
+    if others := [name for name, answer in seen.items() if isinstance(answer, RepaveError) and answer.slug == "wrong-server"]:
+        raise Refused(f"{fold(others)}: the BMC is another server's than the one we know; nothing was sent.")
     running = [name for name, answer in seen.items() if isinstance(answer, RepaveError) or answer["power"] != "off"]
     if not running:
         return
-    known: dict[str, Json] = {s["name"]: s["instance"] for s in client.items("/servers")}
+    image_of = {name: servers[name]["instance"]["image"] for name in running}
     how = "power is cut at once" if force else "shut down, and cut where they do not follow"
-    for image in dict.fromkeys(known[name]["image"] for name in running):
-        warn(f"  {fold(name for name in running if known[name]['image'] == image)}  {how}; installed: {image or 'an OS we did not install'}")
+    for image in dict.fromkeys(image_of.values()):
+        warn(f"  {fold(name for name in running if image_of[name] == image)}  {how}; installed: {image or 'an OS we did not install'}")
     words = f"{order} {len(running)}"
     confirm(f"Type  {words}  to start: ", words, yes=False)

@@ -255,11 +255,12 @@ def _verify_same_server(scope: Scope, server: Server, change: ChangedServer, cha
 
 @router.post("/{reference}/probe")
 def probe_server(scope: Operator, reference: str) -> Json:
-    """What its BMC shows now, and whether that is the server we know. Nothing is powered or changed; the power state seen is kept."""
+    """What its BMC shows now, and whether that is the server we know. Nothing is powered or changed; the power state seen of that server is kept."""
     server = get_server(scope, reference)
     facts = scope.desk.probe(BmcAddress.of(server, find_password(scope.store, server, scope.desk.probe)))
-    scope.store.servers.record_power(server.id, facts.power.value)
     same = not any(are_of_two(mine, theirs) for mine, theirs in ((server.uuid, facts.uuid), (server.serial, facts.serial)))
+    if same:
+        scope.store.servers.record_power(server.id, facts.power.value)
     return {
         "server": server.name, "same": same, "power": facts.power.value, "manufacturer": facts.manufacturer, "model": facts.model,
         "serial": facts.serial, "uuid": facts.uuid, "macs": facts.macs, "media": facts.virtual_media, "certificate_sha256": facts.certificate_sha256,
