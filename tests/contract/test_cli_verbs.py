@@ -133,10 +133,16 @@ def test_a_verb_over_a_nodeset_does_what_it_can_and_names_the_others(site: Cli) 
     assert "can not be said of 2" in said(site.run("server", "set", "web[05-06]", "--unit", "7"), 2)
 
 
-def test_another_server_behind_a_bmc_is_told_by_a_probe(site: Cli) -> None:
+def test_another_server_behind_a_bmc_is_told_by_a_probe_and_its_power_is_not_taken_for_ours(site: Cli) -> None:
+    def power_seen() -> object:
+        return next(s["power"] for s in site.items("server", "ls") if s["name"] == "web06")
+
+    before = power_seen()
     site.site.bmcs.known["https://web06.bmc.invalid"] = "SN66"
     assert "not: web06" in said(site.run("server", "probe", "web06"), 10)
+    assert power_seen() == before
     site.site.bmcs.known["https://web06.bmc.invalid"] = "SN6"
+    assert said(site.run("server", "probe", "web06"), 0) and power_seen() != before
 
 
 def test_the_pairs_are_shown_before_servers_are_added(site: Cli) -> None:
