@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 
-from bench import boot, cli_start, fifty, fleet, growth, importing, pages, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
+from bench import boot, cli_start, faulty, fifty, fleet, growth, importing, pages, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
 
 BENCHES = {"boot": boot.main, "rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
 LONG = {
     "fleet": fleet.main, "simulated": simulated.main, "soak": soak.main, "importing": importing.main, "serving": serving.main,
     "spread": spread.main, "growth": growth.main, "write": write.main, "pages": pages.main, "cli_start": cli_start.main,
+    "faulty": faulty.main,
 }  # fmt: skip
 
 if __name__ == "__main__":
