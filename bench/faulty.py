@@ -44,6 +44,7 @@ GIVE_UP_S = 120.0
 SMALL_DISK = "300m"  # of data; then its writes fail
 PIECE_BYTES = 256 * 1024
 MIB = 1 << 20
+BLOCK_BYTES = 4096
 
 
 @dataclass
@@ -150,14 +151,14 @@ def judge(status: int, disk: Path, files: Files, old: bytes) -> str:
 
 
 def has_data(disk: Path, files: Files) -> bool:
-    """All that the image has is there, whatever is between."""
-    m = files.manifest
+    """All blocks of the image that are not zero are there, whatever is in the others."""
     with disk.open("rb") as a, files.raw.open("rb") as b:
-        for number, chunk in enumerate(m.chunks):
-            for start, size in chunk.extents:
-                at = m.window(number)[0] + start
-                if os.pread(a.fileno(), size, at) != os.pread(b.fileno(), size, at):
-                    return False
+        for _ in range(IMAGE_BYTES // MIB):
+            got, wanted = a.read(MIB), b.read(MIB)
+            if got != wanted and any(
+                got[at : at + BLOCK_BYTES] != wanted[at : at + BLOCK_BYTES] and any(wanted[at : at + BLOCK_BYTES]) for at in range(0, MIB, BLOCK_BYTES)
+            ):
+                return False
     return True
 
 
