@@ -206,6 +206,18 @@ def test_a_context_is_a_site_by_name(site: Cli, tmp_path: Path) -> None:
     assert "There is no" in said(site.run("whoami", "--context", "test", **home), 2)
 
 
+def test_a_login_is_kept_where_its_owner_alone_can_read_it_and_a_token_that_is_none_is_not_kept(site: Cli, tmp_path: Path) -> None:
+    home: dict[str, Any] = {"XDG_CONFIG_HOME": str(tmp_path)}
+    kept = site.run("login", site.site.url + "/", "--name", "prod", "--token-stdin", stdin=site.site.tokens["viewer"] + "\n", **home)
+    assert "viewer of project default" in said(kept) and site.site.tokens["viewer"] not in said(kept)
+    assert (tmp_path / "repave/prod.json").stat().st_mode & 0o777 == 0o600 and [p.name for p in (tmp_path / "repave").iterdir()] == ["prod.json"]
+    assert "viewer of project default" in site.run("whoami", "--context", "prod", REPAVE_ENDPOINT="http://127.0.0.1:9", **home).stdout
+    said(site.run("login", site.site.url, "--name", "prod", "--token-stdin", stdin="wrong\n", **home), 4)
+    assert "viewer of project default" in site.run("whoami", "--context", "prod", **home).stdout
+    assert "--token-stdin" in said(site.run("login", site.site.url, **home), 2)
+    assert "is no name of a context" in said(site.run("login", site.site.url, "--name", "../x", "--token-stdin", stdin=site.site.tokens["viewer"], **home), 2)
+
+
 def test_a_key_goes_by_its_name(site: Cli) -> None:
     said(site.run("key", "add", "ci"))
     said(site.run("key", "rm", "ci"))

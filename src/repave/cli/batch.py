@@ -1,4 +1,4 @@
-"""Batches: ls, show, watch, wait, report, cancel, pause, resume, retry. Equal runs share a row."""
+"""Batches: ls, show, watch, wait, report, case, cancel, pause, resume, retry. Equal runs share a row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cyclopts import App
 
+from repave.cli.case import case
 from repave.cli.client import Client
 from repave.cli.following import ended_code, follow, is_batch_id, wait_for_runs
 from repave.cli.lists import TABLE, Form, show_list
@@ -19,6 +20,7 @@ from repave.errors import RequestError
 from repave.folding import CANCEL_ROWS, cancel_kind, fold, folded_rows, headline
 
 app = App(name="batch")
+app.command(case, name="case")
 _LIST = {
     "ID": "id", "STATE": "state", "IMAGE": "image", "RUNNING": "counts.running", "WORKING": "counts.working", "WAITING": "counts.waiting",
     "FAILED": "counts.failed", "CREATED": "created_at", "BY": "created_by",

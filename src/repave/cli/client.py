@@ -1,6 +1,6 @@
 """The operator API, asked by the command line like anyone else would. Where and as whom:
 
-1. --context NAME (REPAVE_CONTEXT): NAME.json in ~/.config/repave, of the shape that `repave init` writes
+1. --context NAME (REPAVE_CONTEXT): NAME.json in ~/.config/repave, as `repave login` writes it; an admin.json of `repave init` will do too
 2. REPAVE_ENDPOINT (default http://127.0.0.1:8470) with REPAVE_TOKEN; REPAVE_CA names a CA bundle for https
 3. .repave/lab.json here: the virtual rack
 4. admin.json of the site in REPAVE_SITE, or here: what `repave init` wrote
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,18 @@ class Endpoint:
     token: str
 
 
+def context_file(name: str) -> Path:
+    """Where the site is kept that --context NAME means. Raises Usage."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise Usage(f"{name!r} is no name of a context: letters, digits, dots, hyphens.")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "repave" / f"{name}.json"
+
+
 def find_endpoint() -> Endpoint:
     if name := os.environ.get("REPAVE_CONTEXT"):
-        path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "repave" / f"{name}.json"
+        path = context_file(name)
         if not path.is_file():
-            raise Usage(f"There is no {path}; copy the admin.json of that site there (mode 0600).")
+            raise Usage(f"There is no {path}; make it with repave login URL --name {name}.")
         found = json.loads(path.read_text())
         return Endpoint(found["endpoint"], found["token"])
     for path in (LAB_FILE, Path(os.environ.get("REPAVE_SITE", ".")) / ADMIN_FILE):
@@ -69,6 +77,10 @@ class Client:
         self._at = urlsplit(self.endpoint.url)
         if self._at.scheme not in ("http", "https") or not self._at.hostname:
             raise Usage(f"{self.endpoint.url!r} is no address of a service; write it as https://HOST:8470.")
+
+    @property
+    def host(self) -> str:
+        return self._at.hostname or ""
 
     def get(self, path: str, **params: Any) -> Json:
         return self._ask("GET", path, params)

@@ -26,7 +26,7 @@ COMMANDS = {
     "rack": ("rack:app", "The virtual rack: QEMU machines with real firmware and Redfish BMCs."),
     "server": ("server:app", "Servers: add, ls, show, set, probe, power, console, lock, unlock, replace, rotate, rm."),
     "image": ("image:app", "Images: import, ls, show, verify, rm, pack."),
-    "batch": ("batch:app", "Batches: ls, show, watch, wait, report, cancel, pause, resume, retry."),
+    "batch": ("batch:app", "Batches: ls, show, watch, wait, report, case, cancel, pause, resume, retry."),
     "project": ("site:project", "Projects: add, ls."),
     "key": ("site:key", "Keys (AK/SK and token): add, ls, rm."),
     "webhook": ("webhook:app", "Webhooks, told when a batch or a run ends: add, ls, test, rm."),
@@ -40,6 +40,7 @@ COMMANDS = {
     "restore": ("backup:restore", "Put a backup in place; its live runs end, no server is touched."),
     "health": ("backup:health", "Whether the service and its database are well."),
     "doctor": ("doctor:doctor", "What is wrong here, and what to do: service, database, disk, images, BMCs."),
+    "login": ("login:login", "Keep a service's address and a token of it under a name, for --context."),
     "whoami": ("site:whoami", "Which key this is, and what it may do."),
     "explain": ("site:explain", "What an error code means, what to do, what was left untouched."),
     "reinstall": ("reinstall:reinstall", "Erase servers and install an image on them: plan, confirmation, progress."),
@@ -59,7 +60,7 @@ COMMANDS = {
 }
 GLOBALS = {
     "--progress MODE": "How a batch is followed: auto (a table on a terminal, else lines), plain, json, none. Also REPAVE_PROGRESS.",
-    "--context NAME": "Which site: ~/.config/repave/NAME.json, a copy of its admin.json. Also REPAVE_CONTEXT.",
+    "--context NAME": "Which site: what repave login keeps in ~/.config/repave/NAME.json. Also REPAVE_CONTEXT.",
     "-q, --quiet": "Data and errors only: no progress, no hints.",
     "-h, --help": "This help, or that of a command.",
     "--version": "The version of Repave.",
