@@ -72,7 +72,7 @@ def measure(folder: Path, agents: int, stack: contextlib.ExitStack) -> None:
         with contextlib.ExitStack() as caches:
             if with_caches:
                 for rack in range(RACKS):
-                    caches.enter_context(start_cache(folder, rack))
+                    caches.enter_context(start_cache(folder / f"empty-{number}", folder, rack))
             before = read_sent_bytes()
             took = fetch_all(folder, who, with_caches)
             sent = read_sent_bytes() - before
@@ -85,9 +85,9 @@ def measure(folder: Path, agents: int, stack: contextlib.ExitStack) -> None:
     PLOT.write_text(render_plot("One image to so many agents at once", "agents", "seconds until the last has it", lines, note=note))
 
 
-def start_cache(folder: Path, rack: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def start_cache(empty: Path, folder: Path, rack: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     changes = {"10.9.7.2:8475": f"{cache_address(rack)}:8475", "10.9.0.5:8473": f"{ORIGIN}:8473", "/etc/repave/ca.pem": str(folder / "ca.pem")}
-    return start_nginx(folder / f"cache-{rack}", "cache.conf", changes, port=8475, before=inside(f"rack{rack}"))
+    return start_nginx(empty / f"cache-{rack}", "cache.conf", changes, port=8475, before=inside(f"rack{rack}"))
 
 
 def fetch_all(folder: Path, who: Sequence[tuple[int, int]], with_caches: bool) -> list[float]:
