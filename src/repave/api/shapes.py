@@ -151,6 +151,7 @@ class Probed(BaseModel):
     serial: str
     uuid: str
     macs: list[str]
+    carrier: Literal["http", "media"] | None = Field(description="How our boot media would come; null where neither can be.")
     media: list[str]
     certificate_sha256: str | None
     pinned: bool

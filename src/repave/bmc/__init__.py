@@ -58,6 +58,12 @@ class BmcFacts:
     macs: tuple[str, ...] = ()
     certificate_sha256: str | None = None
     arch: str = ""  # "amd64", "arm64" or "" where unknown
+    by_http: bool = False  # our media would come by UEFI HTTP boot, not in a slot
+
+    @property
+    def carrier(self) -> str | None:
+        """How our media would come: `http` or `media`; None where neither can be."""
+        return "http" if self.by_http else "media" if self.virtual_media else None
 
 
 class Bmc(Protocol):

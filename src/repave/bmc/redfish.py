@@ -113,6 +113,7 @@ class RedfishBmc(Bmc):
                 macs=self._macs(system),
                 certificate_sha256=self._connector.certificate_sha256,
                 arch=self._arch(system),
+                by_http=self._comes_by_http(system),
             )
 
     def check_media(self, urls: Sequence[str]) -> None:

@@ -105,13 +105,14 @@ def _of_bmcs(client: Client, names: list[str]) -> Iterator[Finding]:
         say(f"Asking {len(names)} BMCs, {_AT_ONCE} at a time.")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = dict(zip(names, pool.map(probe, names), strict=True))
-    found = [(name, _of_bmc(answer)) for name, answer in answers.items()]
+    found = [(name, judge_bmc(answer)) for name, answer in answers.items()]
     for finding in dict.fromkeys(f for _, f in found if f.level != "ok"):
         yield Finding(finding.level, fold(name for name, f in found if f == finding), finding.text, finding.do)
     yield from (finding for _, finding in found if finding.level == "ok")
 
 
-def _of_bmc(answer: Json | RepaveError) -> Finding:
+def judge_bmc(answer: Json | RepaveError) -> Finding:
+    """What a probe's answer, or its failure, means for a reinstall."""
     if isinstance(answer, RepaveError):
         level: Literal["warning", "problem"] = "warning" if answer.slug == "not-allowed" else "problem"
         return Finding(level, "BMC", f"{answer.code} {answer.problem.title} {answer.detail}".rstrip(), answer.problem.do)
@@ -119,8 +120,8 @@ def _of_bmc(answer: Json | RepaveError) -> Finding:
         return Finding("problem", "BMC", "another server answers than the one we know", "check cabling and address; repave server replace after a board swap")
     if answer["unreachable"]:
         return Finding("problem", "BMC", f"it can not reach us: {answer['unreachable']} is a loopback address", f"set {answer['unreachable']} in repave.toml")
-    if not answer["media"]:
-        return Finding("warning", "BMC", "no virtual CD", "a licence may be needed; or uefi_http_boot in the settings")
+    if not answer["carrier"]:
+        return Finding("warning", "BMC", "no virtual CD, and no HTTP boot", "a licence may be needed; or uefi_http_boot in the settings")
     if not answer["pinned"]:
         return Finding("warning", "BMC", "its certificate is not pinned", "repave server set NAME --repin")
     return Finding("ok", "BMC")

@@ -42,7 +42,10 @@ _LIST = {
     "NAME": "name", "STATE": "instance.state", "IMAGE": "instance.image", "MODEL": "model", "SERIAL": "serial", "RACK": "rack", "UNIT": "unit",
     "ERROR": "instance.error.code", "LOCKED": "lock.reason",
 }  # fmt: skip
-_PROBE = {"SERVER": "server", "SAME": "same", "POWER": "power", "MODEL": "model", "SERIAL": "serial", "ERROR": "error.code", "CAUSE": "error.cause"}
+_PROBE = {
+    "SERVER": "server", "SAME": "same", "POWER": "power", "MODEL": "model", "SERIAL": "serial", "CARRIER": "carrier", "ROOT DISK": "root_disk",
+    "ERROR": "error.code", "IN THE WAY": "in_the_way",
+}  # fmt: skip
 
 
 @Parameter(name="*")
@@ -282,12 +285,19 @@ def set_servers(
 
 @app.command(name="probe")
 def probe_servers(nodeset: str, /, *, project: Project = None, form: Form = TABLE) -> int:
-    """Ask each server's BMC what it is: whether it answers, is the server we know, and what its power is. Nothing is powered or changed."""
+    """Ask each server's BMC what it is: whether it is the server we know, what a reinstall would use, and what is in its way. Nothing is powered or changed.
+
+    Carrier: how the boot media would come, in a virtual CD (media) or by UEFI HTTP boot (http). The root disk is what was set; where nothing was, the agent
+    chooses it inside, if only one can be meant, and --rehearse tells which.
+    """
+    from repave.cli.doctor import judge_bmc
+
     client, servers = find_named(nodeset, project)
     done = on_each(servers, lambda name: client.post(f"/servers/{name}/probe", {}))
-    found: list[Json] = [
-        {"server": name} | ({"same": None, "error": a.as_json()} if isinstance(a, RepaveError) else a | {"error": None}) for name, a in done.items()
-    ]
+    found: list[Json] = []
+    for name, answer in done.items():
+        said = {"same": None, "error": answer.as_json()} if isinstance(answer, RepaveError) else answer | {"error": None}
+        found.append({"server": name, "root_disk": servers[name]["root_disk"], "in_the_way": judge_bmc(answer).text} | said)
     show_list(found, _PROBE, form)
     bad = [f["server"] for f in found if f["error"] or not f["same"]]
     say(f"{count(len(found) - len(bad), 'BMC')} as we know {'it' if len(found) - len(bad) == 1 else 'them'}{f', not: {fold(bad)}' if bad else ''}.")

@@ -263,7 +263,8 @@ def probe_server(scope: Operator, reference: str) -> Json:
         scope.store.servers.record_power(server.id, facts.power.value)
     return {
         "server": server.name, "same": same, "power": facts.power.value, "manufacturer": facts.manufacturer, "model": facts.model,
-        "serial": facts.serial, "uuid": facts.uuid, "macs": facts.macs, "media": facts.virtual_media, "certificate_sha256": facts.certificate_sha256,
+        "serial": facts.serial, "uuid": facts.uuid, "macs": facts.macs, "carrier": facts.carrier, "media": facts.virtual_media,
+        "certificate_sha256": facts.certificate_sha256,
         "pinned": server.bmc_certificate_sha256 is not None or server.bmc_tls_verify != "false", "unreachable": scope.desk.find_unreachable(server.bmc_url),
     }  # fmt: skip
 
