@@ -126,7 +126,7 @@ def test_a_verb_over_a_nodeset_does_what_it_can_and_names_the_others(site: Cli) 
         rows = {r["server"]: r for r in csv.DictReader(io.StringIO(probed.stdout))}
         assert probed.returncode == 10 and "1 BMC as we know it, not: web06." in probed.stderr
         assert (rows["web05"]["same"], rows["web05"]["power"], rows["web06"]["error"]) == ("yes", "on", "Repave.2101")
-        assert (rows["web05"]["carrier"], rows["web05"]["in the way"]) == ("media", "") and "does not answer" in rows["web06"]["in the way"]
+        assert (rows["web05"]["carrier"], rows["web05"]["in_the_way"]) == ("media", "") and "does not answer" in rows["web06"]["in_the_way"]
         changed = said(site.run("server", "set", "web[05-06]", "--password-stdin", stdin=BMC_PASSWORD), 10)
         assert "✗ web06" in changed and "web05 changed." in changed
     finally:

@@ -59,10 +59,11 @@ class Snapshot:
     def frame(self, title: str) -> Frame:
         """A frame that has what every page has."""
         frame = Frame(title, moving=bool(self.live_batches))
-        frame.put("chips", parts(self.scope.named).chips(self.live_batches))
+        draw = parts(self.scope.named)
+        frame.put("chips", draw.chips(self.live_batches))
         events = list_newest(self.scope, limit=40)
         loud = [e for e in events if e["type"] not in _QUIET] or events
-        frame.put("strip", parts(self.scope.named).strip(fold_events(loud)[:_STRIP]))
+        frame.put("strip", draw.strip(fold_events(loud)[:_STRIP]))
         return frame
 
 

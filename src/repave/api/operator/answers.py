@@ -60,6 +60,13 @@ class ProblemRoute(APIRoute):
         return guarded
 
 
+def must_exist(found: T | None, kind: str, reference: str) -> T:
+    """What was looked for in the project. Raises not-found."""
+    if found is None:
+        raise RequestError("not-found", f"There is no {kind} {reference!r} in this project.", kind=kind)
+    return found
+
+
 def render_list(items: list[Json], next_: int | str | None = None) -> Json:
     return {"items": items, "next": next_}
 

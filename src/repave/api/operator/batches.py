@@ -15,7 +15,7 @@ from repave.api.asgi import incoming
 from repave.api.batch_views import Beside, batch_json, estimate_json, run_durations, run_json, run_state, when_given_up
 from repave.api.clouddc import POLL_AFTER_S
 from repave.api.idempotency import REPLAYED, name_request
-from repave.api.operator.answers import After, Body, Json, PageLimit, ProblemRoute, cut_page, render_list
+from repave.api.operator.answers import After, Body, Json, PageLimit, ProblemRoute, cut_page, must_exist, render_list
 from repave.api.operator.images import get_image
 from repave.api.operator.scope import Operator, Scope, Viewer
 from repave.api.operator.servers import get_server
@@ -95,9 +95,7 @@ def _resolve(scope: Scope, target: Target) -> list[tuple[Server, Instance]]:
         raise RequestError("bad-request", "servers: none were named; empty never means all.", field="servers")
     servers = [get_server(scope, name) for name in target.servers]
     for instance_id in target.instance_ids:
-        instance = scope.store.servers.find_instance(scope.project_id, instance_id)
-        if instance is None:
-            raise RequestError("not-found", f"There is no instance {instance_id!r} in this project.", kind="instance")
+        instance = must_exist(scope.store.servers.find_instance(scope.project_id, instance_id), "instance", instance_id)
         servers.append(scope.store.servers.get_server(instance.server_id))
     if len({s.id for s in servers}) != len(servers):
         raise RequestError("bad-request", "servers: one is named twice.", field="servers")
@@ -336,17 +334,12 @@ def resume_batch(scope: Operator, batch_id: str) -> Json:
 
 
 def _get_batch(scope: Scope, batch_id: str) -> Batch:
-    batch = scope.store.runs.find_batch(scope.project_id, batch_id)
-    if batch is None:
-        raise RequestError("not-found", f"There is no batch {batch_id!r} in this project.", kind="batch")
-    return batch
+    return must_exist(scope.store.runs.find_batch(scope.project_id, batch_id), "batch", batch_id)
 
 
 def get_run(scope: Scope, run_id: str) -> RunRow:
     run = scope.store.runs.find_run(run_id)
-    if run is None or run.project_id != scope.project_id:
-        raise RequestError("not-found", f"There is no run {run_id!r} in this project.", kind="run")
-    return run
+    return must_exist(run if run is not None and run.project_id == scope.project_id else None, "run", run_id)
 
 
 def _server_names(scope: Scope, runs: Sequence[RunRow]) -> dict[str, str]:

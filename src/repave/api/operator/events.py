@@ -12,7 +12,7 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from repave.api.operator.answers import Json, ProblemRoute, render_list
+from repave.api.operator.answers import Json, ProblemRoute, must_exist, render_list
 from repave.api.operator.scope import Scope, Viewer
 from repave.domain.model import Event
 from repave.errors import RequestError
@@ -61,8 +61,8 @@ def list_events(
     """Oldest first, after `after` (or Last-Event-ID). `next` is the `after` of the next page. `newest`: the last `limit` of them.
 
     With Accept: text/event-stream it follows."""
-    if batch is not None and scope.store.runs.find_batch(scope.project_id, batch) is None:
-        raise RequestError("not-found", f"There is no batch {batch!r} in this project.", kind="batch")
+    if batch is not None:
+        must_exist(scope.store.runs.find_batch(scope.project_id, batch), "batch", batch)
     if last_event_id is not None:
         if not re.fullmatch(f"[0-9]{{1,{len(str(_LAST_SEQ))}}}", last_event_id) or int(last_event_id) > _LAST_SEQ:
             raise RequestError("bad-request", "Last-Event-ID: must be a seq.", field="Last-Event-ID")

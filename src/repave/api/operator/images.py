@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from repave.api.body import MAX_BODY_BYTES
-from repave.api.operator.answers import After, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.answers import After, Json, Limit, ProblemRoute, cut_page, must_exist, one_more, render_list
 from repave.api.operator.desk import ImportProgress
 from repave.api.operator.scope import Operator, Scope, Viewer
 from repave.domain.model import Image
@@ -38,10 +38,7 @@ _PIECE_BYTES = 1 << 20  # written and hashed at once, in a thread: fewer hops, a
 
 def get_image(scope: Scope, reference: str) -> Image:
     """By id or name, in this project only."""
-    for image in scope.store.images.list_images(scope.project_id):
-        if reference in (image.id, image.name):
-            return image
-    raise RequestError("not-found", f"There is no image {reference!r} in this project.", kind="image")
+    return must_exist(next((i for i in scope.store.images.list_images(scope.project_id) if reference in (i.id, i.name)), None), "image", reference)
 
 
 @router.get("")

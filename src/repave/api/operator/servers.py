@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, must_exist, one_more, render_list
 from repave.api.operator.images import get_image
 from repave.api.operator.scope import Admin, Operator, Scope, Viewer
 from repave.bmc import BmcAddress, BmcFacts
@@ -161,10 +161,7 @@ def _image_names(scope: Scope) -> dict[str, str]:
 
 def get_server(scope: Scope, reference: str) -> Server:
     """By name or id, in this project only."""
-    found = scope.store.servers.find_server(scope.project_id, reference)
-    if found is None:
-        raise RequestError("not-found", f"There is no server {reference!r} in this project.", kind="server")
-    return found
+    return must_exist(scope.store.servers.find_server(scope.project_id, reference), "server", reference)
 
 
 @router.get("")

@@ -9,11 +9,10 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter
 from pydantic import AfterValidator, Field
 
-from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, one_more, render_list
+from repave.api.operator.answers import After, Body, Json, Limit, ProblemRoute, cut_page, must_exist, one_more, render_list
 from repave.api.operator.scope import Admin, Scope
 from repave.domain.model import Webhook
 from repave.domain.urls import find_url_with_query_fault
-from repave.errors import RequestError
 from repave.secrets import new_webhook_secret
 
 router = APIRouter(route_class=ProblemRoute, prefix="/webhooks")
@@ -40,10 +39,7 @@ def _webhook_json(hook: Webhook) -> Json:
 
 
 def _get_webhook(scope: Scope, reference: str) -> Webhook:
-    found = scope.store.webhooks.find_webhook(scope.project_id, reference)
-    if found is None:
-        raise RequestError("not-found", f"There is no webhook {reference!r} in this project.", kind="webhook")
-    return found
+    return must_exist(scope.store.webhooks.find_webhook(scope.project_id, reference), "webhook", reference)
 
 
 @router.get("")
