@@ -20,7 +20,7 @@ _PAGE = 50
 
 
 def view_events(scope: Scope, asked: dict[str, str]) -> Frame:
-    draw = parts(scope.named)
+    part = parts(scope.named)
     frame = Snapshot(scope).frame("Audit")
     server, batch, before = asked.get("server", "").strip(), asked.get("batch", "").strip(), asked.get("before", "")
     if before and (not before.isdecimal() or len(before) > 18):
@@ -28,7 +28,7 @@ def view_events(scope: Scope, asked: dict[str, str]) -> Frame:
     server_id = get_server(scope, server).id if server else None
     events: list[dict[str, Any]] = list_newest(scope, before=int(before) if before else None, batch=batch or None, server_id=server_id, limit=_PAGE)
     for event in events:
-        frame.add("audit", f"e-{event['seq']}", draw.audit_row(event, sentence(event)))
+        frame.add("audit", f"e-{event['seq']}", part.audit_row(event, sentence(event)))
     frame.lists.setdefault("audit", [])
     frame.fixed = {"server": server, "batch": batch, "before": before, "older": events[-1]["seq"] if len(events) == _PAGE else None}
     return frame

@@ -71,23 +71,23 @@ def _matches(query: str, names: list[str]) -> set[str]:
 
 
 def view_fleet(scope: Scope, asked: dict[str, str]) -> Frame:
-    draw = parts(scope.named)
+    part = parts(scope.named)
     snapshot = Snapshot(scope)
     frame = snapshot.frame("Fleet")
     tiles = [tile_of(s, snapshot.live_runs.get(s["name"])) for s in snapshot.servers]
     query, table = asked.get("q", "").strip(), asked.get("view") == "table"
     wanted = _matches(query, [t.name for t in tiles]) if query else {t.name for t in tiles}
     numbers = {state: sum(t.state == state for t in tiles) for state in STATES}
-    frame.put("counts", draw.fleet_counts(count(len(tiles), "server"), numbers, sum(bool(t.locked) for t in tiles), GLYPHS | {"late": LATE}))
-    frame.put("said", draw.said(", ".join(f"{number} {state}" for state, number in numbers.items() if number)))
+    frame.put("counts", part.fleet_counts(count(len(tiles), "server"), numbers, sum(bool(t.locked) for t in tiles), GLYPHS | {"late": LATE}))
+    frame.put("said", part.said(", ".join(f"{number} {state}" for state, number in numbers.items() if number)))
     for tile in tiles if table else []:
-        frame.add("tiles", f"t-{tile.name}", draw.tile_row(tile, tile.name not in wanted))
+        frame.add("tiles", f"t-{tile.name}", part.tile_row(tile, tile.name not in wanted))
     racks: dict[str, list[Tile]] = {}
     for tile in tiles:
         racks.setdefault(tile.rack, []).append(tile)
     for number, rack in enumerate(sorted(racks, key=_natural)):
         for tile in sorted(racks[rack], key=lambda t: (-_unit(t.unit), _natural(t.name))) if not table else []:
-            frame.add(f"rack-{number}", f"t-{tile.name}", draw.tile(tile, tile.name not in wanted))
+            frame.add(f"rack-{number}", f"t-{tile.name}", part.tile(tile, tile.name not in wanted))
     frame.fixed = {
         "servers": tiles, "table": table, "query": query, "found": len(wanted), "racks": list(enumerate(sorted(racks, key=_natural))),
         "selected": asked.get("sel", ""), "images": scope.store.images.list_images(scope.project_id),

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def view_images(scope: Scope, asked: dict[str, str]) -> Frame:
-    draw = parts(scope.named)
+    part = parts(scope.named)
     snapshot = Snapshot(scope)
     frame = snapshot.frame("Images")
     images: list[Json] = sorted(list_images(scope)["items"], key=lambda i: str(i["name"]))
@@ -27,8 +27,8 @@ def view_images(scope: Scope, asked: dict[str, str]) -> Frame:
     frame.moving = frame.moving or bool(imports)
     for image in images:
         on = [s["name"] for s in snapshot.servers if s["instance"]["image_id"] == image["id"]]
-        frame.add("images", f"i-{image['id']}", draw.image_row(image, fold(on) if on else "", len(on)))
-    frame.put("imports", draw.imports(imports))
+        frame.add("images", f"i-{image['id']}", part.image_row(image, fold(on) if on else "", len(on)))
+    frame.put("imports", part.imports(imports))
     frame.fixed = {"any": bool(images)}
     return frame
 

@@ -22,22 +22,22 @@ Json = dict[str, Any]
 
 
 def view_server(scope: Scope, asked: dict[str, str]) -> Frame:
-    draw = parts(scope.named)
+    part = parts(scope.named)
     snapshot = Snapshot(scope)
     server = snapshot.find_server(asked["name"])
     runs: list[Json] = list_runs(scope, server=server["name"], limit=5)["items"]
     live = snapshot.live_runs.get(server["name"])
     frame = snapshot.frame(server["name"])
     may = scope.credential.role.includes(Role.OPERATOR)
-    frame.put("now", draw.server_now(server, tile_of(server, live), live, runs[0] if runs else None))
-    frame.put("lock", draw.server_lock(server, may, live))
+    frame.put("now", part.server_now(server, tile_of(server, live), live, runs[0] if runs else None))
+    frame.put("lock", part.server_lock(server, may, live))
     for number, run in enumerate(runs):
-        frame.add("runs", f"run-{run['id']}", draw.server_run(run, _steps(run), number == 0, number == 0 and live is None))
-    frame.put("console", draw.console_tail(server, runs[0] if runs else None, read_tail(scope, runs[0]["id"]) if runs else ""))
+        frame.add("runs", f"run-{run['id']}", part.server_run(run, _steps(run), number == 0, number == 0 and live is None))
+    frame.put("console", part.console_tail(server, runs[0] if runs else None, read_tail(scope, runs[0]["id"]) if runs else ""))
     inventory = scope.store.runs.find_inventory(server["id"])
-    frame.put("inventory", draw.inventory(server, inventory, runs[0].get("disk_serial") if runs else None))
+    frame.put("inventory", part.inventory(server, inventory, runs[0].get("disk_serial") if runs else None))
     events = list_newest(scope, server_id=server["id"], limit=15)
-    frame.put("events", draw.event_table([(e, sentence(e)) for e in events]))
+    frame.put("events", part.event_table([(e, sentence(e)) for e in events]))
     frame.fixed = {"server": server}
     return frame
 

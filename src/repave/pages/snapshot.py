@@ -59,11 +59,11 @@ class Snapshot:
     def frame(self, title: str) -> Frame:
         """A frame that has what every page has."""
         frame = Frame(title, moving=bool(self.live_batches))
-        draw = parts(self.scope.named)
-        frame.put("chips", draw.chips(self.live_batches))
+        part = parts(self.scope.named)
+        frame.put("chips", part.chips(self.live_batches))
         events = list_newest(self.scope, limit=40)
         loud = [e for e in events if e["type"] not in _QUIET] or events
-        frame.put("strip", draw.strip(fold_events(loud)[:_STRIP]))
+        frame.put("strip", part.strip(fold_events(loud)[:_STRIP]))
         return frame
 
 
