@@ -53,7 +53,7 @@ from repave.config import SETTINGS_FILE, Settings, load_settings, split_caches, 
 from repave.domain.model import Credential, Image, Project, Role, Server, Step
 from repave.domain.urls import find_unreachable_place
 from repave.domain.waves import Limits
-from repave.errors import RepaveError
+from repave.errors import ImageError, RepaveError
 from repave.generation import Watch, begin_life, stand_path
 from repave.images.fetch import ImageSources
 from repave.images.headers import FORMATS
@@ -129,7 +129,11 @@ class ImageDesk:
         )  # fmt: skip
 
     def alone(self) -> AbstractContextManager[None]:
-        return self.store.catalogue_lock()
+        return self.store.catalogue_lock(waiting=self.go_on)
+
+    def go_on(self) -> None:
+        if self.over.is_set():
+            raise ImageError("image-refused", "The service is ending; nothing was stored or removed.")
 
     def verify(self, manifest_sha256: str) -> None:
         self.store.verify(self.store.read_manifest(manifest_sha256), deep=True)

@@ -224,6 +224,21 @@ def test_an_import_ends_with_the_service_and_leaves_nothing(open_site: Site, dis
     assert not any((open_site.images.folder / "uploads").iterdir())
 
 
+def test_an_import_that_waits_for_another_workers_ends_where_the_service_ends(open_site: Site, disk: Path) -> None:
+    images = open_site.images
+    try:
+        with ThreadPoolExecutor(1) as pool, images.store.catalogue_lock():
+            asked = pool.submit(open_site.ask, "POST", "/images?name=late", data=disk.read_bytes())
+            deadline = time.monotonic() + 10
+            while [i["stage"] for i in open_site.ask("GET", "/imports").json()["items"]] != ["wait"]:
+                assert time.monotonic() < deadline and not asked.done()
+            images.over.set()
+            assert "ending" in asked.result(10).text
+    finally:
+        images.over.clear()
+    assert open_site.files() == [] and not any((images.folder / "uploads").iterdir())
+
+
 def test_how_far_an_import_is_can_be_asked_while_it_goes_on(site: Site) -> None:
     with half_an_upload(site):
         deadline = time.monotonic() + 10

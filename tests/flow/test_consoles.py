@@ -108,6 +108,7 @@ def test_who_may_not_see_a_run_does_not_see_its_console(lab, console_of):
 def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_and_no_secret(lab, tmp_path):
     password = f"{PASSWORD}-case"
     lab.set_faults(lab05="ignore-override")
+    before = len(lab.console("lab05"))
     with lab.short_waits(4):
         lab.reinstall(["lab05"], "tiny-1", password=password)
         batch = lab.newest_batch()
@@ -116,7 +117,7 @@ def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_
         sealer = Sealer.open(lab.folder / "site/secret/key")
         tokens = [sealer.derive_for_run(run_id, purpose) for purpose in ("agent", "session", "media", "nonce")]
         assert lab.wait_for_end(batch)["lab05"]["state"] == "failed"
-        shown = wait_until(lambda: _all_said(lab, "lab05", run_id), deadline_s=10, what=lambda: "its console's last lines are not there")
+        shown = wait_until(lambda: _all_said(lab, "lab05", run_id, after=before), deadline_s=10, what=lambda: "its console's last lines are not there")
         assert "boot: disk" in shown
         env = os.environ | {"REPAVE_ENDPOINT": lab.values["endpoint"], "REPAVE_TOKEN": lab.values["token"]}
         files = []
@@ -124,9 +125,9 @@ def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_
             done = subprocess.run([sys.executable, "-m", "repave.cli.main", "case", batch, "--to", tmp_path / folder], env=env, capture_output=True, text=True)
             assert done.returncode == 0 and "Next: repave explain Repave.2110" in done.stderr, done.stderr
             files.append(Path(done.stdout.strip()))
+    parts, again = (_read_parts(file) for file in files)
+    assert parts == again
     assert files[0].read_bytes() == files[1].read_bytes()
-    with tarfile.open(files[0]) as tar:
-        parts = {entry.name.partition("/")[2]: tar.extractfile(entry).read().decode() for entry in tar}
     assert {"README.txt", "run.json", "events.jsonl", "console-serial.txt", "bmc.jsonl", "server.json", "site.json"} <= set(parts)
     assert all(word in parts["README.txt"] for word in ("Repave.2110", "before the line", "root disk was not written", f"repave batch retry {batch}"))
     talk = [json.loads(line) for line in parts["bmc.jsonl"].splitlines()]
@@ -141,7 +142,12 @@ def test_a_failed_run_is_one_file_with_cause_next_command_and_all_that_was_seen_
     assert find_in(files[0].read_bytes(), secrets) == [] and all(find_in(text.encode(), secrets) == [] for text in parts.values())
 
 
-def _all_said(lab, name, run_id):
-    """The run's console, where it has all that is in the server's file."""
+def _read_parts(case_file):
+    with tarfile.open(case_file) as tar:
+        return {entry.name.partition("/")[2]: tar.extractfile(entry).read().decode() for entry in tar}
+
+
+def _all_said(lab, name, run_id, *, after):
+    """The run's console, where it has all that the server's file has since then."""
     shown = lab.client.fetch(f"/runs/{run_id}/console").decode()
-    return shown if lab.console(name).endswith(shown) else None
+    return shown if shown == lab.console(name)[after:] else None

@@ -208,6 +208,41 @@ def test_a_kept_connection_that_was_closed_meanwhile_is_no_failure(origin: Place
     assert origin.connections == 3
 
 
+def test_the_next_chunk_travels_while_the_last_one_is_worked_on(cache: Place, origin: Place) -> None:
+    for place, source in ((origin, ChunkSource([origin.url])), (cache, ChunkSource([cache.url, origin.url]))):
+        for number, name in enumerate(NAMES[:4]):
+            assert source.fetch(name) == FILES[name]
+            source.ask_ahead(NAMES[number + 1])
+            until = time.monotonic() + 5
+            while len(place.asked) < number + 2 and time.monotonic() < until:
+                time.sleep(0.01)
+            assert place.asked == NAMES[: number + 2]
+        assert place.connections == 1
+
+
+def test_what_was_asked_ahead_is_never_taken_for_another_chunk(cache: Place, origin: Place) -> None:
+    source = ChunkSource([cache.url, origin.url])
+    source.ask_ahead(NAMES[5])  # nothing was fetched: there is no place to ask
+    assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
+    source.ask_ahead(NAMES[1])
+    source.ask_ahead(NAMES[3])
+    assert source.fetch(NAMES[2]) == FILES[NAMES[2]]
+    source.ask_ahead(NAMES[4])
+    cache.spoil = "flipped"
+    assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
+
+
+@pytest.mark.parametrize("spoil", ["closing", "cut"])
+def test_an_answer_asked_ahead_that_does_not_come_is_asked_for_again(origin: Place, spoil: str) -> None:
+    source = ChunkSource([origin.url])
+    assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
+    origin.spoil = spoil
+    source.ask_ahead(NAMES[1])
+    time.sleep(0.1)
+    origin.spoil = ""
+    assert source.fetch(NAMES[1], while_true=lambda: True) == FILES[NAMES[1]]
+
+
 @pytest.mark.parametrize(("spoil", "status", "error"), [("cut", 200, Unreachable), ("moved", 200, Unreachable), ("", 503, Unreachable), ("", 404, Refused)])
 def test_the_origins_failure_is_told(origin: Place, spoil: str, status: int, error: type[Exception]) -> None:
     origin.spoil, origin.status = spoil, status

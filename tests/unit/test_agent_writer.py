@@ -312,6 +312,23 @@ def test_a_chunk_that_came_wrong_once_is_fetched_again(case: Case) -> None:
     assert_holds_the_image(case, old)
 
 
+def test_what_is_asked_ahead_is_what_the_same_thread_fetches_next(case: Case) -> None:
+    asked = threading.local()
+    hits: list[bool] = []
+
+    def fetch(sha256: str) -> bytes:
+        if ahead := getattr(asked, "ahead", ""):
+            hits.append(ahead == sha256)
+            asked.ahead = ""
+        return case.fetch(sha256)
+
+    def ask_ahead(sha256: str) -> None:
+        asked.ahead = sha256
+
+    case.write(fetch=fetch, ask_ahead=ask_ahead)
+    assert hits and all(hits)
+
+
 def flipped(data: bytes) -> bytes:
     return data[:100] + bytes([data[100] ^ 0x40]) + data[101:]
 

@@ -159,6 +159,22 @@ def test_a_broken_import_leaves_nothing(tmp_path: Path, store: ImageStore, conve
     assert store.list_manifests() == [other.manifest_sha256]
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_file_that_is_written_to_while_it_is_read_is_no_image(tmp_path: Path, store: ImageStore, convert: bool) -> None:
+    source = make_disk(tmp_path / "disk", SIZE, seed=6)
+    source = qcow2(source) if convert else source
+    whole = source.read_bytes()
+
+    def copy_on(done: int, total: int) -> None:
+        if done == total:
+            source.write_bytes(whole)  # in place, as cp does it: the same bytes, another time
+
+    with pytest.raises(ImageError, match="written to while it was read") as refused:
+        take(source, store, progress=copy_on)
+    assert refused.value.slug == "image-refused"
+    assert not files(store)
+
+
 def test_a_killed_import_is_swept_by_the_next(tmp_path: Path, store: ImageStore) -> None:
     source = qcow2(make_disk(tmp_path / "disk", SIZE, seed=4))
     child = os.fork()

@@ -245,6 +245,26 @@ def test_the_terminal_is_left_as_it_was_found_however_the_watching_ends(fifty: F
         os.close(person)
 
 
+def test_after_ctrl_z_and_fg_the_table_and_its_keys_are_there_again(fifty: Fifty, tmp_path: Path) -> None:
+    fifty.spread()
+    with open_screen(["bash", "--norc", "-i"], env=fifty.env() | {"PS1": "ready> "}, cwd=tmp_path) as screen:
+        screen.wait_for("ready>")
+        screen.type(f"{shlex.join(REPAVE)} watch", "Enter")
+        screen.wait_for("? keys")
+        screen.type("C-z")
+        screen.wait_for("Stopped")
+        screen.type("echo shell-$((40+2))", "Enter")  # the shell shows what is typed into it
+        screen.wait_for("$((40+2))")
+        screen.wait_for("shell-42")
+        screen.type("clear; fg", "Enter")
+        screen.wait_for("50 servers · tiny")
+        screen.type("?")
+        screen.wait_for("failed runs only")
+        assert len(screen.read()) <= 24
+        screen.type("C-c")
+        screen.wait_for("ready>")
+
+
 def wait_until(holds: Callable[[], bool], *, deadline_s: float = 15.0) -> None:
     end = time.monotonic() + deadline_s
     while not holds():

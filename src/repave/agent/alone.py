@@ -72,8 +72,8 @@ def write_alone(
 
     sector_bytes, disk_bytes = _measure(device, manifest)
     result = write_image(
-        device, manifest, fetch=fetch, config_drive=None, sector_bytes=sector_bytes, disk_bytes=disk_bytes, keep_writing=lambda: True,
-        progress=_Teller(), resume=resume, read_back_all=read_back_all,
+        device, manifest, fetch=fetch, ask_ahead=source.ask_ahead, config_drive=None, sector_bytes=sector_bytes, disk_bytes=disk_bytes,
+        keep_writing=lambda: True, progress=_Teller(), resume=resume, read_back_all=read_back_all,
     )  # fmt: skip
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {

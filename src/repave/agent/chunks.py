@@ -38,6 +38,7 @@ class ChunkSource:
         *caches, origin = base_urls
         self._caches = [_Cache(_Place(url, tls, CACHE_CONNECT_S)) for url in caches]
         self._origin = _Place(origin, tls, TIMEOUT_S)
+        self._local = threading.local()
         self.token = token
 
     def prove(self, sha256: str, *, while_true: Callable[[], bool]) -> bytes:
@@ -52,13 +53,21 @@ class ChunkSource:
         """
         return self._insist(sha256, self._caches, while_true)
 
+    def ask_ahead(self, sha256: str) -> None:
+        """This thread will fetch this chunk next: where its last one came from, it is asked for now, and travels while that one is worked on."""
+        place: _Place | None = getattr(self._local, "place", None)
+        if place is not None:
+            place.ask(sha256, self.token)
+
     def _insist(self, sha256: str, caches: Sequence[_Cache], while_true: Callable[[], bool]) -> memoryview:
         tries = 0
         while True:
             for cache in caches:
                 if (found := cache.find(sha256, self.token)) is not None:
+                    self._local.place = cache.place
                     return found
             try:
+                self._local.place = self._origin
                 return self._origin.get(sha256, self.token)
             except Unreachable:
                 time.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
@@ -71,7 +80,7 @@ class _Cache:
     """A place that may fail: asked while it does well, and after a failure by one thread every `REST_S`."""
 
     def __init__(self, place: _Place) -> None:
-        self._place = place
+        self.place = place
         self._rests_until = 0.0  # 0 = it does well
         self._lock = threading.Lock()
 
@@ -80,7 +89,7 @@ class _Cache:
         if not self._may_ask():
             return None
         try:
-            data = self._place.get(sha256, token, until=time.monotonic() + CACHE_CHUNK_S)
+            data = self.place.get(sha256, token, until=time.monotonic() + CACHE_CHUNK_S)
         except (Refused, Unreachable, ValueError):
             data = None
         good = data is not None and hashlib.sha256(data).hexdigest() == sha256
@@ -114,7 +123,7 @@ class _Place:
 
         Raises: Refused on 4xx; Unreachable on no whole answer (`until` is a time.monotonic()), 3xx and 5xx; ValueError on one that is too long.
         """
-        kept = getattr(self._local, "connection", None) is not None
+        kept = self._kept() is not None
         try:
             return self._exchange(sha256, token, until)
         except _Closed:
@@ -122,12 +131,32 @@ class _Place:
                 raise
             return self._exchange(sha256, token, until)
 
-    def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
-        path = f"{self._path}/{sha256[:2]}/{sha256}"
-        answered = False
+    def ask(self, sha256: str, token: str) -> None:
+        """What this thread will `get` next, on the connection it has. Where that fails, `get` finds out."""
+        connection = self._kept()
+        if connection is None or self._local.asked:
+            return
         try:
-            connection = self._connection()
-            connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+            self._request(connection, sha256, token)
+        except (OSError, http.client.HTTPException):
+            self._drop()
+
+    def _request(self, connection: http.client.HTTPConnection, sha256: str, token: str) -> None:
+        connection.request("GET", self._path_of(sha256), headers={"Authorization": f"Bearer {token}"} if token else {})
+        self._local.asked = sha256
+
+    def _path_of(self, sha256: str) -> str:
+        return f"{self._path}/{sha256[:2]}/{sha256}"
+
+    def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
+        path, answered = self._path_of(sha256), False
+        if self._kept() is not None and self._local.asked not in ("", sha256):
+            self._drop()  # the answer that comes is to another question
+        try:
+            connection = self._kept() or self._connect()
+            if not self._local.asked:
+                self._request(connection, sha256, token)
+            self._local.asked = ""
             response = connection.getresponse()
             answered = True
             body = self._read(response, until)
@@ -177,16 +206,18 @@ class _Place:
         self._local.buffer = buffer
         return memoryview(buffer)[:size]
 
-    def _connection(self) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            if self._scheme == "https":
-                connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_s, context=self._tls)
-            else:
-                connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_s)
-            self._local.connection = connection
-            connection.connect()
-            connection.sock.settimeout(TIMEOUT_S)  # one that is cold waits for the origin
+    def _kept(self) -> http.client.HTTPConnection | None:
+        """This thread's connection, where it has one. `asked` beside it: the chunk whose answer will come on it first, "" = none."""
+        return getattr(self._local, "connection", None)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_s, context=self._tls)
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_s)
+        self._local.connection, self._local.asked = connection, ""
+        connection.connect()
+        connection.sock.settimeout(TIMEOUT_S)  # one that is cold waits for the origin
         return connection
 
     def _drop(self) -> None:

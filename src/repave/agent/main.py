@@ -270,6 +270,7 @@ class Agent:
                 opened.path,
                 manifest,
                 fetch=lambda sha256: self._fetch_chunk(chunks, sha256, lease),
+                ask_ahead=chunks.ask_ahead,
                 config_drive=config_drive,
                 sector_bytes=disk.sector_bytes,
                 disk_bytes=disk.size_bytes,

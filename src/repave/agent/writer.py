@@ -66,6 +66,7 @@ def write_image(
     manifest: Manifest,
     *,
     fetch: Callable[[str], Any],
+    ask_ahead: Callable[[str], None] = lambda sha256: None,
     config_drive: bytes | None,
     sector_bytes: int,
     disk_bytes: int,
@@ -85,6 +86,7 @@ def write_image(
 
     Args:
         fetch: SHA-256 of a chunk -> its bytes in any buffer, good until this thread asks again. Called from up to 4 threads; what it raises ends the write.
+        ask_ahead: called after a `fetch` with what that thread will fetch next, before it works on what it has.
         config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk. None: see the module's docstring.
         keep_writing: False = the lease or the run is over. Asked before each chunk and each stage, from several threads; must be quick.
         progress: (stage, bytes done, bytes total); never two calls at once. Stages as in the module's docstring.
@@ -101,7 +103,7 @@ def write_image(
         raise RunFailed("sector-size", f"The image is made for {manifest.sector_bytes}-byte sectors, the disk has {sector_bytes}.")
     kept = sorted(p.span(sector_bytes) for p in keep)
     with TargetDisk(device, sector_bytes=sector_bytes, size_bytes=disk_bytes, keep=kept) as disk:
-        w = _Write(disk, manifest, fetch, keep_writing, progress, read_back_all, kept)
+        w = _Write(disk, manifest, fetch, ask_ahead, keep_writing, progress, read_back_all, kept)
         if resume:
             with w.stage("compare"):
                 disk.flush()  # what another program has just written is on the disk before it is looked at
@@ -164,6 +166,7 @@ class _Write:
         disk: TargetDisk,
         manifest: Manifest,
         fetch: Callable[[str], Any],
+        ask_ahead: Callable[[str], None],
         keep_writing: Callable[[], bool],
         progress: Callable[[str, int, int], None],
         read_back_all: bool,
@@ -172,7 +175,8 @@ class _Write:
         self.disk, self.manifest = disk, manifest
         self.bytes_fetched = self.bytes_read_back = 0
         self.stages_s: dict[str, float] = {}
-        self._fetch, self._keep_writing, self._progress, self._read_back_all, self._keep = fetch, keep_writing, progress, read_back_all, kept
+        self._fetch, self._ask_ahead, self._keep_writing, self._progress = fetch, ask_ahead, keep_writing, progress
+        self._read_back_all, self._keep = read_back_all, kept
         self._lock = threading.Lock()
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
         self._kept: set[int] = set()  # windows that the disk held already
@@ -211,7 +215,7 @@ class _Write:
         self.disk.drop_cache()
         self._in_workers(there, self._compare_window)
 
-    def _compare_window(self, index: int, buffer: memoryview) -> None:
+    def _compare_window(self, index: int, buffer: memoryview, following: int | None) -> None:
         self.may_go_on()
         offset, length = self.manifest.window(index)
         self.disk.read_into(offset, buffer[:length])
@@ -319,7 +323,7 @@ class _Write:
 
     # One chunk.
 
-    def _write_chunk(self, index: int, buffer: memoryview) -> None:
+    def _write_chunk(self, index: int, buffer: memoryview, following: int | None) -> None:
         m = self.manifest
         offset, length = m.window(index)
         chunk, view = m.chunks[index], buffer[:length]
@@ -327,7 +331,10 @@ class _Write:
         if not pieces:
             return
         if chunk.extents:
-            decode(m, index, self._held.pop(index, None) or self._fetch_chunk(index), view)
+            data = self._held.pop(index, None) or self._fetch_chunk(index)
+            if following is not None and m.chunks[following].extents and following not in self._held:
+                self._ask_ahead(m.chunks[following].sha256)
+            decode(m, index, data, view)
         elif chunk.raw_sha256 != _zeros_sha256(length):
             raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
         self.may_go_on()
@@ -391,7 +398,7 @@ class _Write:
     def _zero_probes(self) -> list[_Sample]:
         return self._gaps[:: max(1, len(self._gaps) // ZERO_PROBES)]
 
-    def _verify(self, sample: _Sample, buffer: memoryview) -> None:
+    def _verify(self, sample: _Sample, buffer: memoryview, following: _Sample | None) -> None:
         self.may_go_on()
         self._compare(sample, buffer)
         self.report(sample.length)
@@ -412,20 +419,25 @@ class _Write:
             self.disk.write(offset + at, aligned(part))
             self._samples.append(_Sample(what, offset + at, len(part), _sha256(part)))
 
-    def _in_workers(self, items: Iterable[_T], work: Callable[[_T, memoryview], None]) -> None:
-        """Every item, by a few threads with one page-aligned buffer each; the first error stops them all and is raised."""
+    def _in_workers(self, items: Iterable[_T], work: Callable[[_T, memoryview, _T | None], None]) -> None:
+        """`work(item, buffer, following)` for every item, by a few threads with one page-aligned buffer each; the first error stops them all and is raised.
+
+        `following` is what the same thread works on next, None at the end.
+        """
         todo, lock, stop = iter(items), threading.Lock(), threading.Event()
         buffer_bytes = max(self.manifest.window_bytes, MIB)
 
+        def take() -> _T | None:
+            with lock:
+                return next(todo, None)
+
         def loop() -> None:
-            buffer = memoryview(mmap.mmap(-1, buffer_bytes))
-            while not stop.is_set():
-                with lock:
-                    item = next(todo, None)
-                if item is None:
-                    return
+            buffer, item = memoryview(mmap.mmap(-1, buffer_bytes)), take()
+            while item is not None and not stop.is_set():
+                following = take()
                 try:
-                    work(item, buffer)
+                    work(item, buffer, following)
+                    item = following
                 except BaseException as e:
                     with lock:
                         errors.append(e)

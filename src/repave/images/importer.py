@@ -71,18 +71,28 @@ def import_image(
         max_bytes: the store's quota, all images together.
         progress: (bytes of the disk done, bytes of the disk), from this thread.
 
-    Raises: ImageError image-missing, image-refused, image-quota; nothing is listed then and no chunk of it stays.
+    Raises: ImageError image-missing, image-refused (also where the file is written to meanwhile), image-quota; nothing is listed then and no chunk
+    of it stays.
     Blocks: minutes; and while another import into the same store runs.
     """
     fd = open_image(source) if isinstance(source, Path) else source
     try:
+        written = _when_written(fd)
         header = read_header_of(fd, formats=formats, max_virtual_bytes=max_virtual_bytes)
         with store.lock():
             store.sweep()  # what a killed import left
             quota = _Quota(store, max_bytes)
             try:
                 with _open_disk(fd, header) as (disk, found, notes):
-                    return _import_disk(disk, found, store, quota, arch, notes, progress or (lambda done, total: None))
+                    manifest, added = _pack_disk(disk, found, store, quota, arch, progress or (lambda done, total: None))
+                if _when_written(fd) != written:
+                    raise ImageError("image-refused", "The file was written to while it was read: import it when its copy is whole.")
+                quota.take(len(render_manifest(manifest)))
+                return ImportedImage(
+                    manifest_sha256=store.write_manifest(manifest), size_bytes=manifest.size_bytes, sector_bytes=manifest.sector_bytes,
+                    data_bytes=manifest.data_bytes, stored_bytes=sum({c.sha256: c.compressed_bytes for c in manifest.chunks}.values()), added_bytes=added,
+                    arch=manifest.arch, boot=manifest.boot, notes=notes,
+                )  # fmt: skip
             except OSError as e:
                 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise ImageError("image-quota", "The disk of the image store is full.") from e
@@ -92,6 +102,11 @@ def import_image(
     finally:
         if isinstance(source, Path):
             os.close(fd)
+
+
+def _when_written(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_mtime_ns, found.st_size
 
 
 class _Quota:
@@ -138,15 +153,8 @@ class _RawFile:
             raise
 
 
-def _import_disk(
-    disk: _Disk,
-    header: ImageHeader,
-    store: ImageStore,
-    quota: _Quota,
-    arch: str,
-    notes: tuple[str, ...],
-    progress: Callable[[int, int], None],
-) -> ImportedImage:
+def _pack_disk(disk: _Disk, header: ImageHeader, store: ImageStore, quota: _Quota, arch: str, progress: Callable[[int, int], None]) -> tuple[Manifest, int]:
+    """The disk's chunks are in the store. Returns its manifest, and the bytes that are new."""
     if header.table != "gpt":
         raise ImageError("image-refused", "The disk has an MBR partition table; the writer needs a GPT: convert it with sgdisk --mbrtogpt.")
     size = header.virtual_size_bytes
@@ -168,14 +176,7 @@ def _import_disk(
             progress(min(len(chunks) * WINDOW_BYTES, size), size)
         for write in writes:
             write.result()
-    boot = "uefi" if header.has_esp else "bios"
-    manifest = Manifest(size, header.sector_bytes, arch, boot, tuple(chunks))
-    quota.take(len(render_manifest(manifest)))
-    return ImportedImage(
-        manifest_sha256=store.write_manifest(manifest), size_bytes=size, sector_bytes=header.sector_bytes,
-        data_bytes=manifest.data_bytes, stored_bytes=sum({c.sha256: c.compressed_bytes for c in chunks}.values()), added_bytes=added,
-        arch=arch, boot=boot, notes=notes,
-    )  # fmt: skip
+    return Manifest(size, header.sector_bytes, arch, "uefi" if header.has_esp else "bios", tuple(chunks)), added
 
 
 def _packed_windows(disk: _Disk, size: int, pool: ThreadPoolExecutor) -> Iterator[tuple[Chunk, bytes]]:
@@ -200,11 +201,11 @@ def pack_window(window: bytes | bytearray) -> tuple[Chunk, bytes]:
     """The window's chunk, and its compressed bytes."""
     extents: list[tuple[int, int]] = []
     for at in range(0, len(window), ZERO_BYTES):
-        grain = window[at : at + ZERO_BYTES]
-        if grain == _ZERO_GRAIN[: len(grain)]:
+        grain = min(ZERO_BYTES, len(window) - at)
+        if window.startswith(_ZERO_GRAIN[:grain], at):  # no copy of it
             continue
         start, size = extents.pop() if extents and sum(extents[-1]) == at else (at, 0)
-        extents.append((start, size + len(grain)))
+        extents.append((start, size + grain))
     return _compress(window, tuple(extents)) if extents else _zero_window(len(window))
 
 

@@ -15,7 +15,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from repave.errors import ImageError
 from repave.images.manifest import Manifest, parse_manifest, render_manifest
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LOOK_S = 0.1  # between two looks at a lock that somebody has
 
 
 class ImageStore:
@@ -116,16 +118,27 @@ class ImageStore:
             yield
 
     @contextmanager
-    def catalogue_lock(self) -> Iterator[None]:
-        """Nobody else imports or removes, here or in another process, until files and rows say the same again. Taken before `lock`. Blocks: as that does."""
-        with self._alone("catalogue.lock", wait=True):
+    def catalogue_lock(self, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Nobody else imports or removes, here or in another process, until files and rows say the same again. Taken before `lock`. Blocks: as that does.
+
+        `waiting` is called while somebody else does, and what it raises ends the wait.
+        """
+        with self._alone("catalogue.lock", waiting=waiting):
             yield
 
     @contextmanager
-    def _alone(self, name: str, *, wait: bool) -> Iterator[None]:
+    def _alone(self, name: str, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         fd = os.open(self.root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                waiting()
+                time.sleep(_LOOK_S)
             yield
         finally:
             os.close(fd)

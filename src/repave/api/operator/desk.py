@@ -1,6 +1,5 @@
 """What the routes work with, and what they ask of it."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ class Images(Protocol):
     """What these routes ask of the image store: room for a file, that file made into an image, and its chunks gone."""
 
     folder: Path
-    over: threading.Event  # the service ends: no import goes on
     sources: ImageSources
 
     def room_bytes(self) -> int:
@@ -50,7 +48,13 @@ class Images(Protocol):
         """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Nobody else imports or removes, on any worker: an image whose row is not there yet must not be swept. Blocks while an import runs."""
+        """Nobody else imports or removes, on any worker: an image whose row is not there yet must not be swept.
+
+        Blocks while an import runs; raises meanwhile as `go_on` does.
+        """
+
+    def go_on(self) -> None:
+        """Raises ImageError where the service ends: no import goes on, and none waits."""
 
     def verify(self, manifest_sha256: str) -> None:
         """Every chunk has its digest. Blocks 0.8 s per GB. Raises ImageError."""

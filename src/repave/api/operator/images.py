@@ -203,8 +203,7 @@ def _until_over(scope: Scope, progress: ImportProgress) -> Callable[[int, int], 
     """Tells how far it is, and ends the import where the service ends: a fetch may take hours, and its thread would keep the process."""
 
     def tell(done: int, total: int) -> None:
-        if scope.desk.images.over.is_set():
-            raise ImageError("image-refused", "The service is ending; nothing of it was kept.")
+        scope.desk.images.go_on()
         progress.tell(done, total)
 
     return tell
