@@ -41,6 +41,7 @@ WORKERS = min(4, (os.cpu_count() or 1) + 2)  # fetch, disk and decoder overlap f
 SAMPLE_BYTES = 64 * 1024  # of every chunk, read back
 WHOLE_EVERY = 20  # one chunk in so many is read back whole: 5 %
 ZERO_PROBES = 32
+ZERO_RUN_BYTES = 64 * MIB  # made zero at once; the lease is asked before each, and a disk that must write them takes half a second
 TABLE_BYTES = 128 * 128  # UEFI 2.10, 5.3: the least that the entries of a GPT take
 CD_DESCRIPTOR = 32 * 1024  # ECMA-119, 6.2.1: OVMF boots El Torito from a disk with 512-byte sectors as well, and wants no LBA 0 for it (measured)
 DECODER_WINDOW = 8 * MIB  # the decoder's memory, whatever a frame asks for; larger only where the windows are
@@ -290,7 +291,7 @@ class _Write:
     def write_body(self) -> None:
         missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept]
         self.expect(sum(size for i in missing for _, size in self.manifest.chunks[i].extents))
-        self._in_workers(missing, self._write_chunk)
+        self._in_workers(self._runs(missing), self._write_run)
         self.disk.flush()
 
     def write_config_drive(self, tables: Tables, config_drive: bytes) -> None:
@@ -321,22 +322,48 @@ class _Write:
             self._compare(self._samples[0], memoryview(mmap.mmap(-1, MIB)))
             self.report(len(data))
 
-    # One chunk.
+    # One chunk, or a run of windows without data: the fewer the calls that make zeros, the better (a disk image as disk: 5 ms each, measured).
+
+    def _runs(self, windows: Sequence[int]) -> Iterator[range]:
+        """These windows in their order: each with data alone, those without that follow one another together, up to `ZERO_RUN_BYTES`."""
+        most, run = max(1, ZERO_RUN_BYTES // self.manifest.window_bytes), range(0)
+        for index in windows:
+            has_data = bool(self.manifest.chunks[index].extents)
+            if run and not has_data and index == run.stop and len(run) < most and not self.manifest.chunks[run.start].extents:
+                run = range(run.start, index + 1)
+                continue
+            if run:
+                yield run
+            run = range(index, index + 1)
+        if run:
+            yield run
+
+    def _write_run(self, run: range, buffer: memoryview, following: range | None) -> None:
+        if self.manifest.chunks[run.start].extents:
+            self._write_chunk(run.start, buffer, following.start if following else None)
+            return
+        pieces = {index: self._pieces(index) for index in run}
+        for index in run:
+            if pieces[index] and self.manifest.chunks[index].raw_sha256 != _zeros_sha256(self.manifest.window(index)[1]):
+                raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
+        edges = [self.manifest.window(index)[0] + edge for index in run for piece in pieces[index] for edge in (piece.start, piece.end)]
+        if edges:
+            self.may_go_on()
+            self.disk.make_zero(edges[0], edges[-1] - edges[0])
+        for index in run:
+            self._note_gaps(index, pieces[index])
+        self.report(0)
 
     def _write_chunk(self, index: int, buffer: memoryview, following: int | None) -> None:
         m = self.manifest
         offset, length = m.window(index)
-        chunk, view = m.chunks[index], buffer[:length]
-        pieces = self._pieces(index)
+        view, pieces = buffer[:length], self._pieces(index)
         if not pieces:
             return
-        if chunk.extents:
-            data = self._held.pop(index, None) or self._fetch_chunk(index)
-            if following is not None and m.chunks[following].extents and following not in self._held:
-                self._ask_ahead(m.chunks[following].sha256)
-            decode(m, index, data, view)
-        elif chunk.raw_sha256 != _zeros_sha256(length):
-            raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
+        data = self._held.pop(index, None) or self._fetch_chunk(index)
+        if following is not None and m.chunks[following].extents and following not in self._held:
+            self._ask_ahead(m.chunks[following].sha256)
+        decode(m, index, data, view)
         self.may_go_on()
         for piece in pieces:
             if piece.is_data:
@@ -344,12 +371,17 @@ class _Write:
             else:
                 self.disk.make_zero(offset + piece.start, piece.end - piece.start)
         self._samples.extend(self._samples_of(index, view, [p for p in pieces if p.is_data]))
+        self._note_gaps(index, pieces)
+        self.report(sum(size for _, size in m.chunks[index].extents))
+
+    def _note_gaps(self, index: int, pieces: Sequence[_Piece]) -> None:
+        """What of the window's gaps may be read back."""
+        offset, _ = self.manifest.window(index)
         gaps = [_Sample(f"a gap of chunk {index}", offset + p.start, p.end - p.start, None) for p in pieces if not p.is_data]
         if self._read_back_all and not self._is_whole(index):  # which no digest of the manifest covers
             self._samples.extend(gaps)
         elif gaps:
             self._gaps.append(gaps[0]._replace(length=min(gaps[0].length, SAMPLE_BYTES)))
-        self.report(sum(size for _, size in chunk.extents))
 
     def _fetch_chunk(self, index: int) -> Any:
         """The chunk's compressed bytes, as the manifest names them."""
