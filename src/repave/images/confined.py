@@ -47,12 +47,17 @@ class QemuDisk:
             self._free.put(connection)
         self._deadline = time.monotonic() + READ_S
 
-    def read(self, offset: int, length: int) -> bytes | bytearray:
+    def read(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        self.read_into(offset, memoryview(data))
+        return data
+
+    def read_into(self, offset: int, view: memoryview) -> None:
         connection = self._free.get()
         try:
             if time.monotonic() > self._deadline:
                 raise ImageError("image-refused", f"Reading it took longer than {READ_S} seconds.")
-            return connection.read(offset, length)
+            connection.read_into(offset, view)
         finally:
             self._free.put(connection)
 

@@ -49,10 +49,9 @@ class NbdConnection:
             self._ask(_CMD_DISCONNECT, 0, 0)
         self._socket.close()
 
-    def read(self, offset: int, length: int) -> bytearray:
-        """These bytes of the disk."""
-        window, left = bytearray(length), length
-        view = memoryview(window)
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with the disk's bytes from `offset` on."""
+        length = left = len(view)
         self._ask(_CMD_READ, offset, length)
         while True:
             flags, kind, size = self._reply()
@@ -64,13 +63,14 @@ class NbdConnection:
                 left -= count
                 if kind == _CHUNK_DATA:
                     self._fill(view[at : at + count])
+                else:
+                    view[at : at + count] = bytes(count)
             elif kind != _CHUNK_NONE:
                 raise NbdError(self._refusal(kind, size))
             if flags & _DONE:
                 break
         if left:
             raise NbdError("an answer that is not whole")
-        return window
 
     def next_data(self, offset: int) -> int:
         """Where the next bytes that may not be zero begin, at or after `offset`; the disk's size where there are none. `offset` must not become smaller."""
