@@ -113,7 +113,7 @@ def machine(folder: Path, kernel: Path, initramfs: Path) -> Iterator[tuple[subpr
         "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-cpu", CPU, "-m", "768", "-display", "none", "-no-reboot",
         "-serial", f"file:{console}", "-drive", "if=pflash,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd",
         "-drive", f"if=pflash,format=raw,file={variables}", "-drive", f"if=none,id=disk,format=raw,file={disk}",
-        "-device", "virtio-blk-pci,drive=disk,serial=BENCH-1", "-nic", "user,model=virtio-net-pci",
+        "-device", "virtio-blk-pci,drive=disk,serial=BENCH-1", "-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci",
         "-kernel", str(kernel), "-initrd", str(initramfs), "-append", COMMAND_LINE,
     ])  # fmt: skip
     try:
