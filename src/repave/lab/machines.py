@@ -100,7 +100,8 @@ class QemuRack:
             path.mkdir(parents=True, exist_ok=True)
         # The console goes straight to its file: without this a virtlogd would be started that nobody ends.
         (self._state.runtime / "conf/libvirt/qemu.conf").write_text('stdio_handler = "file"\n')
-        self._start_process("libvirtd", ["libvirtd"])
+        # A machine that is off is gone for libvirt when somebody has waited for its process. In a container pid 1 does so late, or never.
+        self._start_process("libvirtd", ["tini", "-s", "--", "setpriv", "--pdeathsig", "KILL", "--", "libvirtd"])
         deadline = time.monotonic() + 30  # the first start reads QEMU's capabilities: 4 s on a loaded box (lab-cookbook 0)
         while self._virsh("list", check=False).returncode != 0:
             if time.monotonic() > deadline or not is_alive(self._state.processes[0]):
