@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import mmap
 import ssl
 import threading
 import time
@@ -38,7 +39,7 @@ class ChunkSource:
         *caches, origin = base_urls
         self._caches = [_Cache(_Place(url, tls, CACHE_CONNECT_S)) for url in caches]
         self._origin = _Place(origin, tls, TIMEOUT_S)
-        self._local = threading.local()
+        self._last = _Last()
         self.token = token
 
     def prove(self, sha256: str, *, while_true: Callable[[], bool]) -> bytes:
@@ -55,19 +56,18 @@ class ChunkSource:
 
     def ask_ahead(self, sha256: str) -> None:
         """This thread will fetch this chunk next: where its last one came from, it is asked for now, and travels while that one is worked on."""
-        place: _Place | None = getattr(self._local, "place", None)
-        if place is not None:
-            place.ask(sha256, self.token)
+        if self._last.place is not None:
+            self._last.place.ask(sha256, self.token)
 
     def _insist(self, sha256: str, caches: Sequence[_Cache], while_true: Callable[[], bool]) -> memoryview:
         tries = 0
         while True:
             for cache in caches:
                 if (found := cache.find(sha256, self.token)) is not None:
-                    self._local.place = cache.place
+                    self._last.place = cache.place
                     return found
             try:
-                self._local.place = self._origin
+                self._last.place = self._origin
                 return self._origin.get(sha256, self.token)
             except Unreachable:
                 time.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
@@ -107,6 +107,20 @@ class _Cache:
             return True
 
 
+class _Last(threading.local):
+    """Where each thread's last chunk came from."""
+
+    place: _Place | None = None
+
+
+class _OfThread(threading.local):
+    """What each thread has of a place. `buffer` is as long as a chunk can be; what no answer has filled yet takes no memory."""
+
+    connection: http.client.HTTPConnection | None = None
+    asked = ""  # the chunk whose answer comes first on it; "" = none
+    buffer: memoryview | None = None
+
+
 class _Place:
     """One web server, with one connection a thread that is kept open. No redirects, no proxies."""
 
@@ -116,14 +130,14 @@ class _Place:
             raise ValueError(f"{base_url} is not http(s)://HOST[:PORT][/PATH]")
         self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
         self._path, self._tls, self._connect_s = parts.path.rstrip("/"), tls, connect_s
-        self._local = threading.local()
+        self._mine = _OfThread()
 
     def get(self, sha256: str, token: str, *, until: float | None = None) -> memoryview:
         """One try, and one more where a kept connection turns out to be closed.
 
         Raises: Refused on 4xx; Unreachable on no whole answer (`until` is a time.monotonic()), 3xx and 5xx; ValueError on one that is too long.
         """
-        kept = self._kept() is not None
+        kept = self._mine.connection is not None
         try:
             return self._exchange(sha256, token, until)
         except _Closed:
@@ -133,8 +147,8 @@ class _Place:
 
     def ask(self, sha256: str, token: str) -> None:
         """What this thread will `get` next, on the connection it has. Where that fails, `get` finds out."""
-        connection = self._kept()
-        if connection is None or self._local.asked:
+        connection = self._mine.connection
+        if connection is None or self._mine.asked:
             return
         try:
             self._request(connection, sha256, token)
@@ -143,20 +157,20 @@ class _Place:
 
     def _request(self, connection: http.client.HTTPConnection, sha256: str, token: str) -> None:
         connection.request("GET", self._path_of(sha256), headers={"Authorization": f"Bearer {token}"} if token else {})
-        self._local.asked = sha256
+        self._mine.asked = sha256
 
     def _path_of(self, sha256: str) -> str:
         return f"{self._path}/{sha256[:2]}/{sha256}"
 
     def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
         path, answered = self._path_of(sha256), False
-        if self._kept() is not None and self._local.asked not in ("", sha256):
+        if self._mine.connection is not None and self._mine.asked not in ("", sha256):
             self._drop()  # the answer that comes is to another question
         try:
-            connection = self._kept() or self._connect()
-            if not self._local.asked:
+            connection = self._mine.connection or self._connect()
+            if not self._mine.asked:
                 self._request(connection, sha256, token)
-            self._local.asked = ""
+            self._mine.asked = ""
             response = connection.getresponse()
             answered = True
             body = self._read(response, until)
@@ -180,17 +194,15 @@ class _Place:
 
         Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
         """
-        buffer, size = getattr(self._local, "buffer", bytearray()), 0
-        if len(buffer) < (said := min(response.length or 0, CHUNK_CAP_BYTES)):
-            buffer = bytearray(said)
+        if self._mine.buffer is None:
+            self._mine.buffer = memoryview(mmap.mmap(-1, CHUNK_CAP_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        buffer, size = self._mine.buffer, 0
         while not response.isclosed() and response.length != 0:
-            if size == CHUNK_CAP_BYTES:
+            if size == len(buffer):
                 raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-            if size == len(buffer):  # no length was said. A new one: the one before may still be looked at, and such a one can not grow
-                buffer = bytearray(buffer).ljust(min(max(2 * size, _PIECE_BYTES), CHUNK_CAP_BYTES), b"\0")
-            free = memoryview(buffer)[size:]
+            free = buffer[size:]
             if until is None:
-                got = response.readinto(free)
+                got = response.readinto(free[: response.length])
             else:  # what is there, so that one who drips is looked at too
                 piece = response.read1(min(_PIECE_BYTES, len(free)))
                 got = len(piece)
@@ -203,26 +215,22 @@ class _Place:
         if response.length:
             raise Unreachable("the answer ended early")
         response.read()  # lets the connection be used again
-        self._local.buffer = buffer
-        return memoryview(buffer)[:size]
-
-    def _kept(self) -> http.client.HTTPConnection | None:
-        """This thread's connection, where it has one. `asked` beside it: the chunk whose answer will come on it first, "" = none."""
-        return getattr(self._local, "connection", None)
+        return buffer[:size]
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._scheme == "https":
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_s, context=self._tls)
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_s)
-        self._local.connection, self._local.asked = connection, ""
+        self._mine.connection, self._mine.asked = connection, ""
         connection.connect()
         connection.sock.settimeout(TIMEOUT_S)  # one that is cold waits for the origin
         return connection
 
     def _drop(self) -> None:
-        self._local.connection.close()
-        self._local.connection = None
+        if self._mine.connection is not None:
+            self._mine.connection.close()
+        self._mine.connection, self._mine.asked = None, ""
 
 
 class _Closed(Unreachable):
