@@ -4,6 +4,7 @@
 
 The origin is nginx on loopback; the disk is a loop device with direct I/O over a file in RAM, full of old data before each write. Its peers:
 
+    agent-tls       ours again, over HTTPS
     curl-zstd-dd    curl | zstd -d | dd oflag=direct: what Tinkerbell's image2disk does, with native tools; nothing is verified
     bmaptool        Debian's bmap-tools, .raw.zst and a map of the blocks with data
     wget-zcat-dd    curtin's way
@@ -18,6 +19,7 @@ kind can do without. CPU is of the writer and what it starts; nginx and the loop
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +36,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bench.scripted_batch import describe_machine
+from repave.ca import make_ca, make_certificate
 from repave.images.manifest import Manifest, parse_manifest
 from repave.lab.os_images import build_debian, default_cache
 from repave.lab.processes import find_free_ports
@@ -85,9 +88,12 @@ def main(rounds: int = 5) -> None:
         (ram / "bin/udevadm").symlink_to("/bin/true")  # ironic-python-agent waits for udev, which runs in its ramdisk and not here
         files = make_files(ram / "origin")
         url = stack.enter_context(start_origin(ram, files.folder))
+        make_ca(ram)
+        tls_url = stack.enter_context(start_origin(ram, files.folder, certificate=make_certificate(ram, ["127.0.0.1"], ram / "origin.pem")))
         print(f"write; {describe_machine()}; {datetime.now():%Y-%m-%d %H:%M}; {rounds} rounds; nginx on loopback", flush=True)
         print(f"image: {IMAGE_BYTES >> 20} MiB, {files.manifest.data_bytes / 1e6:.0f} MB of data, {stored_bytes(files) / 1e6:.0f} MB in chunks", flush=True)
-        compare("a disk of the image's size", rounds, ram, files, IMAGE_BYTES, writers(files, url, ipa, ram), stages(files, url, ram))
+        tls = {"agent-tls": lambda device: ["env", f"SSL_CERT_FILE={ram / 'ca.pem'}", *agent(files, tls_url, device)]}
+        compare("a disk of the image's size", rounds, ram, files, IMAGE_BYTES, writers(files, url, ipa, ram) | tls, stages(files, url, ram))
         compare("a disk of 10 GiB", max(2, rounds // 2), ram, files, LARGE_BYTES, writers(files, url, ipa, ram, large=True), None)
         link(rounds, ram, files)
 
@@ -150,21 +156,23 @@ def stored_bytes(files: Files) -> int:
 
 
 @contextmanager
-def start_origin(ram: Path, folder: Path, *, address: str = "127.0.0.1", before: tuple[str, ...] = ()) -> Iterator[str]:
-    """nginx serves the folder, plain and by sendfile."""
+def start_origin(ram: Path, folder: Path, *, address: str = "127.0.0.1", before: tuple[str, ...] = (), certificate: Path | None = None) -> Iterator[str]:
+    """nginx serves the folder, plain and by sendfile; with a certificate over TLS."""
     [port] = find_free_ports(1)
     state = ram / f"nginx-{port}"
     state.mkdir()
+    tls = f"ssl_certificate {certificate}; ssl_certificate_key {certificate};" if certificate else ""
     temp = " ".join(f"{kind}_temp_path {state}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (state / "nginx.conf").write_text(
         f"daemon off; user root; pid {state}/pid; error_log stderr; worker_processes 2; events {{ worker_connections 256; }}\n"
-        f"http {{ access_log off; sendfile on; tcp_nopush on; {temp} server {{ listen {address}:{port}; root {folder}; }} }}\n"
+        f"http {{ access_log off; sendfile on; tcp_nopush on; {temp} "
+        f"server {{ listen {address}:{port}{' ssl' if certificate else ''}; {tls} root {folder}; }} }}\n"
     )
     process = subprocess.Popen([*before, shutil.which("nginx") or "/usr/sbin/nginx", "-c", state / "nginx.conf", "-e", "stderr"], stderr=subprocess.DEVNULL)
     try:
         time.sleep(0.5)
         assert process.poll() is None, "nginx did not start"
-        yield f"http://{address}:{port}"
+        yield f"http{'s' if certificate else ''}://{address}:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -180,18 +188,19 @@ def loop_device(file: Path, *, offset: int = 0, size: int = 0) -> Iterator[str]:
         subprocess.run(["losetup", "-d", device], check=True)
 
 
+def agent(files: Files, url: str, device: str) -> list[str]:
+    return [*AGENT, f"{url}/pack/manifests/{files.manifest_name}", device, "--json"]
+
+
 def writers(files: Files, url: str, ipa: Path, ram: Path, *, large: bool = False) -> dict[str, Callable[[str], list[str]]]:
     """A command for a device, by name."""
 
     def shell(text: str) -> Callable[[str], list[str]]:
         return lambda device: ["bash", "-c", f"set -eo pipefail; {text.replace('DEV', device)}"]
 
-    def agent(device: str) -> list[str]:
-        return [*AGENT, f"{url}/pack/manifests/{files.manifest_name}", device, "--json"]
-
     apart = ("unshare", "--pid", "--fork", "--mount-proc")  # it asks fuser who holds the disk, which may not look at every process here
     found: dict[str, Callable[[str], list[str]]] = {
-        "agent": agent,
+        "agent": lambda device: agent(files, url, device),
         "curl-zstd-dd": shell(f"curl -sf {url}/disk.raw.zst | zstd -dc -q | dd of=DEV bs=4M iflag=fullblock oflag=direct conv=fsync status=none"),
         "bmaptool": shell(f"bmaptool -q copy --bmap {files.folder}/disk.bmap {url}/disk.raw.zst DEV"),
         "curl-qemu": shell(
@@ -231,19 +240,19 @@ def compare(
                 done = subprocess.run(alone(device), check=True, capture_output=True, text=True)
             floor.append(json.loads(done.stdout.splitlines()[-1])["sum_s"])
     disk.unlink()
-    agent = found["agent"]
-    wall, cpu = statistics.median(m.wall_s for m in agent), statistics.median(m.cpu_s for m in agent)
+    ours = found["agent"]
+    wall, cpu = statistics.median(m.wall_s for m in ours), statistics.median(m.cpu_s for m in ours)
     print(f"\n{what}\n{'writer':14}{'wall s min/med/max':>22}{'x':>7}{'CPU s':>8}{'x':>7}{'RSS MB':>8}{'stale MB':>10}", flush=True)
     for name, each in found.items():
         walls, cpus = sorted(m.wall_s for m in each), statistics.median(m.cpu_s for m in each)
         spread = f"{walls[0]:.2f}/{statistics.median(walls):.2f}/{walls[-1]:.2f}"
         rss, stale = max(m.peak_rss_bytes for m in each) / 1e6, max(m.stale_bytes for m in each) / 1e6
         print(f"{name:14}{spread:>22}{statistics.median(walls) / wall:>7.2f}{cpus:>8.2f}{cpus / cpu:>7.2f}{rss:>8.0f}{stale:>10.1f}", flush=True)
-    said = agent[-1].said
+    said = ours[-1].said
     print(f"agent: {said['bytes_written']} bytes written of {said['data_bytes']} data, {said['bytes_fetched']} fetched, zeros: {said['zeroed_by']}", flush=True)
-    if floor:
-        ratios = [m.cpu_s / f for m, f in zip(agent, floor, strict=True)]
-        print(f"agent's CPU over the stages alone, round by round: {' '.join(f'{r:.2f}' for r in ratios)}, median {statistics.median(ratios):.2f}", flush=True)
+    for name in ("agent", "agent-tls") if floor else ():
+        ratios = [m.cpu_s / f for m, f in zip(found[name], floor, strict=True)]
+        print(f"{name}'s CPU over the stages alone, round by round: {' '.join(f'{r:.2f}' for r in ratios)}, median {statistics.median(ratios):.2f}", flush=True)
 
 
 def measure(disk: Path, disk_bytes: int, files: Files, command: Callable[[str], list[str]], ram: Path) -> Measured:
@@ -304,14 +313,13 @@ def link(rounds: int, ram: Path, files: Files) -> None:
             began = time.monotonic()
             subprocess.run(["curl", "-sf", "-o", "/dev/null", f"{url}/all.chunks"], check=True)
             curls.append(time.monotonic() - began)
-            command = [*AGENT, f"{url}/pack/manifests/{files.manifest_name}"]
-            done = measure(ram / "disk", IMAGE_BYTES, files, lambda device, command=command: [*command, device, "--json"], ram)  # type: ignore[misc]
+            done = measure(ram / "disk", IMAGE_BYTES, files, functools.partial(agent, files, url), ram)
             agents.append(done.wall_s)
             alone.append(float(done.said["stages_s"]["write"]))  # type: ignore[index]
         (ram / "disk").unlink()
-    curl, agent, stage = (statistics.median(each) for each in (curls, agents, alone))
+    curl, whole, stage = (statistics.median(each) for each in (curls, agents, alone))
     print(
-        f"\nat {LINK}: curl -o /dev/null {curl:.2f} s, agent {agent:.2f} s: {curl / agent:.3f} of the link; its write alone {stage:.2f} s: {curl / stage:.3f}",
+        f"\nat {LINK}: curl -o /dev/null {curl:.2f} s, agent {whole:.2f} s: {curl / whole:.3f} of the link; its write alone {stage:.2f} s: {curl / stage:.3f}",
         flush=True,
     )
 
