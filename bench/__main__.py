@@ -6,10 +6,10 @@ COUNT: machines; repetitions of `boot` and `rack`, kills of `takeover`, reinstal
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from bench import boot, cli_start, faulty, fifty, fleet, growth, importing, pages, pair, rack, scripted_batch, serving, simulated, soak, spread, takeover, write
+from repave.lab.processes import end_on_sigterm
 
 BENCHES = {"boot": boot.main, "rack": rack.main, "pair": pair.main, "scripted": scripted_batch.main, "fifty": fifty.main, "takeover": takeover.main}
 LONG = {
@@ -19,7 +19,7 @@ LONG = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that it started outlives it
+    end_on_sigterm()
     name, *counts = sys.argv[1:] or ["all"]
     if name != "all" and name not in BENCHES | LONG:
         sys.exit(f"usage: python -m bench [{'|'.join(BENCHES | LONG)} [COUNT]]")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from repave.lab.processes import end_on_sigterm
 
 LISTS = {"simulator": "planted_bugs", "racks": "planted"}
 
@@ -33,5 +34,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that it started outlives it
+    end_on_sigterm()
     main()

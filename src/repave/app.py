@@ -56,7 +56,7 @@ from repave.domain.waves import Limits
 from repave.errors import ImageError, RepaveError
 from repave.generation import Watch, begin_life, stand_path
 from repave.images.fetch import ImageSources
-from repave.images.headers import FORMATS
+from repave.images.headers import FORMATS, FileState
 from repave.images.importer import RESERVE_BYTES, import_image
 from repave.images.store import ImageStore
 from repave.leftovers import sweep_files
@@ -121,19 +121,20 @@ class ImageDesk:
         image_id: str,
         created_at: datetime,
         progress: Callable[[int, int], None],
+        since: FileState | None = None,
     ) -> Image:
-        made = import_image(file, self.store, arch=arch, max_bytes=self.quota_bytes, formats=self.formats, progress=progress)
+        made = import_image(file, self.store, arch=arch, max_bytes=self.quota_bytes, formats=self.formats, progress=progress, since=since)
         return Image(
             image_id, project_id, name, os_type, made.arch, made.boot, made.manifest_sha256, made.size_bytes, made.sector_bytes,
             made.stored_bytes, made.data_bytes, created_at,
         )  # fmt: skip
 
     def alone(self) -> AbstractContextManager[None]:
-        return self.store.catalogue_lock(waiting=self.go_on)
+        return self.store.catalogue_lock(waiting=self.refuse_over)
 
-    def go_on(self) -> None:
+    def refuse_over(self) -> None:
         if self.over.is_set():
-            raise ImageError("image-refused", "The service is ending; nothing was stored or removed.")
+            raise ImageError("service-ending")
 
     def verify(self, manifest_sha256: str) -> None:
         self.store.verify(self.store.read_manifest(manifest_sha256), deep=True)

@@ -102,7 +102,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("3112", "second-agent", Who.SERVER, True, "Its ramdisk was started twice.", "Another boot showed this run's token: the server reset itself, or something else has its boot media.", "Look at the console, and at who can read its boot media; then retry.", _DISK),
     ("3111", "agent-failed", Who.SERVER, True, "The ramdisk met an error.", "The agent reported a failure.", "Read the detail; retry.", _DISK),
     # 4: image
-    ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Of a format that image_formats does not allow, or it refers to other files, is damaged or too large, or is not what was announced.", "Read the detail; convert it: qemu-img convert -O qcow2.", "everything"),
+    ("4101", "image-refused", Who.IMAGE, False, "This file is refused as an image.", "Of a format that image_formats does not allow, or it refers to other files, is damaged or too large, is not what was announced, or changed while it was read.", "Read the detail; import a whole copy, or convert it: qemu-img convert -O qcow2.", "everything"),
     ("4102", "image-damaged", Who.IMAGE, False, "The stored image is damaged.", "A chunk is missing or has another digest than its manifest.", "Import the image again.", "see the run: found before or after the line"),
     ("4103", "image-missing", Who.IMAGE, False, "The image is not there.", "It was removed, or never imported.", "repave image ls; repave image import FILE.", _NOTHING),
     ("4104", "image-quota", Who.IMAGE, False, "The image store is full.", "The quota or the disk would be passed.", "repave image rm IMAGE, or raise images_quota_bytes.", "everything"),
@@ -118,6 +118,7 @@ CATALOGUE: dict[str, Problem] = _table(
     ("9005", "service-unreachable", Who.US, True, "The service does not answer.", "It is not running, or the address is wrong.", "repave serve, or set REPAVE_ENDPOINT.", "everything"),
     ("9010", "answer-lost", Who.US, True, "Whether it has begun is not known.", "The request was sent again and again, and no answer came back.", "repave batch ls shows whether it has; if not, ask again.", "not known: look at repave batch ls"),
     ("9030", "order-cut-short", Who.US, True, "The order was cut short.", "Repave is stopping, or had no hold on its database for a while: it sends nothing to a BMC then.", "repave server power NODESET show; then give the order again.", "all disks; the power may be half way: a restart may have left the server off"),
+    ("9031", "service-ending", Who.US, True, "Repave is stopping.", "It was told to end while this waited or was under way.", "Send it again when the service is up.", "everything"),
     ("9006", "stale-run", Who.US, False, "This run is over.", "Another run, or the end of this one, came first.", "Nothing; look at repave batch ls.", "everything"),
     ("9007", "database-newer", Who.US, False, "The database was made by a newer version of Repave.", "Its tables have a revision that this program does not know.", "Run that version, or restore the backup from before the upgrade.", "everything"),
     ("9020", "restored", Who.US, False, "A backup was restored while this run was under way in it.", "What the run did after the backup was made is not known. It was ended, and its server left as it is.", "Look at the server; then reinstall it.", "not known: look at the server"),

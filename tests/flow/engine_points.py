@@ -34,6 +34,7 @@ from repave.domain.model import InstanceState
 from repave.domain.states import Ending
 from repave.errors import RunFailed
 from repave.lab.postgres import start_postgres
+from repave.lab.processes import end_on_sigterm
 from repave.secrets import Sealer
 from repave.store import Store
 from repave.workflow.engine import Engine
@@ -209,9 +210,14 @@ class Theatre:
                 traceback.print_exc()
                 os._exit(1)
         os.close(writer)
-        with os.fdopen(reader) as pipe:
-            said = pipe.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            with os.fdopen(reader) as pipe:
+                said = pipe.read()
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if os.environ.get("VERBOSE"):
             print(f"{time.monotonic():.1f} {act} {status} {said}", flush=True)
         told = [json.loads(line) for line in said.splitlines()]
@@ -290,5 +296,5 @@ def start_databases(stack: contextlib.ExitStack) -> Iterator[tuple[Path, str]]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that it started outlives it
+    end_on_sigterm()
     main()

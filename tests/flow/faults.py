@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import fault_driver
 import pytest
 from fault_rig import run_cells, start_fault_rig
 from fault_scenes import SCENES
+
+from repave.lab.processes import end_on_sigterm
 
 MACHINES = 24  # most of the time most of them wait
 
@@ -51,5 +52,5 @@ def make_say(of: int) -> Callable[[str], None]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that it started outlives it
+    end_on_sigterm()
     sys.exit(main())

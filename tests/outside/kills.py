@@ -24,7 +24,7 @@ from places import place_of_rack, place_of_workers
 from watch import Watch
 
 from repave.lab.demo import send_reinstall
-from repave.lab.processes import is_alive, start_detached
+from repave.lab.processes import end_on_sigterm, is_alive, start_detached
 from repave.lab.rack import find_service, rack_down, rack_up, start_service_again
 from repave.lab.workers import Workers, start_workers
 
@@ -203,5 +203,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that it started outlives it
+    end_on_sigterm()
     main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ from lane import Judged, Say, Tally, boot_chosen, boot_one, choose_to_boot, judg
 from planted_bugs import PLANTED, plant
 from recordings import OLD_DISKS, record_on_host, record_on_machine
 
+from repave.lab.processes import end_on_sigterm
+
 HOST_RECORDINGS = 24
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("REPAVE_CACHE", ".repave/cache")))
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no machine outlives us
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="power-loss-") as folder:
         tally = run(Path(folder), images=chosen.images, boots=chosen.boots, seed=chosen.seed, cache=chosen.cache.resolve())
     for failure in tally.failures[:20]:

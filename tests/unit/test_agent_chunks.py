@@ -28,7 +28,7 @@ class Place(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.tokens: set[str | None] = set()
-        self.connections = 0
+        self.connections = self.hung_up = 0
         self.status, self.spoil, self.gone = 200, "", threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -49,6 +49,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.server.connections += 1
+
+    def finish(self) -> None:
+        super().finish()
+        self.server.hung_up += 1
 
     def do_GET(self) -> None:
         place, (_, folder, prefix, name) = self.server, self.path.split("/")
@@ -208,14 +212,18 @@ def test_a_kept_connection_that_was_closed_meanwhile_is_no_failure(origin: Place
     assert origin.connections == 3
 
 
+def wait_for_asks(place: Place, count: int) -> None:
+    until = time.monotonic() + 5
+    while len(place.asked) < count and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def test_the_next_chunk_travels_while_the_last_one_is_worked_on(cache: Place, origin: Place) -> None:
     for place, source in ((origin, ChunkSource([origin.url])), (cache, ChunkSource([cache.url, origin.url]))):
         for number, name in enumerate(NAMES[:4]):
             assert source.fetch(name) == FILES[name]
             source.ask_ahead(NAMES[number + 1])
-            until = time.monotonic() + 5
-            while len(place.asked) < number + 2 and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_for_asks(place, number + 2)
             assert place.asked == NAMES[: number + 2]
         assert place.connections == 1
 
@@ -232,15 +240,40 @@ def test_what_was_asked_ahead_is_never_taken_for_another_chunk(cache: Place, ori
     assert [bytes(source.fetch(name)) for name in NAMES] == list(FILES.values())
 
 
-@pytest.mark.parametrize("spoil", ["closing", "cut"])
-def test_an_answer_asked_ahead_that_does_not_come_is_asked_for_again(origin: Place, spoil: str) -> None:
+def test_what_was_asked_ahead_on_a_connection_that_was_closed_is_asked_for_again(origin: Place) -> None:
+    source = ChunkSource([origin.url])
+    origin.spoil = "closing"
+    assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
+    time.sleep(0.1)
+    source.ask_ahead(NAMES[1])
+    assert source.fetch(NAMES[1]) == FILES[NAMES[1]]
+    assert (origin.asked, origin.connections) == (NAMES[:2], 2)
+
+
+def test_an_answer_asked_ahead_that_breaks_off_is_asked_for_again(origin: Place) -> None:
     source = ChunkSource([origin.url])
     assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
-    origin.spoil = spoil
+    origin.spoil = "cut"
     source.ask_ahead(NAMES[1])
-    time.sleep(0.1)
-    origin.spoil = ""
-    assert source.fetch(NAMES[1], while_true=lambda: True) == FILES[NAMES[1]]
+    wait_for_asks(origin, 2)
+    assert source.fetch(NAMES[1], while_true=lambda: not setattr(origin, "spoil", "")) == FILES[NAMES[1]]
+    assert origin.asked[1:] == [NAMES[1]] * len(origin.asked[1:]) and len(origin.asked) > 2
+
+
+def test_what_was_asked_ahead_of_a_place_that_is_not_asked_any_more_is_hung_up_on(cache: Place, origin: Place) -> None:
+    cache.status = 404
+    source = ChunkSource([cache.url, origin.url])
+    assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
+    source.ask_ahead(NAMES[1])
+    wait_for_asks(origin, 2)
+    cache.status = 200
+    source._caches[0]._rests_until = 0.0  # it has rested
+    assert source.fetch(NAMES[1]) == FILES[NAMES[1]] and cache.asked == NAMES[:2]
+    until = time.monotonic() + 5
+    while not origin.hung_up and time.monotonic() < until:
+        time.sleep(0.01)
+    assert origin.hung_up == 1
+    assert source.fetch(NAMES[2]) == FILES[NAMES[2]] and origin.asked == NAMES[:2]
 
 
 @pytest.mark.parametrize(("spoil", "status", "error"), [("cut", 200, Unreachable), ("moved", 200, Unreachable), ("", 503, Unreachable), ("", 404, Refused)])

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import math
+import mmap
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from repave.agent.gpt import Partition
 from repave.agent.writer import WriteResult, write_image
 from repave.errors import ImageError, RunFailed
 from repave.images.importer import import_image
-from repave.images.manifest import Manifest
+from repave.images.manifest import WINDOW_BYTES, Manifest
 from repave.images.store import ImageStore
 
 IMAGE_BYTES = 40 * MIB
@@ -256,6 +257,40 @@ def test_a_byte_that_changed_in_the_data_and_one_in_a_gap_cost_one_chunk_each_an
     result = case.write(config_drive=None, resume=True)
     assert case.disk.read_bytes() == done
     assert result.bytes_fetched == case.manifest.chunks[data].compressed_bytes
+
+
+def test_zeros_that_are_made_again_leave_the_kept_data_between_them(tmp_path: Path) -> None:
+    """What lies between two runs of zeros is not theirs."""
+    image = tmp_path / "image"
+    make_disk(image, IMAGE_BYTES, seed=11)
+    with image.open("r+b") as f:
+        for window, data in ((4, bytes(WINDOW_BYTES)), (5, b"kept" * (WINDOW_BYTES // 4)), (6, bytes(WINDOW_BYTES))):
+            f.seek(window * WINDOW_BYTES)
+            f.write(data)
+    case = make_case(tmp_path, image)
+    assert [bool(c.extents) for c in case.manifest.chunks[4:7]] == [False, True, False]
+    case.write(config_drive=None)
+    with case.disk.open("r+b") as f:
+        for window in (4, 6):
+            f.seek(window * WINDOW_BYTES + 4096)
+            f.write(b"old")
+    result = case.write(config_drive=None, resume=True)
+    assert case.disk.read_bytes()[:IMAGE_BYTES] == image.read_bytes()
+    assert result.bytes_fetched <= case.manifest.chunks[0].compressed_bytes and result.bytes_zeroed >= 2 * WINDOW_BYTES
+
+
+def test_a_worker_that_can_not_begin_ends_the_write(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mmap.mmap
+
+    def no_memory(fd: int, length: int, *args: Any, **more: Any) -> mmap.mmap:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fd, length, *args, **more)
+
+    monkeypatch.setattr("repave.agent.writer.mmap.mmap", no_memory)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        case.write()
+    assert case.first_sector_is_zero()
 
 
 @pytest.mark.parametrize("call", [1, 2])

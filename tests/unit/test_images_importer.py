@@ -169,7 +169,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_no_image(tmp_path: Path, 
         if done == total:
             source.write_bytes(whole)  # in place, as cp does it: the same bytes, another time
 
-    with pytest.raises(ImageError, match="written to while it was read") as refused:
+    with pytest.raises(ImageError, match="changed while it was read") as refused:
         take(source, store, progress=copy_on)
     assert refused.value.slug == "image-refused"
     assert not files(store)

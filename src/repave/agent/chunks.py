@@ -64,16 +64,22 @@ class ChunkSource:
         while True:
             for cache in caches:
                 if (found := cache.find(sha256, self.token)) is not None:
-                    self._last.place = cache.place
+                    self._now_from(cache.place)
                     return found
             try:
-                self._last.place = self._origin
+                self._now_from(self._origin)
                 return self._origin.get(sha256, self.token)
             except Unreachable:
                 time.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
                 tries += 1
                 if not while_true():
                     raise
+
+    def _now_from(self, place: _Place) -> None:
+        """What this thread has asked ahead for elsewhere it does not wait for."""
+        if self._last.place not in (None, place):
+            self._last.place.forget()
+        self._last.place = place
 
 
 class _Cache:
@@ -120,6 +126,11 @@ class _OfThread(threading.local):
     asked = ""  # the chunk whose answer comes first on it; "" = none
     buffer: memoryview | None = None
 
+    def room(self) -> memoryview:
+        if self.buffer is None:
+            self.buffer = memoryview(mmap.mmap(-1, CHUNK_CAP_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return self.buffer
+
 
 class _Place:
     """One web server, with one connection a thread that is kept open. No redirects, no proxies."""
@@ -155,6 +166,11 @@ class _Place:
         except (OSError, http.client.HTTPException):
             self._drop()
 
+    def forget(self) -> None:
+        """What this thread has asked ahead for here is not wanted any more."""
+        if self._mine.asked:
+            self._drop()
+
     def _request(self, connection: http.client.HTTPConnection, sha256: str, token: str) -> None:
         connection.request("GET", self._path_of(sha256), headers={"Authorization": f"Bearer {token}"} if token else {})
         self._mine.asked = sha256
@@ -164,6 +180,7 @@ class _Place:
 
     def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
         path, answered = self._path_of(sha256), False
+        self._mine.room()  # no memory is no fault of the place
         if self._mine.connection is not None and self._mine.asked not in ("", sha256):
             self._drop()  # the answer that comes is to another question
         try:
@@ -194,9 +211,7 @@ class _Place:
 
         Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
         """
-        if self._mine.buffer is None:
-            self._mine.buffer = memoryview(mmap.mmap(-1, CHUNK_CAP_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        buffer, size = self._mine.buffer, 0
+        buffer, size = self._mine.room(), 0
         while not response.isclosed() and response.length != 0:
             if size == len(buffer):
                 raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")

@@ -87,9 +87,9 @@ def write_image(
 
     Args:
         fetch: SHA-256 of a chunk -> its bytes in any buffer, good until this thread asks again. Called from up to 4 threads; what it raises ends the write.
-        ask_ahead: called after a `fetch` with what that thread will fetch next, before it works on what it has.
+        ask_ahead: called by a thread with what it will `fetch` next, before it works on what it has.
         config_drive: the config drive's file system, written to a new partition `config-2` at the end of the disk. None: see the module's docstring.
-        keep_writing: False = the lease or the run is over. Asked before each chunk and each stage, from several threads; must be quick.
+        keep_writing: False = the lease or the run is over. Asked before each chunk, each 64 MiB of zeros and each stage, from several threads; must be quick.
         progress: (stage, bytes done, bytes total); never two calls at once. Stages as in the module's docstring.
         partition_guid: 16 bytes, as on disk (`uuid.UUID.bytes_le`).
         boot_entry: called with the new partition table when the data are verified, before the disk can boot.
@@ -289,7 +289,7 @@ class _Write:
             yield start, end
 
     def write_body(self) -> None:
-        missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept]
+        missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept and self._pieces(i)]
         self.expect(sum(size for i in missing for _, size in self.manifest.chunks[i].extents))
         self._in_workers(self._runs(missing), self._write_run)
         self.disk.flush()
@@ -342,24 +342,21 @@ class _Write:
         if self.manifest.chunks[run.start].extents:
             self._write_chunk(run.start, buffer, following.start if following else None)
             return
-        pieces = {index: self._pieces(index) for index in run}
         for index in run:
-            if pieces[index] and self.manifest.chunks[index].raw_sha256 != _zeros_sha256(self.manifest.window(index)[1]):
+            if self.manifest.chunks[index].raw_sha256 != _zeros_sha256(self.manifest.window(index)[1]):
                 raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
-        edges = [self.manifest.window(index)[0] + edge for index in run for piece in pieces[index] for edge in (piece.start, piece.end)]
-        if edges:
-            self.may_go_on()
-            self.disk.make_zero(edges[0], edges[-1] - edges[0])
+        start = self.manifest.window(run[0])[0] + self._pieces(run[0])[0].start
+        end = self.manifest.window(run[-1])[0] + self._pieces(run[-1])[-1].end
+        self.may_go_on()
+        self.disk.make_zero(start, end - start)
         for index in run:
-            self._note_gaps(index, pieces[index])
+            self._note_gaps(index, self._pieces(index))
         self.report(0)
 
     def _write_chunk(self, index: int, buffer: memoryview, following: int | None) -> None:
         m = self.manifest
         offset, length = m.window(index)
         view, pieces = buffer[:length], self._pieces(index)
-        if not pieces:
-            return
         data = self._held.pop(index, None) or self._fetch_chunk(index)
         if following is not None and m.chunks[following].extents and following not in self._held:
             self._ask_ahead(m.chunks[following].sha256)
@@ -464,17 +461,16 @@ class _Write:
                 return next(todo, None)
 
         def loop() -> None:
-            buffer, item = memoryview(mmap.mmap(-1, buffer_bytes)), take()
-            while item is not None and not stop.is_set():
-                following = take()
-                try:
+            try:
+                buffer, item = memoryview(mmap.mmap(-1, buffer_bytes)), take()
+                while item is not None and not stop.is_set():
+                    following = take()
                     work(item, buffer, following)
                     item = following
-                except BaseException as e:
-                    with lock:
-                        errors.append(e)
-                    stop.set()
-                    return
+            except BaseException as e:  # no worker ends in silence: what it had in hand was not done
+                with lock:
+                    errors.append(e)
+                stop.set()
 
         errors: list[BaseException] = []
         workers = [threading.Thread(target=loop, name=f"writer-{n}") for n in range(WORKERS)]

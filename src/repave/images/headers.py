@@ -47,6 +47,9 @@ FORMATS = ("qcow2", "raw")  # what is taken unless the operator allows more
 _SAID = {"qcow2": "a qcow2 disk", "raw": "raw", "vmdk": "a VMDK disk", "vhd": "a VHD disk", "vhdx": "a VHDX disk"}
 
 
+FileState = tuple[int, int, int]  # opaque
+
+
 @dataclass(frozen=True)
 class ImageHeader:
     """What we know of a file that may be imported. Of all but raw, the last three are known only from the disk inside: 0, "" and False."""
@@ -56,6 +59,12 @@ class ImageHeader:
     sector_bytes: int = 0  # 512, 4096
     table: str = ""  # gpt, mbr
     has_esp: bool = False
+
+
+def read_file_state(fd: int) -> FileState:
+    """Equal before and after: nobody has written to the file in between. The kernel sets ctime, and nobody else can."""
+    found = os.fstat(fd)
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def open_image(path: Path) -> int:

@@ -3,7 +3,8 @@
     read_header (ours) -> data found by SEEK_DATA, in a qcow2 by a confined qemu-nbd's block status -> 4 MiB windows, read and compressed by a
     few threads -> chunk files -> the manifest, last
 
-A broken import leaves nothing listed and no chunk behind. The same image twice adds nothing: chunks and manifests are named by digest.
+A broken import leaves nothing listed and no chunk behind. The same image twice adds nothing: chunks and manifests are named by digest (until the
+compressor or its parameters change).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import zstandard
 
 from repave.errors import ImageError
 from repave.images.confined import open_qemu_disk
-from repave.images.headers import FORMATS, MAX_VIRTUAL_BYTES, ImageHeader, open_image, read_header_of, read_inner_header
+from repave.images.headers import FORMATS, MAX_VIRTUAL_BYTES, FileState, ImageHeader, open_image, read_file_state, read_header_of, read_inner_header
 from repave.images.manifest import WINDOW_BYTES, ZERO_BYTES, Chunk, Manifest, render_manifest
 from repave.images.store import ImageStore
 
@@ -63,6 +64,7 @@ def import_image(
     formats: Collection[str] = FORMATS,
     progress: Callable[[int, int], None] | None = None,
     max_virtual_bytes: int = MAX_VIRTUAL_BYTES,
+    since: FileState | None = None,
 ) -> ImportedImage:
     """The image is in the store and verified as far as it went through our hands.
 
@@ -72,14 +74,15 @@ def import_image(
         formats: those that are allowed, as headers.py names them.
         max_bytes: the store's quota, all images together.
         progress: (bytes of the disk done, bytes of the disk), from this thread.
+        since: the file's state when it was looked at before, e.g. hashed; None = as it is now. In another one at the end, it is no image.
 
-    Raises: ImageError image-missing, image-refused (also where the file is written to meanwhile), image-quota; nothing is listed then and no chunk
+    Raises: ImageError image-missing, image-refused (also where the file changes meanwhile), image-quota; nothing is listed then and no chunk
     of it stays.
     Blocks: minutes; and while another import into the same store runs.
     """
     fd = open_image(source) if isinstance(source, Path) else source
     try:
-        written = _when_written(fd)
+        since = since or read_file_state(fd)
         header = read_header_of(fd, formats=formats, max_virtual_bytes=max_virtual_bytes)
         with store.lock():
             store.sweep()  # what a killed import left
@@ -87,8 +90,8 @@ def import_image(
             try:
                 with _open_disk(fd, header) as (disk, found, notes):
                     manifest, added = _pack_disk(disk, found, store, quota, arch, progress or (lambda done, total: None))
-                if _when_written(fd) != written:
-                    raise ImageError("image-refused", "The file was written to while it was read: import it when its copy is whole.")
+                if read_file_state(fd) != since:
+                    raise ImageError("image-refused", "The file changed while it was read: import it when its copy is whole.")
                 quota.take(len(render_manifest(manifest)))
                 return ImportedImage(
                     manifest_sha256=store.write_manifest(manifest), size_bytes=manifest.size_bytes, sector_bytes=manifest.sector_bytes,
@@ -104,11 +107,6 @@ def import_image(
     finally:
         if isinstance(source, Path):
             os.close(fd)
-
-
-def _when_written(fd: int) -> tuple[int, int]:
-    found = os.fstat(fd)
-    return found.st_mtime_ns, found.st_size
 
 
 class _Quota:

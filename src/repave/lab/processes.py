@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ def stop_processes(processes: Iterable[ProcessRef], *, grace_s: float = 5.0) -> 
             time.sleep(0.02)
         for process in left:
             _reap(process)
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends this process as an exception does, so that what it started does not outlive it. In the main thread."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _send(process: ProcessRef, signal_number: int) -> None:

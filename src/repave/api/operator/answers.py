@@ -24,7 +24,8 @@ class Body(BaseModel):
 _STATUS = {
     "bad-request": 400, "not-logged-in": 401, "not-allowed": 403, "not-found": 404, "image-missing": 404, "conflict": 409,
     "in-progress": 409, "too-many": 429, "locked": 409, "own-host": 409, "past-the-line": 409, "key-used": 422, "image-refused": 422,
-    "image-quota": 507, "service-unreachable": 503, "order-cut-short": 503, "webhook-failed": 502, "database-unavailable": 503, "database-corrupt": 503,
+    "image-quota": 507, "service-unreachable": 503, "order-cut-short": 503, "service-ending": 503, "webhook-failed": 502,
+    "database-unavailable": 503, "database-corrupt": 503,
 }  # fmt: skip
 _STATUS_BY_WHO = {Who.REQUEST: 400, Who.BMC: 502, Who.IMAGE: 422, Who.US: 500}
 

@@ -14,6 +14,7 @@ from repave.bmc import BmcAddress, BmcFacts
 from repave.domain.model import Credential, Image, Server, Step, Webhook
 from repave.domain.waves import Waves
 from repave.images.fetch import ImageSources
+from repave.images.headers import FileState
 from repave.store import Store
 from repave.workflow.fleet import Override
 from repave.workflow.power import PowerSwitch
@@ -43,18 +44,18 @@ class Images(Protocol):
 
     def add(
         self, file: Path | int, *, name: str, os_type: str, arch: str, project_id: str, image_id: str, created_at: datetime,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int, int], None], since: FileState | None = None,
     ) -> Image:  # fmt: skip
-        """The image of this file, its chunks stored. Blocks for minutes. Raises ImageError."""
+        """The image of this file, its chunks stored; `since` as in `import_image`. Blocks for minutes. Raises ImageError."""
 
     def alone(self) -> AbstractContextManager[None]:
         """Nobody else imports or removes, on any worker: an image whose row is not there yet must not be swept.
 
-        Blocks while an import runs; raises meanwhile as `go_on` does.
+        Blocks while an import runs; raises meanwhile as `refuse_over` does.
         """
 
-    def go_on(self) -> None:
-        """Raises ImageError where the service ends: no import goes on, and none waits."""
+    def refuse_over(self) -> None:
+        """Raises ImageError service-ending where the service ends: no import goes on, and nobody waits for one."""
 
     def verify(self, manifest_sha256: str) -> None:
         """Every chunk has its digest. Blocks 0.8 s per GB. Raises ImageError."""

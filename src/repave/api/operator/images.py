@@ -28,6 +28,7 @@ from repave.api.operator.scope import Operator, Scope, Viewer
 from repave.domain.model import Image
 from repave.errors import ImageError, RequestError
 from repave.images.fetch import MOST_SIGNATURE_BYTES, fetch, hash_file, open_beneath, verify_signature
+from repave.images.headers import FileState, read_file_state
 from repave.store import new_id
 
 router = APIRouter(route_class=ProblemRoute, prefix="/images")
@@ -168,10 +169,11 @@ def _import_path(wanted: _Wanted, source: Source, progress: ImportProgress) -> J
         raise RequestError("not-allowed", "No folder of this machine may be imported from: set import_dir.", field="source.path")
     fd = open_beneath(folder, source.path)
     try:
+        since = read_file_state(fd)
         if source.sha256:
             progress.begin("check")
             _compare(hash_file(fd), source.sha256)
-        return _store_image(wanted, fd, progress)
+        return _store_image(wanted, fd, progress, since=since)
     finally:
         os.close(fd)
 
@@ -203,7 +205,7 @@ def _until_over(scope: Scope, progress: ImportProgress) -> Callable[[int, int], 
     """Tells how far it is, and ends the import where the service ends: a fetch may take hours, and its thread would keep the process."""
 
     def tell(done: int, total: int) -> None:
-        scope.desk.images.go_on()
+        scope.desk.images.refuse_over()
         progress.tell(done, total)
 
     return tell
@@ -265,7 +267,7 @@ async def _receive(stream: AsyncIterator[bytes], file: Path, room_bytes: int, pr
     return digest.hexdigest()
 
 
-def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress) -> Json:
+def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress, *, since: FileState | None = None) -> Json:
     scope, store, images = wanted.scope, wanted.scope.store, wanted.scope.desk.images
     progress.begin("wait")
     with images.alone():
@@ -273,7 +275,7 @@ def _store_image(wanted: _Wanted, file: Path | int, progress: ImportProgress) ->
         images.sweep(_manifests_in_use(scope))  # one whose import died before its row was there
         image = images.add(
             file, name=wanted.name, os_type=wanted.os_type, arch=wanted.arch, project_id=scope.project_id, image_id=new_id(), created_at=store.now(),
-            progress=_until_over(scope, progress),
+            progress=_until_over(scope, progress), since=since,
         )  # fmt: skip
         try:
             store.images.add_image(image, actor=scope.actor)
