@@ -224,14 +224,33 @@ def test_an_import_ends_with_the_service_and_leaves_nothing(open_site: Site, dis
     assert not any((open_site.images.folder / "uploads").iterdir())
 
 
+def test_a_file_that_becomes_another_one_after_its_digest_was_compared_is_no_image(open_site: Site, disk: Path, tmp_path: Path) -> None:
+    file = tmp_path / "shelf" / "tiny.raw"
+    shutil.copy(disk, file)
+    sha256 = hashlib.sha256(disk.read_bytes()).hexdigest()
+    with ThreadPoolExecutor(1) as pool:
+        with open_site.images.store.catalogue_lock():  # another worker imports, so ours waits with its digest compared
+            asked = pool.submit(order, open_site, "late", path="tiny.raw", sha256=sha256)
+            wait_for_stage(open_site, "wait")
+            file.write_bytes(disk.read_bytes()[:-MIB] + os.urandom(MIB))
+        answer = asked.result(20)
+    assert (answer.status_code, answer.json()["class"]) == (422, "image-refused") and "changed while it was read" in answer.text
+    assert open_site.files() == []
+
+
+def wait_for_stage(site: Site, stage: str) -> None:
+    deadline = time.monotonic() + 10
+    while [i["stage"] for i in site.ask("GET", "/imports").json()["items"]] != [stage]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_an_import_that_waits_for_another_workers_ends_where_the_service_ends(open_site: Site, disk: Path) -> None:
     images = open_site.images
     try:
         with ThreadPoolExecutor(1) as pool, images.store.catalogue_lock():
             asked = pool.submit(open_site.ask, "POST", "/images?name=late", data=disk.read_bytes())
-            deadline = time.monotonic() + 10
-            while [i["stage"] for i in open_site.ask("GET", "/imports").json()["items"]] != ["wait"]:
-                assert time.monotonic() < deadline and not asked.done()
+            wait_for_stage(open_site, "wait")
             images.over.set()
             assert "ending" in asked.result(10).text
     finally:

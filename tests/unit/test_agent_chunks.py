@@ -7,7 +7,7 @@ import hashlib
 import http.server
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -212,9 +212,10 @@ def test_a_kept_connection_that_was_closed_meanwhile_is_no_failure(origin: Place
     assert origin.connections == 3
 
 
-def wait_for_asks(place: Place, count: int) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + 5
-    while len(place.asked) < count and time.monotonic() < until:
+    while not holds():
+        assert time.monotonic() < until
         time.sleep(0.01)
 
 
@@ -223,8 +224,7 @@ def test_the_next_chunk_travels_while_the_last_one_is_worked_on(cache: Place, or
         for number, name in enumerate(NAMES[:4]):
             assert source.fetch(name) == FILES[name]
             source.ask_ahead(NAMES[number + 1])
-            wait_for_asks(place, number + 2)
-            assert place.asked == NAMES[: number + 2]
+            wait_until(lambda place=place, asked=NAMES[: number + 2]: place.asked == asked)
         assert place.connections == 1
 
 
@@ -244,7 +244,7 @@ def test_what_was_asked_ahead_on_a_connection_that_was_closed_is_asked_for_again
     source = ChunkSource([origin.url])
     origin.spoil = "closing"
     assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
-    time.sleep(0.1)
+    wait_until(lambda: origin.hung_up == 1)
     source.ask_ahead(NAMES[1])
     assert source.fetch(NAMES[1]) == FILES[NAMES[1]]
     assert (origin.asked, origin.connections) == (NAMES[:2], 2)
@@ -255,7 +255,7 @@ def test_an_answer_asked_ahead_that_breaks_off_is_asked_for_again(origin: Place)
     assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
     origin.spoil = "cut"
     source.ask_ahead(NAMES[1])
-    wait_for_asks(origin, 2)
+    wait_until(lambda: len(origin.asked) == 2)
     assert source.fetch(NAMES[1], while_true=lambda: not setattr(origin, "spoil", "")) == FILES[NAMES[1]]
     assert origin.asked[1:] == [NAMES[1]] * len(origin.asked[1:]) and len(origin.asked) > 2
 
@@ -265,14 +265,11 @@ def test_what_was_asked_ahead_of_a_place_that_is_not_asked_any_more_is_hung_up_o
     source = ChunkSource([cache.url, origin.url])
     assert source.fetch(NAMES[0]) == FILES[NAMES[0]]
     source.ask_ahead(NAMES[1])
-    wait_for_asks(origin, 2)
+    wait_until(lambda: len(origin.asked) == 2)
     cache.status = 200
     source._caches[0]._rests_until = 0.0  # it has rested
     assert source.fetch(NAMES[1]) == FILES[NAMES[1]] and cache.asked == NAMES[:2]
-    until = time.monotonic() + 5
-    while not origin.hung_up and time.monotonic() < until:
-        time.sleep(0.01)
-    assert origin.hung_up == 1
+    wait_until(lambda: origin.hung_up == 1)
     assert source.fetch(NAMES[2]) == FILES[NAMES[2]] and origin.asked == NAMES[:2]
 
 

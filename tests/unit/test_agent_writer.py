@@ -349,6 +349,7 @@ def test_a_chunk_that_came_wrong_once_is_fetched_again(case: Case) -> None:
 
 def test_what_is_asked_ahead_is_what_the_same_thread_fetches_next(case: Case) -> None:
     asked = threading.local()
+    asks: list[str] = []
     hits: list[bool] = []
 
     def fetch(sha256: str) -> bytes:
@@ -359,9 +360,10 @@ def test_what_is_asked_ahead_is_what_the_same_thread_fetches_next(case: Case) ->
 
     def ask_ahead(sha256: str) -> None:
         asked.ahead = sha256
+        asks.append(sha256)
 
     case.write(fetch=fetch, ask_ahead=ask_ahead)
-    assert hits and all(hits)
+    assert asks and all(hits) and len(hits) == len(asks), "nothing is asked for and left there"
 
 
 def flipped(data: bytes) -> bytes:

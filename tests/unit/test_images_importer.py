@@ -84,10 +84,14 @@ def test_a_disk_in_a_foreign_format_is_the_same_image_and_cut_off_it_is_refused(
 
 def test_nothing_of_an_import_lives_on_when_the_importer_is_killed(tmp_path: Path, store: ImageStore) -> None:
     source = qcow2(make_disk(tmp_path / "disk", SIZE, seed=4))
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
-        take(source, store, progress=lambda done, total: time.sleep(60))
+        take(source, store, progress=lambda done, total: (os.write(begins, b"x"), time.sleep(60)))
         os._exit(0)
+    os.close(begins)
+    with os.fdopen(begun, "rb", buffering=0) as told:
+        assert told.read(1), "it ended before it began"
 
     def readers() -> list[str]:
         found = []
@@ -99,8 +103,7 @@ def test_nothing_of_an_import_lives_on_when_the_importer_is_killed(tmp_path: Pat
         return found
 
     deadline = time.monotonic() + 20
-    while not (alive := readers()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    alive = readers()
     assert alive
     os.kill(child, 9)
     os.waitpid(child, 0)

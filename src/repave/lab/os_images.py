@@ -14,7 +14,6 @@ import hashlib
 import importlib.resources
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from repave.agent import gpt
 from repave.firstboot import FirstBoot, render_config_drive
 from repave.lab.os_packages import copy_libraries, copy_modules, copy_python, fetch_packages, find_kernel, list_sources, run
+from repave.lab.processes import end_on_sigterm
 
 Progress = Callable[[str], None]
 MIB = 1024 * 1024
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("image", choices=["tiny", *VARIANTS, "debian"])
     parser.add_argument("--cache", type=Path, default=default_cache())
     chosen = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half built goes with it
+    end_on_sigterm()  # what is half built goes with it
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
