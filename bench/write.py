@@ -50,7 +50,7 @@ IMAGE_BYTES = 2 << 30
 LARGE_BYTES = 10 << 30
 LINK = "1gbit"
 NAMESPACE = "repave-bench"
-AGENT = [sys.executable, "-c", "from repave.agent.main import main; main()", "write"]
+AGENT = [sys.executable, "-c", "from repave.agent.cli import main; main()", "write"]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ Codes: 1 request, 2 BMC, 3 server and disk, 4 image, 5 new OS, 9 us.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Who(enum.StrEnum):
@@ -25,8 +24,7 @@ class Who(enum.StrEnum):
     US = "repave"
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What is known of one code, whatever the case at hand."""
 
     code: str

@@ -222,7 +222,7 @@ class Rack:
         command: list[str | Path] = [
             sys.executable,
             "-m",
-            "repave.agent.main",
+            "repave.agent.cli",
             "run",
             "--slot",
             self.folder / "slot.json",

@@ -23,7 +23,7 @@ from repave.images.manifest import Manifest
 from repave.images.store import ImageStore
 
 IMAGE_BYTES, DISK_BYTES = 40 * MIB, 48 * MIB
-WRITE = [sys.executable, "-c", "from repave.agent.main import main; main()", "write"]
+WRITE = [sys.executable, "-c", "from repave.agent.cli import main; main()", "write"]
 Answer = Callable[["Handler", bytes], None]
 
 

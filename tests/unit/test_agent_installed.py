@@ -15,7 +15,7 @@ def test_the_agent_refuses_to_run_on_an_installed_system(tmp_path: Path, slot: s
     file = tmp_path / "slot.json"
     if slot:
         file.write_text(slot)
-    argv = [sys.executable, "-m", "repave.agent.main", "run", "--slot", str(file)]
+    argv = [sys.executable, "-m", "repave.agent.cli", "run", "--slot", str(file)]
     done = subprocess.run(argv, capture_output=True, text=True, env={"PATH": str(tmp_path)}, timeout=30)
     assert done.returncode == 2 and "not Repave's ramdisk" in done.stderr and "nothing was touched" in done.stderr
     assert done.stdout == ""

@@ -415,9 +415,9 @@ def test_a_frame_that_fails_its_own_checksum_is_refused_although_its_digest_is_r
 
 def refuses_frame(case: Case, data: bytes) -> None:
     """Chunk 5 is `data`, and the manifest says so."""
-    bad = dataclasses.replace(case.manifest.chunks[5], sha256=hashlib.sha256(data).hexdigest(), compressed_bytes=len(data))
+    bad = case.manifest.chunks[5]._replace(sha256=hashlib.sha256(data).hexdigest(), compressed_bytes=len(data))
     chunks = (*case.manifest.chunks[:5], bad, *case.manifest.chunks[6:])
-    case.manifest = dataclasses.replace(case.manifest, chunks=chunks)
+    case.manifest = case.manifest._replace(chunks=chunks)
     with pytest.raises(RunFailed, match="Chunk 5 does not decode") as failed:
         case.write(fetch=lambda sha256: data if sha256 == bad.sha256 else case.fetch(sha256))
     assert failed.value.slug == "image-damaged" and case.first_sector_is_zero()

@@ -14,8 +14,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from repave.agent.protocol import ASK_HEADER
 
@@ -38,8 +37,7 @@ class Unreachable(Exception):
     """No answer, half an answer, an answer of somebody else (TLS) or to another request, or 5xx. Worth another try."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     status: int
     body: bytes
 

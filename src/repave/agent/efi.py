@@ -11,8 +11,8 @@ import re
 import struct
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from repave.agent.gpt import ESP, Partition
 
@@ -24,8 +24,7 @@ _HARD_DRIVE = struct.Struct("<BBHIQQ16sBB")  # type 4, subtype 1, 42 bytes
 _END = struct.pack("<BBH", 0x7F, 0xFF, 4)
 
 
-@dataclass(frozen=True)
-class BootEntry:
+class BootEntry(NamedTuple):
     number: int
     label: str
     partition_guid: uuid.UUID | None  # None: not a partition of a GPT disk

@@ -17,7 +17,6 @@ import struct
 import uuid
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 MIB = 1024 * 1024
@@ -34,8 +33,7 @@ class DiskTooSmall(ValueError):
     """The image's partitions and the config drive do not fit on this disk."""
 
 
-@dataclass(frozen=True)
-class Partition:
+class Partition(NamedTuple):
     """One used entry. LBAs are inclusive, in the disk's sectors."""
 
     number: int  # from 1, as in /dev/sda1
@@ -51,7 +49,7 @@ class Partition:
         return self.first_lba * sector_bytes, (self.last_lba + 1) * sector_bytes
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"type_guid": str(self.type_guid), "guid": str(self.guid)}
+        return self._asdict() | {"type_guid": str(self.type_guid), "guid": str(self.guid)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Partition:
@@ -70,8 +68,7 @@ class Tables(NamedTuple):
     partitions: tuple[Partition, ...]  # of the new table, config-2 included
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     """A GPT header's fields that we keep or change."""
 
     my_lba: int
@@ -80,14 +77,14 @@ class _Header:
     last_usable: int
     disk_guid: bytes
     entries_lba: int
-    count: int
+    entry_count: int
     entry_bytes: int
     revision: int
 
     def render(self, entries: bytes, sector_bytes: int) -> bytes:
         fields = (
             self.my_lba, self.alternate_lba, self.first_usable, self.last_usable, self.disk_guid, self.entries_lba,
-            self.count, self.entry_bytes, zlib.crc32(entries),
+            self.entry_count, self.entry_bytes, zlib.crc32(entries),
         )  # fmt: skip
         crc = zlib.crc32(_HEADER.pack(_SIGNATURE, self.revision, _HEADER.size, 0, 0, *fields))
         return _HEADER.pack(_SIGNATURE, self.revision, _HEADER.size, crc, 0, *fields).ljust(sector_bytes, b"\0")
@@ -123,8 +120,8 @@ def rebuild(first_mib: bytes, *, sector_bytes: int, disk_bytes: int, config_byte
     first_lba, last_lba = config_offset // sector_bytes, (config_offset + config_bytes) // sector_bytes - 1
     _add_entry(entries, header, Partition(0, LINUX_DATA, uuid.UUID(bytes_le=config_guid), first_lba, last_lba, CONFIG_NAME))
 
-    primary = replace(header, alternate_lba=sectors - 1, last_usable=last_usable)
-    backup = replace(primary, my_lba=sectors - 1, alternate_lba=1, entries_lba=sectors - 1 - entry_sectors)
+    primary = header._replace(alternate_lba=sectors - 1, last_usable=last_usable)
+    backup = primary._replace(my_lba=sectors - 1, alternate_lba=1, entries_lba=sectors - 1 - entry_sectors)
     first = bytearray(first_mib)
     _fit_protective_mbr(first, sectors)
     first[sector_bytes : 2 * sector_bytes] = primary.render(bytes(entries), sector_bytes)
@@ -210,7 +207,7 @@ def _add_entry(entries: bytearray, header: _Header, p: Partition) -> None:
     """At its number where that is free, else at the first free one."""
     free = [at for at in range(0, len(entries), header.entry_bytes) if not any(entries[at : at + 16])]
     if not free:
-        raise ValueError(f"all {header.count} entries of the image's partition table are in use: none is free for {p.name or p.guid}")
+        raise ValueError(f"all {header.entry_count} entries of the image's partition table are in use: none is free for {p.name or p.guid}")
     wanted = (p.number - 1) * header.entry_bytes
     at = wanted if wanted in free else free[0]
     name = p.name.encode("utf-16-le").ljust(72, b"\0")

@@ -12,8 +12,8 @@ import struct
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from repave.agent.efi import BootVariables
 from repave.agent.gpt import MIB, Partition, parse_table
@@ -28,8 +28,7 @@ _NO_VALUE = {"", "none", "not specified", "default string", "to be filled by o.e
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-@dataclass(frozen=True)
-class Roots:
+class Roots(NamedTuple):
     """Where the kernel shows things."""
 
     sys: Path = Path("/sys")
@@ -64,7 +63,7 @@ def read_disks(roots: Roots) -> tuple[Disk, ...]:
     booting = find_booting_partition(roots, disks)
     if booting is None:
         return tuple(disks)
-    return tuple(replace(d, boots=d.path == booting[1]) for d in disks)
+    return tuple(d._replace(boots=d.path == booting[1]) for d in disks)
 
 
 def _cap_partitions(disks: Iterable[Disk]) -> list[Disk]:
@@ -73,7 +72,7 @@ def _cap_partitions(disks: Iterable[Disk]) -> list[Disk]:
     for disk in disks:
         fits = shown + len(disk.partitions) <= _MOST_OF_ALL
         shown += len(disk.partitions) if fits else 0
-        found.append(disk if fits else replace(disk, partitions=()))
+        found.append(disk if fits else disk._replace(partitions=()))
     return found
 
 

@@ -27,7 +27,7 @@ from repave.agent.client import BACKOFF_S, TRIES, Client, Refused, Unreachable
 from repave.agent.gpt import Partition, minimum_disk_bytes, rebuild
 from repave.agent.lease import Lease, boot_clock
 from repave.agent.log import Console, LogSender
-from repave.agent.machine import FileMachine, Machine, OpenDisk, RealMachine, is_ramdisk
+from repave.agent.machine import Machine, OpenDisk, RealMachine, is_ramdisk
 from repave.agent.protocol import Disk, Inventory, Plan, Progress, Report, Slot
 from repave.agent.writer import WriteResult, decode, read_first_mib, write_image
 from repave.errors import RepaveError, RunFailed
@@ -36,7 +36,7 @@ from repave.images.manifest import Manifest, parse_manifest
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024  # about 200 bytes a window: an image of some TiB
 REHEARSED_CHUNKS = 8  # 32 MiB of disk at most: enough to know the link, small against the image
 PLAN_FIRST_PAUSE_S = 0.1
-_NOT_HERE = "this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched."
+NOT_HERE = "this is not Repave's ramdisk. The agent runs on a server that is being reinstalled; here nothing was touched."
 
 
 class LocalBoot(Exception):
@@ -46,39 +46,8 @@ class LocalBoot(Exception):
 def run_in_ramdisk() -> None:
     """What the ramdisk's /init calls, and never returns from."""
     if not is_ramdisk():
-        sys.exit(_NOT_HERE)
+        sys.exit(NOT_HERE)
     sys.exit(run_agent(Path("/") / protocol.SLOT_FILE, RealMachine()))
-
-
-def main() -> None:
-    """`repave-agent run --slot PATH [--machine-file PATH]`, and `repave-agent write`, see alone.py."""
-    import argparse  # not in the ramdisk's start: the less it imports, the sooner it says hello
-
-    parser = argparse.ArgumentParser(prog="repave-agent")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="do what the run of this boot's media wants")
-    run.add_argument("--slot", type=Path, required=True, help=f"the run's {protocol.SLOT_FILE}")
-    run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
-    write = commands.add_parser("write", help="write an image that `repave image pack` made to a disk or a file, which becomes the image")
-    write.add_argument("manifest_url", help="http(s)://.../manifests/SHA256.json; its chunks are beside it")
-    write.add_argument("device", type=Path, help="the disk or file; what is on it is lost")
-    write.add_argument("--sha256", default="", help="the manifest's digest, where its name does not say it")
-    write.add_argument(
-        "--cache", action="append", default=[], metavar="URL", help="another place with the chunks (URL/ab/SHA256), asked first; may be repeated"
-    )
-    write.add_argument("--resume", action="store_true", help="keep what of the image is on the disk already")
-    write.add_argument("--verify", choices=("sample", "full"), default="sample", help="how much is read back past the cache")
-    write.add_argument("--give-up-s", type=float, default=60.0, help="end where no chunk comes for so long (60)")
-    write.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    arguments = parser.parse_args()
-    if arguments.command == "write":
-        from repave.agent.alone import run_write
-
-        sys.exit(run_write(arguments))
-    if arguments.machine_file is None and not is_ramdisk():
-        run.error(_NOT_HERE)
-    machine: Machine = FileMachine(arguments.machine_file) if arguments.machine_file else RealMachine()
-    sys.exit(run_agent(arguments.slot, machine))
 
 
 def run_agent(slot_path: Path, machine: Machine) -> int:
@@ -380,7 +349,3 @@ def find_planned_disk(inventory: Inventory, plan: Plan) -> Disk:
     if disk.removable or disk.virtual or disk.read_only:
         raise RunFailed("disk-changed", f"{disk.path} is removable, virtual or read-only.")
     return disk
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,8 +48,7 @@ DECODER_WINDOW = 8 * MIB  # the decoder's memory, whatever a frame asks for; lar
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class WriteResult:
+class WriteResult(NamedTuple):
     """What was done. `bytes_written` counts what we sent to the disk, `bytes_zeroed` what was made zero, `stages_s` seconds by stage."""
 
     bytes_written: int

@@ -132,7 +132,7 @@ def build_agent_router(store: Store, images: ImageStore, chunks: ChunkPlaces) ->
         run = session_run(request)
         if body.get("error") is None and body.get("epoch") != run.epoch and not run.rehearse:  # a rehearsal never learns its epoch
             raise HTTPException(410)
-        kept = {name: body.get(name) for name in protocol.Report.__dataclass_fields__}
+        kept = {name: body.get(name) for name in protocol.Report._fields}
         kept["error"] = _known_error(body.get("error"))
         kept["rehearsal"] = _known_rehearsal(body.get("rehearsal"))
         if not store.runs.record_report(run.id, kept):

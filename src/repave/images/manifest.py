@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 WINDOW_BYTES = 4 * 1024 * 1024
 ZERO_BYTES = 64 * 1024  # granularity of `extents`
 FORMAT = "repave-image-1"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One window. `extents` are the non-zero parts as (offset in the window, length), 64 KiB grains; empty = all zeros."""
 
     sha256: str  # of the compressed bytes
@@ -29,8 +27,7 @@ class Chunk:
     extents: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """One image. Window i covers bytes i * window_bytes ... of the disk; the last one may be shorter."""
 
     size_bytes: int

@@ -222,7 +222,7 @@ class Player:
         write_private(slot_file, slot)
         machine_file.write_text(json.dumps(self._describe(ended)))
         # setpriv: the agent dies with this thread, so that a killed rack leaves none behind.
-        agent = [sys.executable, "-m", "repave.agent.main", "run", "--slot", str(slot_file), "--machine-file", str(machine_file)]
+        agent = [sys.executable, "-m", "repave.agent.cli", "run", "--slot", str(slot_file), "--machine-file", str(machine_file)]
         status = -signal.SIGKILL
         for _ in range(_AGENT_STARTS):  # as the ramdisk's init does
             with _starting, self.machine.console.open("ab") as console:

@@ -8,7 +8,6 @@ Source for where gcdx64 looks: booted and seen, Debian 12's GRUB 2.06.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import ipaddress
@@ -67,7 +66,7 @@ def build_iso(files: BootFiles, out: Path) -> None:
 
 def render_slot(slot: Slot) -> bytes:
     """The slot as a cpio archive of exactly SLOT_BYTES. Raises RunFailed where it does not fit or the network settings make no sense."""
-    entries = {SLOT_FILE: cpio.file(json.dumps(dataclasses.asdict(slot)).encode(), mode=0o600)}
+    entries = {SLOT_FILE: cpio.file(json.dumps(slot._asdict()).encode(), mode=0o600)}
     if slot.network is not None:
         entries[NETWORK_FILE] = cpio.file(_render_network(slot.network), mode=0o600)
     archive = cpio.render_archive(entries)

@@ -350,7 +350,7 @@ class Runs:
                 "run.report",
                 row,
                 verified=bool(verified),
-                stages_s=report.get("stages_s", {}),
+                stages_s=report.get("stages_s") or {},
                 error=report.get("error"),
             )
             failure = report.get("error") or RepaveError("agent-failed").as_json()
