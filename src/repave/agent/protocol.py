@@ -104,7 +104,7 @@ class Progress(NamedTuple):
 
 
 class Report(NamedTuple):
-    """How the write ended. `error` is RepaveError.as_json or None; `stages_s` holds seconds by stage, None where nothing was written."""
+    """How the write ended. `error` is RepaveError.as_json or None; `stages_s` holds seconds by stage, None where no write ended well."""
 
     epoch: int
     verified: bool
