@@ -1,6 +1,6 @@
 """The command `repave-agent`: a run's agent on a scripted server, and the writer alone. The ramdisk starts main.py itself.
 
-Each command imports what it needs and no more: a short write is half over when Python has started.
+Each command imports what it needs and no more: Python's start is a tenth of a short write (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="repave-agent")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do what the run of this boot's media wants")
-    run.add_argument("--slot", type=Path, required=True, help="the run's repave-slot.json")
+    run.add_argument("--slot", type=Path, required=True, help="the run's slot, a JSON file of its boot media (agent/protocol.py)")
     run.add_argument("--machine-file", type=Path, help="a scripted server made of files, instead of this one")
     write = commands.add_parser("write", help="write an image that `repave image pack` made to a disk or a file, which becomes the image")
     write.add_argument("manifest_url", help="http(s)://.../manifests/SHA256.json; its chunks are beside it")
