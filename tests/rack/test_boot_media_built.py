@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,17 @@ def test_a_second_time_all_is_there_without_a_network(files: BootFiles, tmp_path
     done = subprocess.run(["unshare", "-rn", sys.executable, "-c", again, CACHE.resolve(), tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4/6 images   ✓ tiny-1, tiny-2" in done.stderr and time.monotonic() - started < 20
+
+
+def test_builders_of_one_cache_at_the_same_time_all_get_the_whole_ramdisk(files: BootFiles, tmp_path: Path) -> None:
+    """They lost each other's half-made file, as two lanes of tests that started together did."""
+    (tmp_path / "debs").symlink_to((CACHE / "debs").resolve())
+    base_folder = tmp_path / files.kernel.parent.name
+    shutil.copytree(files.kernel.parent, base_folder, ignore=shutil.ignore_patterns("initramfs-*"))
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: build_ramdisk(tmp_path, progress=print), range(4)))
+    assert {one.initramfs.read_bytes() for one in made} == {files.initramfs.read_bytes()}
+    assert [path.name for path in base_folder.glob("initramfs-*")] == [files.initramfs.name]
 
 
 def test_the_list_names_every_file_of_the_ramdisk_and_where_it_is_from(files: BootFiles) -> None:

@@ -1,5 +1,6 @@
 """The ISO and a run's slot laid over it, made from small stand-ins for kernel and initramfs; and our own part of the ramdisk."""
 
+import hashlib
 import json
 import random
 import stat
@@ -124,6 +125,15 @@ def test_the_agent_starts_from_its_archive_alone(tmp_path):
     assert not [name for name in shown[1].split() if not name.startswith(("repave.agent", "repave.images", "repave.errors"))]
     assert shown[2] == "", "each of these costs the agent's start, which every server waits for"
     assert (tmp_path / "root/init").stat().st_mode & 0o111
+
+
+def test_the_agents_archive_has_the_same_bytes_whatever_else_its_builder_has_loaded():
+    """A service that starts again, a test and `python -m repave.ramdisk build` make one ramdisk, not three."""
+    code = "import hashlib; from repave.ramdisk.build import render_agent_archive; print(hashlib.sha256(render_agent_archive()).hexdigest())"
+    digests = {hashlib.sha256(render_agent_archive()).hexdigest()}
+    for loaded in ("sys", "repave.app, sqlalchemy, xml.dom.minidom"):
+        digests.add(subprocess.run([sys.executable, "-c", f"import {loaded}; {code}"], check=True, capture_output=True, text=True).stdout.strip())
+    assert len(digests) == 1
 
 
 def test_an_archive_holds_files_links_and_their_folders(tmp_path):
