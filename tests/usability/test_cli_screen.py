@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from operator_site import NEW_PASSWORD, Site, start_site
-from tmux_screen import open_screen
+from tmux_screen import Screen, open_screen
 
 from repave.cli.client import Client, Endpoint
 from repave.cli.following import follow_lines
@@ -80,6 +80,13 @@ def fifty(site: Site) -> Iterator[Fifty]:
     yield batch
     for run in site.store.runs.list_runs(live=True):  # so that the next test may have a batch of its own
         site.store.runs.record_ending(run.id, Ending.RETURNED, None)
+
+
+def wait_for_a_frame(screen: Screen) -> None:
+    """One that was drawn from now on, keys read before it: the next change may be of one that was under way."""
+    for _ in range(2):
+        before = screen.read()
+        screen.wait_until(lambda lines, before=before: lines != before, "another frame")
 
 
 def counts_of(lines: list[str]) -> dict[str, int]:
@@ -184,6 +191,7 @@ def test_p_pauses_the_batch_and_lets_it_go_on_and_a_viewer_is_refused_in_one_lin
     with open_screen([*REPAVE, "watch"], env=fifty.env(), cwd=tmp_path) as screen:
         screen.wait_for("? keys")
         screen.type("-l", "repave batch ls")  # pasted, for the shell
+        wait_for_a_frame(screen)  # what is typed while it was not read would belong to it
         screen.type("u")
         screen.wait_for("u fold")
         assert not is_paused()
@@ -257,7 +265,7 @@ def test_after_ctrl_z_and_fg_the_table_and_its_keys_are_there_again(fifty: Fifty
         screen.wait_for("$((40+2))")
         screen.wait_for("shell-42")
         screen.type("clear; fg", "Enter")
-        screen.wait_for("50 servers · tiny")
+        screen.wait_until(lambda lines: "shell-42" not in lines and any("? keys" in line for line in lines), "the table on a cleared screen")
         screen.type("?")
         screen.wait_for("failed runs only")
         assert len(screen.read()) <= 24

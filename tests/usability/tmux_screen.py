@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -33,12 +33,16 @@ class Screen:
 
     def wait_for(self, text: str, *, deadline_s: float = 20.0) -> list[str]:
         """The screen that shows it."""
+        return self.wait_until(lambda lines: any(text in line for line in lines), repr(text), deadline_s=deadline_s)
+
+    def wait_until(self, is_so: Callable[[list[str]], bool], what: str, *, deadline_s: float = 20.0) -> list[str]:
+        """The screen of which it is so."""
         end = time.monotonic() + deadline_s
         while True:
             lines = self.read()
-            if any(text in line for line in lines):
+            if is_so(lines):
                 return lines
-            assert time.monotonic() < end, f"{text!r} did not come:\n" + "\n".join(lines)
+            assert time.monotonic() < end, f"{what} did not come:\n" + "\n".join(lines)
             time.sleep(0.1)
 
     def end(self) -> None:
