@@ -176,18 +176,18 @@ def test_four_threads_lose_one_request_each_to_a_bad_cache(cache: Place, origin:
 
 
 def test_a_cache_that_does_well_again_is_asked_again_by_one_thread_first(cache: Place, origin: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "REST_S", 0.2)
+    monkeypatch.setattr(chunks, "REST_S", 1)
     cache.status = 503
     source = ChunkSource([cache.url, origin.url])
     source.fetch(NAMES[0])
-    time.sleep(0.25)
+    time.sleep(1.1)
     cache.spoil = "silent"
     cache.status = 200
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda name: bytes(source.fetch(name)), NAMES[:4])) == [FILES[n] for n in NAMES[:4]]
     assert len(cache.asked) == 2
     cache.spoil = ""
-    time.sleep(0.25)
+    time.sleep(1.1)
     assert [bytes(source.fetch(n)) for n in NAMES] == list(FILES.values())
     assert cache.asked[2:] == NAMES
 
