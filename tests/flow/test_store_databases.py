@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from threading import Barrier, Event, Thread
+from threading import Barrier, Event, Thread, Timer
 
 import pytest
 import sqlalchemy as sa
@@ -89,6 +90,19 @@ def test_ten_that_open_an_empty_database_at_once_find_it_made_once(database_url,
     engine = open_engine(database_url)
     assert revision(engine) == open_scripts().get_current_head()
     engine.dispose()
+
+
+def test_who_opens_a_new_file_while_another_writes_its_first_page_waits(tmp_path):
+    other = sqlite3.connect(tmp_path / "fleet.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = Timer(0.3, lambda: other.execute("COMMIT"))
+    timer.start()
+    engine = open_engine(f"sqlite:///{tmp_path / 'fleet.db'}")
+    with engine.connect() as conn:
+        assert conn.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    timer.join()
+    engine.dispose()
+    other.close()
 
 
 # ---- facts that nobody overtakes ----

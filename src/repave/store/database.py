@@ -25,6 +25,7 @@ Enqueue = Callable[[sa.Connection, Sequence[Any]], None]  # (connection, runs or
 
 
 _BUSY_MS = 15_000  # SQLite: how long a writer waits for its lock
+_SWITCH_S = 5  # as sqlite3 itself waits where SQLite does
 _CACHE_KIB = 512  # of pages, for each of some twenty connections; the kernel has the file's pages anyway (SQLite's own: 2 MB)
 _IDLE_MS = 5_000  # ours last milliseconds; a worker that is stopped inside one holds up all others for so long
 # What runs often is made once: making a statement and finding it in SQLAlchemy's cache takes longer than SQLite takes to run it.
@@ -181,13 +182,27 @@ def _drop_read_only(context: sa.engine.ExceptionContext) -> None:
         context.is_disconnect = True
 
 
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Once in a file's life. While another has a writer's lock on a new file SQLite refuses this at once, whatever its timeout: it is asked again."""
+    until = time.monotonic() + _SWITCH_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 def _prepare_sqlite(engine: sa.Engine) -> None:
     """WAL and synchronous=FULL, foreign keys, BEGIN IMMEDIATE for writers (a read that turns into a write can not wait for its lock)."""
 
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _: Any) -> None:
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_MS}"):
+        _switch_to_wal(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_MS}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")
