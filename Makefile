@@ -36,8 +36,8 @@ power-loss: install ## Power lost at any write of the agent: 20,000 disks judged
 	@$(VENV)/bin/python -u tests/power_loss $(if $(IMAGES),--images $(IMAGES)) $(if $(BOOTS),--boots $(BOOTS))
 
 check: install ## Format, lint, types, import directions, generated docs
-	$(VENV)/bin/ruff format --check src tests bench integrations
-	$(VENV)/bin/ruff check src tests bench integrations
+	$(VENV)/bin/ruff format --check src tests bench integrations conftest.py
+	$(VENV)/bin/ruff check src tests bench integrations conftest.py
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m repave.cli.docs --check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from threading import Barrier, Event, Thread, Timer
@@ -93,16 +94,18 @@ def test_ten_that_open_an_empty_database_at_once_find_it_made_once(database_url,
 
 
 def test_who_opens_a_new_file_while_another_writes_its_first_page_waits(tmp_path):
-    other = sqlite3.connect(tmp_path / "fleet.db", isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    timer = Timer(0.3, lambda: other.execute("COMMIT"))
-    timer.start()
-    engine = open_engine(f"sqlite:///{tmp_path / 'fleet.db'}")
-    with engine.connect() as conn:
-        assert conn.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-    timer.join()
-    engine.dispose()
-    other.close()
+    path = tmp_path / "fleet.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        timer = Timer(0.3, other.execute, ["COMMIT"])
+        timer.start()
+        engine = open_engine(f"sqlite:///{path}")
+        try:
+            with engine.connect() as conn:
+                assert conn.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        finally:
+            timer.join()
+            engine.dispose()
 
 
 # ---- facts that nobody overtakes ----

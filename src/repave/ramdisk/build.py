@@ -1,7 +1,7 @@
 """Makes the ramdisk from Debian packages: fetched with apt, unpacked, and packed again as one initramfs. No chroot, no root.
 
 Two archives one after the other, as the kernel reads them: the base (drivers, Python, busybox; cached by the digest of its packages and
-of this recipe, it takes half a minute) and the agent (our own code, /init; made anew each time, in a tenth of a second).
+of this recipe, it takes half a minute) and the agent (our own code, /init; made anew each time, in milliseconds).
 The slot of a run comes third, from GRUB (repave.ramdisk.media).
 """
 
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
+import marshal
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +60,10 @@ def build_ramdisk(cache: Path, *, progress: Callable[[str], None], nic_firmware:
     Raises: RunFailed where apt has no such package or a tool fails.
     """
     (cache / "debs").mkdir(parents=True, exist_ok=True)
+    debs = fetch_packages(cache / "debs", FIRMWARE_PACKAGES if nic_firmware else (), progress)
+    folder = cache / f"ramdisk-{_recipe_key(debs)}"
     with (cache / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builders of one cache: the second finds what the first made
-        debs = fetch_packages(cache / "debs", FIRMWARE_PACKAGES if nic_firmware else (), progress)
-        folder = cache / f"ramdisk-{_recipe_key(debs)}"
         if not folder.is_dir():
             _build_base(folder, debs, nic_firmware, progress)
         agent = render_agent_archive()
@@ -92,23 +94,22 @@ def _collect_agent() -> dict[str, cpio.Entry]:
         "etc/udhcpc.script": cpio.file((_HERE / "udhcpc.script").read_bytes(), mode=0o755),
     }
     package = Path(repave.__file__).parent
-    sources = {f"{_AGENT_ROOT}/repave/{path.relative_to(package)}": path for pattern in _AGENT_SOURCES for path in sorted(package.glob(pattern))}
-    code = _compile(sources) if sys.version_info[:2] == _PYTHON else {name: path.read_bytes() for name, path in sources.items()}
-    return entries | {name: cpio.file(data) for name, data in code.items()}
+    for source in sorted(path for pattern in _AGENT_SOURCES for path in package.glob(pattern)):
+        name = f"{_AGENT_ROOT}/repave/{source.relative_to(package)}"
+        if sys.version_info[:2] == _PYTHON:
+            entries[f"{name}c"] = cpio.file(_compile(source, f"/{name}"))
+        else:
+            entries[name] = cpio.file(source.read_bytes())
+    return entries
 
 
-def _compile(sources: Mapping[str, Path]) -> dict[str, bytes]:
-    """Each as a .pyc whose header says: never compare with a source (PEP 552, unchecked hash).
+def _compile(source: Path, name: str) -> bytes:
+    """A .pyc whose header says: never compare with a source (PEP 552, unchecked hash).
 
-    By a Python of its own: what else a process has loaded leaves traces in its bytecode, and the same code shall give the same bytes.
+    Version 2 of marshal is the last whose bytes do not depend on what else this process has loaded: no references, no interned names.
     """
-    with tempfile.TemporaryDirectory(prefix="repave-agent-") as tree:
-        for name, source in sources.items():
-            copy = Path(tree) / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-        run([sys.executable, "-I", "-S", "-m", "compileall", "-q", "-b", "-s", tree, "-p", "/", "--invalidation-mode", "unchecked-hash", tree])
-        return {f"{name}c": (Path(tree) / f"{name}c").read_bytes() for name in sources}
+    code = compile(source.read_bytes(), name, "exec", dont_inherit=True, optimize=0)
+    return importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8) + marshal.dumps(code, 2)
 
 
 def fetch_packages(debs: Path, firmware: Sequence[str], progress: Callable[[str], None]) -> list[Path]:

@@ -183,7 +183,7 @@ def _drop_read_only(context: sa.engine.ExceptionContext) -> None:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """Once in a file's life. While another has a writer's lock on a new file SQLite refuses this at once, whatever its timeout: it is asked again."""
+    """A file stays so. As long as it is not, SQLite refuses this at once while another has the writer's lock, whatever its timeout: it is asked again."""
     until = time.monotonic() + _SWITCH_S
     while True:
         try:
