@@ -183,7 +183,10 @@ def _drop_read_only(context: sa.engine.ExceptionContext) -> None:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """A file stays so. As long as it is not, SQLite refuses this at once while another has the writer's lock, whatever its timeout: it is asked again."""
+    """A file stays so. As long as it is not, SQLite refuses this at once while another has the writer's lock, whatever its timeout: it is asked again.
+
+    Raises sqlite3.OperationalError where the lock is not free after `_SWITCH_S`.
+    """
     until = time.monotonic() + _SWITCH_S
     while True:
         try:
