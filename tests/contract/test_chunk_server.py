@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from repave.agent.chunks import ChunkSource
-from repave.agent.client import Refused
+from repave.agent.http_client import Refused
 from repave.ca import make_ca, make_certificate
 from repave.chunk_process import ChunkBytes, start_chunk_process
 from repave.images.chunk_server import AT_ONCE

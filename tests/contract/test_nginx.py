@@ -14,7 +14,7 @@ import pytest
 from test_chunk_server import CHUNKS, NAMES, Site, token
 
 from repave.agent.chunks import ChunkSource
-from repave.agent.client import Refused
+from repave.agent.http_client import Refused
 from repave.chunk_process import start_chunk_process
 from repave.lab.nginx import start_nginx
 from repave.lab.processes import find_free_ports

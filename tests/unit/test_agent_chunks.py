@@ -14,7 +14,7 @@ import pytest
 
 from repave.agent import chunks
 from repave.agent.chunks import ChunkSource
-from repave.agent.client import Refused, Unreachable
+from repave.agent.http_client import Refused, Unreachable
 
 FILES = {hashlib.sha256(data).hexdigest(): data for data in (bytes([n]) * 300_000 for n in range(8))}
 NAMES = list(FILES)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -19,20 +18,18 @@ import sys
 import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from repave.agent.chunks import ChunkSource
-from repave.agent.client import Refused, Unreachable
+from repave.agent.http_client import TIMEOUT_S, Connection, Refused, Unreachable, make_room, parse_address, trust
 from repave.agent.target import BLKGETSIZE64, BLKSSZGET
 from repave.agent.writer import write_image
 from repave.errors import RepaveError, RunFailed
 from repave.images.manifest import Manifest, parse_manifest
 
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024
-MANIFEST_S = 20.0
 SAY_EVERY_S = 5.0
 
 
@@ -110,14 +107,20 @@ def _fetch_manifest(url: str, sha256: str) -> tuple[Manifest, bool, int]:
     """The manifest, whether its digest was known before, and how long it is."""
     named = re.search(r"/([0-9a-f]{64})\.json$", urllib.parse.urlsplit(url).path)
     wanted = sha256.lower() or (named[1] if named else "")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=MANIFEST_S) as answer:
-            data = answer.read(MANIFEST_CAP_BYTES)
+        address = parse_address(url)
+        connection = Connection(address, trust() if address.is_tls else None, connect_s=TIMEOUT_S, read_s=TIMEOUT_S)
+        try:
+            connection.ask(address.target)
+            status, _, data = connection.read(make_room(MANIFEST_CAP_BYTES))
+        finally:
+            connection.close()
+        if status != 200:
+            raise Unreachable(f"it was answered with {status}")
         if wanted and hashlib.sha256(data).hexdigest() != wanted:
             raise ValueError("it has another digest than its name or --sha256 says")
-        return parse_manifest(data), bool(wanted), len(data)
-    except (OSError, http.client.HTTPException) as error:
+        return parse_manifest(bytes(data)), bool(wanted), len(data)
+    except (OSError, Unreachable) as error:
         raise RunFailed("image-damaged", f"The manifest can not be had: {error}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFailed("image-damaged", f"{url} is no manifest: {error}.") from None

@@ -7,21 +7,20 @@ that a bad one costs one more request now and then. What the origin gives is the
 from __future__ import annotations
 
 import hashlib
-import http.client
-import mmap
-import ssl
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from repave.agent.client import BACKOFF_S, TIMEOUT_S, Refused, Unreachable, trust_only
+from repave.agent.http_client import BACKOFF_S, TIMEOUT_S, Address, Closed, Connection, Refused, Unreachable, make_room, parse_address, trust
+
+if TYPE_CHECKING:
+    import ssl
 
 CHUNK_CAP_BYTES = 65 * 1024 * 1024  # a window is at most 64 MiB (manifest.py), and zstd adds next to nothing
 REST_S = 20.0
 CACHE_CONNECT_S = 3.0  # it is near, and there is another place to ask
 CACHE_CHUNK_S = 30.0  # for a whole chunk from a cache: one that drips is no cache. 1.2 MB in that time is 40 kB/s
-_PIECE_BYTES = 256 * 1024
 
 
 class ChunkSource:
@@ -35,9 +34,9 @@ class ChunkSource:
     def __init__(self, base_urls: Sequence[str], *, token: str = "", ca_pem: str = "") -> None:
         if not base_urls:
             raise ValueError("no place to fetch chunks from")
-        tls = trust_only(ca_pem) if ca_pem else ssl.create_default_context() if any(u.startswith("https:") for u in base_urls) else None
-        *caches, origin = base_urls
-        self._caches = [_Cache(_Place(url, tls, CACHE_CONNECT_S)) for url in caches]
+        *caches, origin = [_parse_base(url) for url in base_urls]
+        tls = trust(ca_pem) if any(a.is_tls for a in (*caches, origin)) else None
+        self._caches = [_Cache(_Place(address, tls, CACHE_CONNECT_S)) for address in caches]
         self._origin = _Place(origin, tls, TIMEOUT_S)
         self._last = _Last()
         self.token = token
@@ -120,27 +119,23 @@ class _Last(threading.local):
 
 
 class _OfThread(threading.local):
-    """What each thread has of a place. `buffer` is as long as a chunk can be; what no answer has filled yet takes no memory."""
+    """What each thread has of a place. `buffer` is as long as a chunk can be."""
 
-    connection: http.client.HTTPConnection | None = None
+    connection: Connection | None = None
     asked = ""  # the chunk whose answer comes first on it; "" = none
     buffer: memoryview | None = None
 
     def room(self) -> memoryview:
         if self.buffer is None:
-            self.buffer = memoryview(mmap.mmap(-1, CHUNK_CAP_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            self.buffer = make_room(CHUNK_CAP_BYTES)
         return self.buffer
 
 
 class _Place:
     """One web server, with one connection a thread that is kept open. No redirects, no proxies."""
 
-    def __init__(self, base_url: str, tls: ssl.SSLContext | None, connect_s: float) -> None:
-        parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-            raise ValueError(f"{base_url} is not http(s)://HOST[:PORT][/PATH]")
-        self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
-        self._path, self._tls, self._connect_s = parts.path.rstrip("/"), tls, connect_s
+    def __init__(self, base: Address, tls: ssl.SSLContext | None, connect_s: float) -> None:
+        self._base, self._tls, self._connect_s = base, tls if base.is_tls else None, connect_s
         self._mine = _OfThread()
 
     def get(self, sha256: str, token: str, *, until: float | None = None) -> memoryview:
@@ -151,7 +146,7 @@ class _Place:
         kept = self._mine.connection is not None
         try:
             return self._exchange(sha256, token, until)
-        except _Closed:
+        except Closed:
             if not kept:
                 raise
             return self._exchange(sha256, token, until)
@@ -162,8 +157,9 @@ class _Place:
         if connection is None or self._mine.asked:
             return
         try:
-            self._request(connection, sha256, token)
-        except (OSError, http.client.HTTPException):
+            connection.ask(self._target_of(sha256), token=token)
+            self._mine.asked = sha256
+        except Closed:
             self._drop()
 
     def forget(self) -> None:
@@ -171,76 +167,35 @@ class _Place:
         if self._mine.asked:
             self._drop()
 
-    def _request(self, connection: http.client.HTTPConnection, sha256: str, token: str) -> None:
-        connection.request("GET", self._path_of(sha256), headers={"Authorization": f"Bearer {token}"} if token else {})
-        self._mine.asked = sha256
-
-    def _path_of(self, sha256: str) -> str:
-        return f"{self._path}/{sha256[:2]}/{sha256}"
-
     def _exchange(self, sha256: str, token: str, until: float | None) -> memoryview:
-        path, answered = self._path_of(sha256), False
-        self._mine.room()  # no memory is no fault of the place
-        if self._mine.connection is not None and self._mine.asked not in ("", sha256):
+        room = self._mine.room()  # no memory is no fault of the place
+        if self._mine.asked not in ("", sha256):
             self._drop()  # the answer that comes is to another question
         try:
-            connection = self._mine.connection or self._connect()
+            connection = self._mine.connection = self._mine.connection or self._connect()
             if not self._mine.asked:
-                self._request(connection, sha256, token)
+                connection.ask(self._target_of(sha256), token=token)
             self._mine.asked = ""
-            response = connection.getresponse()
-            answered = True
-            body = self._read(response, until)
-            if response.will_close:
-                self._drop()
-        except (OSError, http.client.HTTPException) as error:
-            self._drop()
-            closed = not answered and not isinstance(error, TimeoutError)
-            raise (_Closed if closed else Unreachable)(f"{type(error).__name__}: {error}") from None
+            status, _, body = connection.read(room, until=until)
         except BaseException:
             self._drop()
             raise
-        if 400 <= response.status < 500:
-            raise Refused(response.status, path)
-        if response.status != 200:
-            raise Unreachable(f"{path} was answered with {response.status}")
+        if connection.will_close:
+            self._drop()
+        if 400 <= status < 500:
+            raise Refused(status, self._target_of(sha256))
+        if status != 200:
+            raise Unreachable(f"{self._target_of(sha256)} was answered with {status}")
         return body
 
-    def _read(self, response: http.client.HTTPResponse, until: float | None) -> memoryview:
-        """The body, whole, in this thread's buffer: new memory for each megabyte costs as much as receiving it (measured).
+    def _connect(self) -> Connection:
+        try:
+            return Connection(self._base, self._tls, connect_s=self._connect_s, read_s=TIMEOUT_S)  # a cache that is cold waits for the origin
+        except OSError as error:
+            raise Unreachable(f"{type(error).__name__}: {error}") from None
 
-        Raises Unreachable where it ends early or comes too slowly, ValueError where it is longer than a chunk can be.
-        """
-        buffer, size = self._mine.room(), 0
-        while not response.isclosed() and response.length != 0:
-            if size == len(buffer):
-                raise ValueError(f"an answer of more than {CHUNK_CAP_BYTES} bytes is no chunk")
-            free = buffer[size:]
-            if until is None:
-                got = response.readinto(free[: response.length])
-            else:  # what is there, so that one who drips is looked at too
-                piece = response.read1(min(_PIECE_BYTES, len(free)))
-                got = len(piece)
-                free[:got] = piece
-                if time.monotonic() > until:
-                    raise Unreachable("the answer comes too slowly")
-            if not got:
-                break
-            size += got
-        if response.length:
-            raise Unreachable("the answer ended early")
-        response.read()  # lets the connection be used again
-        return buffer[:size]
-
-    def _connect(self) -> http.client.HTTPConnection:
-        if self._scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_s, context=self._tls)
-        else:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_s)
-        self._mine.connection, self._mine.asked = connection, ""
-        connection.connect()
-        connection.sock.settimeout(TIMEOUT_S)  # one that is cold waits for the origin
-        return connection
+    def _target_of(self, sha256: str) -> str:
+        return f"{self._base.target}/{sha256[:2]}/{sha256}"
 
     def _drop(self) -> None:
         if self._mine.connection is not None:
@@ -248,5 +203,9 @@ class _Place:
         self._mine.connection, self._mine.asked = None, ""
 
 
-class _Closed(Unreachable):
-    """Not even a first byte of an answer."""
+def _parse_base(url: str) -> Address:
+    """Where chunks are found below. Raises ValueError."""
+    address = parse_address(url)
+    if "?" in address.target:
+        raise ValueError(f"{url} has a query: chunks are files below it")
+    return address._replace(target=address.target.rstrip("/"))

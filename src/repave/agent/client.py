@@ -6,35 +6,19 @@ One connection per thread, kept open. Redirects are never followed, proxies neve
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
-import ssl
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from repave.agent.http_client import BACKOFF_S, HEAD_CAP_BYTES, TIMEOUT_S, Connection, Refused, Unreachable, make_room, parse_address
 from repave.agent.protocol import ASK_HEADER
+from repave.agent.tls import trust_only
 
 JSON_CAP_BYTES = 1024 * 1024  # protocol.py: bodies are at most 1 MiB
-TIMEOUT_S = 10.0  # to connect, and for each read; well under a lease of 60 s
-BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)  # then 5 s each
 TRIES = 3  # a body with a wrong digest: a bad transfer is over after one more, a bad store never
-_NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME, openssl/x509_vfy.h
-
-
-class Refused(Exception):
-    """The server answered, and the answer is no: 401 unknown token, 410 ended run, or another 4xx."""
-
-    def __init__(self, status: int, path: str) -> None:
-        self.status = status
-        super().__init__(f"{path} was answered with {status}")
-
-
-class Unreachable(Exception):
-    """No answer, half an answer, an answer of somebody else (TLS) or to another request, or 5xx. Worth another try."""
 
 
 class Answer(NamedTuple):
@@ -52,12 +36,11 @@ class Client:
     """Speaks to one provisioning listener as the bearer of `token`; threads may share it."""
 
     def __init__(self, url: str, *, ca_pem: str, token: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "https" or not parts.hostname:
+        self._address = parse_address(url)
+        if not self._address.is_tls:
             raise ValueError("agent_url must be https://HOST:PORT")
-        self._address = (parts.hostname, parts.port or 443)
         self._tls = trust_only(ca_pem)
-        self._local = threading.local()
+        self._mine = _OfThread()
         self.token = token
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, *, cap_bytes: int = JSON_CAP_BYTES) -> Answer:
@@ -65,7 +48,7 @@ class Client:
 
         Raises: Refused on 4xx; Unreachable on no answer, 3xx and 5xx; ValueError on an answer longer than `cap_bytes`.
         """
-        kept = getattr(self._local, "connection", None) is not None
+        kept = self._mine.connection is not None
         try:
             answer = self._exchange(method, path, body, cap_bytes)
         except Unreachable:
@@ -99,47 +82,32 @@ class Client:
         raise ValueError(f"{path} has another digest than the plan names")
 
     def _exchange(self, method: str, path: str, body: dict[str, Any] | None, cap_bytes: int) -> Answer:
-        connection: http.client.HTTPSConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            host, port = self._address
-            connection = self._local.connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._tls)
         asked = os.urandom(8).hex()
-        headers = {"Authorization": f"Bearer {self.token}", ASK_HEADER: asked}
-        data = None
-        if body is not None:
-            data, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+        fields = {ASK_HEADER: asked} | ({} if body is None else {"Content-Type": "application/json"})
+        data = b"" if body is None else json.dumps(body).encode()
         try:
-            connection.request(method, path, body=data, headers=headers)
-            response = connection.getresponse()
-            if response.headers.get(ASK_HEADER) != asked:
-                raise Unreachable(f"{path}: the answer ({response.status}) is not to this request")
-            content = response.read(cap_bytes + 1)
-            if len(content) > cap_bytes:
-                raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
-            if response.length:  # read(n) does not complain about a body that ends early
-                raise Unreachable(f"the answer to {path} ended early")
-            response.read()  # lets the connection be used again
-            return Answer(response.status, content)
-        except (OSError, http.client.HTTPException) as error:
+            connection = self._mine.connection = self._mine.connection or Connection(self._address, self._tls, connect_s=TIMEOUT_S, read_s=TIMEOUT_S)
+            connection.ask(path, method=method, token=self.token, fields=fields, body=data)
+            status, answered, content = connection.read(make_room(HEAD_CAP_BYTES + cap_bytes))
+            if answered.get(ASK_HEADER.lower()) != asked:
+                raise Unreachable(f"{path}: the answer ({status}) is not to this request")
+        except OSError as error:
             self._drop()
             raise Unreachable(f"{type(error).__name__}: {error}") from None
         except BaseException:
             self._drop()
             raise
+        if connection.will_close:
+            self._drop()
+        if len(content) > cap_bytes:
+            raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
+        return Answer(status, bytes(content))
 
     def _drop(self) -> None:
-        self._local.connection.close()
-        self._local.connection = None
+        if self._mine.connection is not None:
+            self._mine.connection.close()
+        self._mine.connection = None
 
 
-def trust_only(ca_pem: str) -> ssl.SSLContext:
-    """TLS 1.2 or later, host name or address checked, our CA and no other.
-
-    Dates in certificates are not checked: a server with an empty clock battery believes it is 2000 or so, and the CA came with this
-    very boot. `create_default_context` is avoided: it would write keys to SSLKEYLOGFILE.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # CERT_REQUIRED and check_hostname
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(cadata=ca_pem)
-    context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)
-    return context
+class _OfThread(threading.local):
+    connection: Connection | None = None

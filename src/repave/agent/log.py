@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 
-from repave.agent.client import Client, Refused, Unreachable
+from repave.agent.client import Client
+from repave.agent.http_client import Refused, Unreachable
 from repave.agent.protocol import LOG_BYTES
 
 PAUSE_S = 2.0

@@ -23,8 +23,9 @@ from typing import Any
 
 from repave.agent import protocol
 from repave.agent.chunks import ChunkSource
-from repave.agent.client import BACKOFF_S, TRIES, Client, Refused, Unreachable
+from repave.agent.client import TRIES, Client
 from repave.agent.gpt import Partition, minimum_disk_bytes, rebuild
+from repave.agent.http_client import BACKOFF_S, Refused, Unreachable
 from repave.agent.lease import Lease, boot_clock
 from repave.agent.log import Console, LogSender
 from repave.agent.machine import Machine, OpenDisk, RealMachine, is_ramdisk
