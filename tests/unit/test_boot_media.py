@@ -118,7 +118,7 @@ def test_the_agent_starts_from_its_archive_alone(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'root/usr/lib/repave')!r}); import repave.agent.main, repave;"
         "print(repave.__file__); print(*sorted(m for m in sys.modules if m.startswith('repave.')));"
-        "print(*{'argparse', 'asyncio', 'inspect', 'logging', 'urllib.request'} & set(sys.modules))"
+        "print(*{'argparse', 'asyncio', 'email', 'http.client', 'inspect', 'logging', 'urllib.request'} & set(sys.modules))"
     )
     shown = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
     assert shown[0].startswith(str(tmp_path))
