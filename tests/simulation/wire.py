@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from far_end import Machine
     from service import Service
 
-TIMEOUT_S = 10.0  # agent/client.py
+TIMEOUT_S = 10.0  # agent/http_client.py
 
 
 class Answer:

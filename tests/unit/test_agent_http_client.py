@@ -3,43 +3,79 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from repave.agent.http_client import Address, Closed, Connection, Unreachable, make_room, parse_address
+from repave.agent.tls import trust_only
+from repave.ca import make_ca, make_certificate
 
 ROOM_BYTES = 1 << 20
 OK = b"HTTP/1.1 200 OK\r\n"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CA and a certificate for 127.0.0.1, another.pem one for another name."""
+    made = tmp_path_factory.mktemp("ca")
+    make_ca(made)
+    make_certificate(made, ["127.0.0.1"], made / "server.pem")
+    make_certificate(made, ["192.0.2.1"], made / "another.pem")
+    return made
+
+
 @contextlib.contextmanager
-def saying(*pieces: bytes, pause_s: float = 0.0, then_reset: bool = False) -> Iterator[tuple[Connection, list[bytes]]]:
-    """A connection to one who reads a request, says the pieces, and ends; and the list of what was asked."""
+def saying(
+    *pieces: bytes, pause_s: float = 0.0, then_reset: bool = False, certificate: Path | None = None, stays: bool = False
+) -> Iterator[tuple[Connection, list[bytes]]]:
+    """A connection to one who reads a request, says the pieces, and ends (`stays`: when we do); and the list of what was asked."""
     asked: list[bytes] = []
+    over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
             peer, _ = listener.accept()
-            with peer, contextlib.suppress(OSError):
-                asked.append(peer.recv(65536))
+            with contextlib.suppress(OSError):
+                if certificate is not None:
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    context.load_cert_chain(certificate)
+                    peer = context.wrap_socket(peer, server_side=True)
+                say(peer)
+            peer.close()
+
+        def say(peer: socket.socket) -> None:
+            while (heard := peer.recv(65536)) and not over.is_set():
+                asked.append(heard)
                 for piece in pieces:
+                    if over.wait(pause_s):
+                        return
                     peer.sendall(piece)
-                    time.sleep(pause_s)
+                if stays:
+                    continue
                 if then_reset:
                     time.sleep(0.05)
                     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                return
 
         thread = threading.Thread(target=serve)
         thread.start()
-        connection = Connection(Address("127.0.0.1", listener.getsockname()[1], is_tls=False, target=""), None, connect_s=5, read_s=0.5)
+        tls = trust_only((certificate.parent / "ca.pem").read_text()) if certificate else None
         try:
-            yield connection, asked
+            connection = Connection(Address("127.0.0.1", listener.getsockname()[1], certificate is not None, ""), tls, connect_s=5, read_s=0.5)
+            try:
+                yield connection, asked
+            finally:
+                connection.close()
         finally:
-            connection.close()
+            over.set()
             thread.join()
 
 
@@ -62,9 +98,18 @@ def read(*pieces: bytes, pause_s: float = 0.0, then_reset: bool = False, until_s
         ([b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"], b"hello", True),
         ([b"HTTP/1.1 206 Partial\r\nContent-Length: 5\r\n\r\nhello"], b"hello", False),
         ([b"HTTP/1.1 204 No Content\r\n\r\n"], b"", False),
+        ([b"HTTP/1.1 204 No Content\r\n\r\nmore"], b"", True),
+        ([b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, b"Content-Length: 5\r\n\r\nhello"], b"hello", False),
         ([OK + b"\r\nhel", b"lo"], b"hello", True),  # its end is the connection's
         ([OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;a=b\r\nlo\r\n0\r\n\r\n"], b"hello", False),
         ([OK + b"Transfer-Encoding: chunked\r\n\r\n", *(bytes([c]) for c in b"00a\r\n0123456789\r\n0\r\n\r\n")], b"0123456789", False),
+        ([OK + b"Transfer-Encoding: chunked\r\n\r\n5  \r\nhello\r\n0\r\nX: y\r\n\r\n"], b"hello", False),
+        ([OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\nmore"], b"hello", True),
+        (
+            [OK + b"Transfer-Encoding: chunked\r\n\r\n" + b"10\r\n" + b"?" * 16 + b"\r\n" + (b"10\r\n" + b"!" * 16 + b"\r\n") * 60_000 + b"0\r\n\r\n"],
+            b"?" * 16 + b"!" * 960_000,
+            False,
+        ),  # the coding around it does not count: all together would not fit
         ([OK + b"Content-Length: 1048000\r\n\r\n", b"?" * 1048000], b"?" * 1048000, False),
     ],
 )
@@ -72,9 +117,11 @@ def test_an_answer_is_its_body(pieces: Sequence[bytes], body: bytes, is_last: bo
     assert read(*pieces, pause_s=0.002)[1:] == (body, is_last)
 
 
-@pytest.mark.parametrize("status", [103, 301, 404, 503])
-def test_another_status_has_no_body_and_ends_the_connection(status: int) -> None:
-    assert read(b"HTTP/1.1 %d No\r\nContent-Length: 5\r\n\r\nhello" % status) == (status, b"", True)
+@pytest.mark.parametrize("status", [101, 301, 404, 503])
+def test_another_status_has_no_body_and_keeps_the_connection_where_it_is_all_there(status: int) -> None:
+    assert read(b"HTTP/1.1 %d No\r\nContent-Length: 5\r\n\r\nhello" % status) == (status, b"", False)
+    assert read(b"HTTP/1.1 %d No\r\nContent-Length: 6\r\n\r\nhello" % status) == (status, b"", True)
+    assert read(b"HTTP/1.1 %d No\r\n\r\nhello" % status) == (status, b"", True)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +169,58 @@ def test_a_reset_is_no_end_of_a_body() -> None:
         read(OK + b"\r\nhello", then_reset=True)
 
 
-def test_one_who_says_nothing_is_not_waited_for() -> None:
-    began = time.monotonic()
-    with pytest.raises(Unreachable):
-        read(b"", pause_s=1.0)
-    assert time.monotonic() - began < 3
+@pytest.mark.parametrize("certificate", [None, "server.pem"])
+def test_one_who_says_nothing_is_not_waited_for(folder: Path, certificate: str | None) -> None:
+    with saying(stays=True, certificate=certificate and folder / certificate) as (connection, _):
+        connection.ask("/x")
+        with pytest.raises(Unreachable, match="Timeout") as raised:
+            connection.read(make_room(ROOM_BYTES))
+        assert not isinstance(raised.value, Closed)
 
 
-@pytest.mark.parametrize("slow", [[OK[at : at + 1] for at in range(len(OK))], [OK + b"Content-Length: 99\r\n\r\n", *[b"?"] * 20]], ids=["head", "body"])
-def test_one_who_drips_is_given_up_at_the_time_that_was_said(slow: list[bytes]) -> None:
-    began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"slowly|in time"):
-        read(*slow, pause_s=0.2, until_s=0.5)
-    assert time.monotonic() - began < 6  # what is left to say is said to nobody
+@pytest.mark.parametrize("certificate", [None, "server.pem"])
+@pytest.mark.parametrize("slow", [[OK[at : at + 1] for at in range(len(OK))], [OK + b"Content-Length: 99\r\n\r\n", *[b"?"] * 99]], ids=["head", "body"])
+def test_one_who_drips_is_given_up_at_the_time_that_was_said(folder: Path, slow: list[bytes], certificate: str | None) -> None:
+    with saying(*slow, pause_s=0.2, certificate=certificate and folder / certificate) as (connection, _):
+        connection.ask("/x")
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match=r"slowly|Timeout"):
+            connection.read(make_room(ROOM_BYTES), until=began + 0.7)
+        assert time.monotonic() - began < 2  # all of it takes 4 s and more
+
+
+@pytest.mark.parametrize("certificate", [None, "server.pem"])
+def test_one_connection_has_one_answer_after_the_other(folder: Path, certificate: str | None) -> None:
+    body = bytes(range(256)) * 3000
+    with saying(OK + b"Content-Length: %d\r\n\r\n" % len(body), body, stays=True, certificate=certificate and folder / certificate) as (connection, asked):
+        for number in range(3):
+            connection.ask(f"/{number}")
+            assert connection.read(make_room(ROOM_BYTES)).body == body
+        assert [line.split()[1] for line in asked] == [b"/0", b"/1", b"/2"]
+
+
+def test_a_certificate_for_another_name_is_none(folder: Path) -> None:
+    with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"), saying(certificate=folder / "another.pem"):
+        pass
+
+
+def test_an_answer_without_what_it_must_have_is_to_another_request_however_long_it_is() -> None:
+    with saying(OK + b"Ask: b\r\nContent-Length: 9999999\r\n\r\n") as (connection, _):
+        connection.ask("/x")
+        with pytest.raises(Unreachable, match="not to this request"):
+            connection.read(make_room(ROOM_BYTES), must_have=("Ask", "a"))
+
+
+def test_a_request_waits_for_nothing() -> None:
+    with saying() as (connection, _):
+        assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("wrong", [{"token": "a\r\nX: y"}, {"target": "/a\nb"}, {"fields": {"X": "\r"}}])
+def test_no_line_of_a_request_becomes_two(wrong: dict[str, Any]) -> None:
+    with saying() as (connection, asked), pytest.raises(ValueError):
+        connection.ask(**{"target": "/", **wrong})
+    assert not asked
 
 
 def test_the_request() -> None:
@@ -143,14 +229,15 @@ def test_the_request() -> None:
         connection.read(make_room(ROOM_BYTES))
     head, _, body = asked[0].decode().partition("\r\n\r\n")
     first, host, *lines = head.split("\r\n")
-    assert first == "POST /a/b?c HTTP/1.1" and host.startswith("Host: 127.0.0.1:") and body == "{}"
+    assert first == "POST /a/b?c HTTP/1.1" and re.fullmatch(r"Host: 127\.0\.0\.1:[0-9]+", host) and body == "{}"
     assert {"Authorization: Bearer t.o.ken", "Content-Length: 2", "X: y"} < set(lines)
 
 
 @pytest.mark.parametrize(
     ("url", "address"),
     [
-        ("http://h", Address("h", 80, False, "")),
+        ("http://h", Address("h", 80, False, "/")),
+        ("http://h?x", Address("h", 80, False, "/?x")),
         ("https://h/a/?b=c", Address("h", 443, True, "/a/?b=c")),
         ("http://[fd00::1]:8080/x", Address("fd00::1", 8080, False, "/x")),
     ],
@@ -159,7 +246,9 @@ def test_an_address(url: str, address: Address) -> None:
     assert parse_address(url) == address
 
 
-@pytest.mark.parametrize("url", ["ftp://h/", "http:///x", "http://u@h/", "http://h/#a", "http://h/a b", "http://h/\r\nX: y", "http://h:99999/", "http://h/ä"])
+@pytest.mark.parametrize(
+    "url", ["ftp://h/", "http:///x", "http://u@h/", "http://:p@h/", "http://h/#a", "http://h/a b", "http://h/\r\nX: y", "http://h:99999/", "http://h/ä"]
+)
 def test_no_address(url: str) -> None:
     with pytest.raises(ValueError):
         parse_address(url)

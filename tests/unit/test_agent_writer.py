@@ -25,7 +25,7 @@ import pytest
 import zstandard
 from disk_images import MIB, fdisk, make_disk, old_disk
 
-from repave.agent import target
+from repave.agent import target, writer
 from repave.agent.gpt import Partition
 from repave.agent.writer import WriteResult, write_image
 from repave.errors import ImageError, RunFailed
@@ -368,6 +368,31 @@ def test_what_is_asked_ahead_is_what_the_same_thread_fetches_next(case: Case) ->
 
 def flipped(data: bytes) -> bytes:
     return data[:100] + bytes([data[100] ^ 0x40]) + data[101:]
+
+
+def test_zeros_are_made_while_chunks_still_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to do when the last chunk has come nobody's link is used for."""
+    monkeypatch.setattr(writer, "WORKERS", 1)
+    case = make_case(tmp_path, make_disk(tmp_path / "image", 20 * WINDOW_BYTES, seed=9), 25 * WINDOW_BYTES)
+    assert [i for i, c in enumerate(case.manifest.chunks) if c.extents] == [0, 1, 3, 5, 19]
+    happened: list[str] = []
+    make_zero = target.TargetDisk.make_zero
+
+    def note_zeros(disk: target.TargetDisk, offset: int, length: int) -> None:
+        if length >= WINDOW_BYTES:
+            happened.append("zeros")
+        make_zero(disk, offset, length)
+
+    def fetch(sha256: str) -> bytes:
+        happened.append("chunk")
+        return case.fetch(sha256)
+
+    monkeypatch.setattr(target.TargetDisk, "make_zero", note_zeros)
+    old = case.disk.read_bytes()
+    case.write(fetch=fetch)
+    assert happened == ["chunk", "zeros", "chunk", "zeros", "chunk", "zeros", "chunk", "chunk"], "not where they are, before 3, 5 and 19"
+    disk = case.disk.read_bytes()
+    assert disk[MIB : len(case.image) - MIB] == case.image[MIB:-MIB] != old[MIB : len(case.image) - MIB]
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda data: data[:-1], lambda data: data + b"\0", lambda data: b""])

@@ -30,6 +30,7 @@ from repave.errors import RepaveError, RunFailed
 from repave.images.manifest import Manifest, parse_manifest
 
 MANIFEST_CAP_BYTES = 256 * 1024 * 1024
+MANIFEST_S = 20.0
 SAY_EVERY_S = 5.0
 
 
@@ -109,7 +110,7 @@ def _fetch_manifest(url: str, sha256: str) -> tuple[Manifest, bool, int]:
     wanted = sha256.lower() or (named[1] if named else "")
     try:
         address = parse_address(url)
-        connection = Connection(address, trust() if address.is_tls else None, connect_s=TIMEOUT_S, read_s=TIMEOUT_S)
+        connection = Connection(address, trust() if address.is_tls else None, connect_s=TIMEOUT_S, read_s=MANIFEST_S)
         try:
             connection.ask(address.target)
             status, _, data = connection.read(make_room(MANIFEST_CAP_BYTES))
@@ -120,7 +121,7 @@ def _fetch_manifest(url: str, sha256: str) -> tuple[Manifest, bool, int]:
         if wanted and hashlib.sha256(data).hexdigest() != wanted:
             raise ValueError("it has another digest than its name or --sha256 says")
         return parse_manifest(bytes(data)), bool(wanted), len(data)
-    except (OSError, Unreachable) as error:
+    except Unreachable as error:
         raise RunFailed("image-damaged", f"The manifest can not be had: {error}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFailed("image-damaged", f"{url} is no manifest: {error}.") from None

@@ -172,7 +172,7 @@ class _Place:
         if self._mine.asked not in ("", sha256):
             self._drop()  # the answer that comes is to another question
         try:
-            connection = self._mine.connection = self._mine.connection or self._connect()
+            connection = self._mine.connection = self._mine.connection or Connection(self._base, self._tls, connect_s=self._connect_s, read_s=TIMEOUT_S)
             if not self._mine.asked:
                 connection.ask(self._target_of(sha256), token=token)
             self._mine.asked = ""
@@ -187,12 +187,6 @@ class _Place:
         if status != 200:
             raise Unreachable(f"{self._target_of(sha256)} was answered with {status}")
         return body
-
-    def _connect(self) -> Connection:
-        try:
-            return Connection(self._base, self._tls, connect_s=self._connect_s, read_s=TIMEOUT_S)  # a cache that is cold waits for the origin
-        except OSError as error:
-            raise Unreachable(f"{type(error).__name__}: {error}") from None
 
     def _target_of(self, sha256: str) -> str:
         return f"{self._base.target}/{sha256[:2]}/{sha256}"

@@ -85,22 +85,18 @@ class Client:
         asked = os.urandom(8).hex()
         fields = {ASK_HEADER: asked} | ({} if body is None else {"Content-Type": "application/json"})
         data = b"" if body is None else json.dumps(body).encode()
+        room = make_room(HEAD_CAP_BYTES + cap_bytes)  # no memory is no fault of the server
         try:
             connection = self._mine.connection = self._mine.connection or Connection(self._address, self._tls, connect_s=TIMEOUT_S, read_s=TIMEOUT_S)
             connection.ask(path, method=method, token=self.token, fields=fields, body=data)
-            status, answered, content = connection.read(make_room(HEAD_CAP_BYTES + cap_bytes))
-            if answered.get(ASK_HEADER.lower()) != asked:
-                raise Unreachable(f"{path}: the answer ({status}) is not to this request")
-        except OSError as error:
-            self._drop()
-            raise Unreachable(f"{type(error).__name__}: {error}") from None
+            status, _, content = connection.read(room, must_have=(ASK_HEADER, asked))
+            if len(content) > cap_bytes:
+                raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
         except BaseException:
             self._drop()
             raise
         if connection.will_close:
             self._drop()
-        if len(content) > cap_bytes:
-            raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
         return Answer(status, bytes(content))
 
     def _drop(self) -> None:

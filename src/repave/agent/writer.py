@@ -148,6 +148,13 @@ class _Piece(NamedTuple):
     end: int
 
 
+class _Job(NamedTuple):
+    """What a worker does at once: a window with data, and then a run of windows without."""
+
+    chunk: int | None
+    zeros: range | None
+
+
 class _Sample(NamedTuple):
     """What must be on the disk: `sha256` None = zeros."""
 
@@ -176,7 +183,7 @@ class _Write:
         self.stages_s: dict[str, float] = {}
         self._fetch, self._ask_ahead, self._keep_writing, self._progress = fetch, ask_ahead, keep_writing, progress
         self._read_back_all, self._keep = read_back_all, kept
-        self._lock = threading.Lock()
+        self._lock, self._stop = threading.Lock(), threading.Event()  # set: some worker failed, and none begins anything more
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
         self._kept: set[int] = set()  # windows that the disk held already
         self._samples: list[_Sample] = []  # of what was written
@@ -289,7 +296,7 @@ class _Write:
     def write_body(self) -> None:
         missing = [i for i in range(len(self.manifest.chunks)) if i not in self._kept and self._pieces(i)]
         self.expect(sum(size for i in missing for _, size in self.manifest.chunks[i].extents))
-        self._in_workers(self._parts(missing), self._write_part)
+        self._in_workers(self._jobs(missing), self._do)
         self.disk.flush()
 
     def write_config_drive(self, tables: Tables, config_drive: bytes) -> None:
@@ -322,14 +329,14 @@ class _Write:
 
     # The body: chunks in their order, and among them runs of windows without data, so that these are zero before the last chunk has come.
 
-    def _parts(self, windows: Sequence[int]) -> Iterator[tuple[int | None, range | None]]:
+    def _jobs(self, windows: Sequence[int]) -> Iterator[_Job]:
         with_data = [i for i in windows if self.manifest.chunks[i].extents]
         runs = self._zero_runs(i for i in windows if not self.manifest.chunks[i].extents)
         every, left = max(1, len(with_data) // (len(runs) + 1)), iter(runs)
         for number, index in enumerate(with_data, start=1):
-            yield index, next(left, None) if number % every == 0 else None
+            yield _Job(index, next(left, None) if number % every == 0 else None)
         for run in left:
-            yield None, run
+            yield _Job(None, run)
 
     def _zero_runs(self, windows: Iterable[int]) -> list[range]:
         """Those that follow one another together: the fewer the calls that make zeros, the better (a disk image as disk: 5 ms each, measured)."""
@@ -342,14 +349,13 @@ class _Write:
                 runs.append(range(index, index + 1))
         return runs
 
-    def _write_part(self, part: tuple[int | None, range | None], buffer: memoryview, following: tuple[int | None, range | None] | None) -> None:
-        index, run = part
-        if index is not None:
-            self._write_chunk(index, buffer, following[0] if following else None)
-        if run is not None:
-            self._make_zero(run)
+    def _do(self, job: _Job, buffer: memoryview, following: _Job | None) -> None:
+        if job.chunk is not None:
+            self._write_chunk(job.chunk, buffer, following.chunk if following else None)
+        if job.zeros is not None and not self._stop.is_set():
+            self._zero_windows(job.zeros)
 
-    def _make_zero(self, run: range) -> None:
+    def _zero_windows(self, run: range) -> None:
         for index in run:
             if self.manifest.chunks[index].raw_sha256 != _zeros_sha256(self.manifest.window(index)[1]):
                 raise RunFailed("image-damaged", f"Chunk {index} is said to be zeros and has another digest.")
@@ -461,7 +467,8 @@ class _Write:
 
         `following` is what the same thread works on next, None at the end.
         """
-        todo, lock, stop = iter(items), threading.Lock(), threading.Event()
+        todo, lock = iter(items), threading.Lock()
+        stop = self._stop = threading.Event()
         buffer_bytes = max(self.manifest.window_bytes, MIB)
 
         def take() -> _T | None:
