@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,9 @@ def _fetch_manifest(url: str, sha256: str) -> tuple[Manifest, bool, int]:
     wanted = sha256.lower() or (named[1] if named else "")
     try:
         address = parse_address(url)
-        connection = Connection(address, trust() if address.is_tls else None, connect_s=TIMEOUT_S, read_s=MANIFEST_S)
-        try:
+        with closing(Connection(address, trust() if address.is_tls else None, connect_s=TIMEOUT_S, read_s=MANIFEST_S)) as connection:
             connection.ask(address.target)
-            status, _, data = connection.read(make_room(MANIFEST_CAP_BYTES))
-        finally:
-            connection.close()
+            status, data = connection.read(make_room(MANIFEST_CAP_BYTES))
         if status != 200:
             raise Unreachable(f"it was answered with {status}")
         if wanted and hashlib.sha256(data).hexdigest() != wanted:
@@ -124,7 +122,7 @@ def _fetch_manifest(url: str, sha256: str) -> tuple[Manifest, bool, int]:
     except Unreachable as error:
         raise RunFailed("image-damaged", f"The manifest can not be had: {error}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFailed("image-damaged", f"{url} is no manifest: {error}.") from None
+        raise RunFailed("image-damaged", f"That is no manifest: {error}.") from None
 
 
 def _measure(device: Path, manifest: Manifest) -> tuple[int, int]:

@@ -176,7 +176,7 @@ class _Place:
             if not self._mine.asked:
                 connection.ask(self._target_of(sha256), token=token)
             self._mine.asked = ""
-            status, _, body = connection.read(room, until=until)
+            status, body = connection.read(room, until=until)
         except BaseException:
             self._drop()
             raise

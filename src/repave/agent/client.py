@@ -89,7 +89,7 @@ class Client:
         try:
             connection = self._mine.connection = self._mine.connection or Connection(self._address, self._tls, connect_s=TIMEOUT_S, read_s=TIMEOUT_S)
             connection.ask(path, method=method, token=self.token, fields=fields, body=data)
-            status, _, content = connection.read(room, must_have=(ASK_HEADER, asked))
+            status, content = connection.read(room, must_have=(ASK_HEADER, asked))
             if len(content) > cap_bytes:
                 raise ValueError(f"the answer to {path} is longer than {cap_bytes} bytes")
         except BaseException:

@@ -50,10 +50,10 @@ class Address(NamedTuple):
 
 
 def parse_address(url: str) -> Address:
-    """Raises ValueError."""
+    """Raises ValueError, whose text names no password."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or "@" in parts.netloc or not re.fullmatch(r"[!-~]*", url):
-        raise ValueError(f"{url} is not http(s)://HOST[:PORT][/PATH]")
+        raise ValueError(f"{url.rpartition('@')[2]} is not http(s)://HOST[:PORT][/PATH] without a user")
     is_tls = parts.scheme == "https"
     return Address(parts.hostname, parts.port or _port_of(is_tls), is_tls, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
 
@@ -69,7 +69,7 @@ def make_room(count: int) -> memoryview:
 
 @functools.cache
 def trust(ca_pem: str = "") -> ssl.SSLContext:
-    """That one CA, as agent/tls.py does, or the system's."""
+    """That one CA, as agent/tls.py does, or the system's; read once, which takes 20 ms."""
     from repave.agent import tls  # http needs none of it
 
     return tls.trust_only(ca_pem) if ca_pem else tls.trust_system()
@@ -77,7 +77,6 @@ def trust(ca_pem: str = "") -> ssl.SSLContext:
 
 class Response(NamedTuple):
     status: int
-    fields: dict[str, str]  # by name in small letters
     body: memoryview  # where the status is 2xx; somewhere in the buffer
 
 
@@ -140,9 +139,9 @@ class Connection:
             if must_have is not None and fields.get(must_have[0].lower()) != must_have[1]:
                 raise Unreachable(f"the answer ({status}) is not to this request")
             if 200 <= status < 300 and status != 204:
-                return Response(status, fields, self._read_body(fields, room, begin, got))
+                return Response(status, self._read_body(fields, room, begin, got))
             self.will_close |= fields.get("content-length", "0" if status == 204 else "") != str(got - begin)  # all of it is here, or is not waited for
-            return Response(status, fields, room[:0])
+            return Response(status, room[:0])
         except OSError as error:
             raise Unreachable(f"{type(error).__name__}: {error}") from None
 

@@ -183,7 +183,7 @@ class _Write:
         self.stages_s: dict[str, float] = {}
         self._fetch, self._ask_ahead, self._keep_writing, self._progress = fetch, ask_ahead, keep_writing, progress
         self._read_back_all, self._keep = read_back_all, kept
-        self._lock, self._stop = threading.Lock(), threading.Event()  # set: some worker failed, and none begins anything more
+        self._lock, self._stop = threading.Lock(), threading.Event()  # set: the write has failed, and no worker begins anything more
         self._held: dict[int, bytes] = {}  # compressed chunks of the first MiB, fetched before anything is cleared
         self._kept: set[int] = set()  # windows that the disk held already
         self._samples: list[_Sample] = []  # of what was written
@@ -467,8 +467,7 @@ class _Write:
 
         `following` is what the same thread works on next, None at the end.
         """
-        todo, lock = iter(items), threading.Lock()
-        stop = self._stop = threading.Event()
+        todo, lock, stop = iter(items), threading.Lock(), self._stop
         buffer_bytes = max(self.manifest.window_bytes, MIB)
 
         def take() -> _T | None:
@@ -494,10 +493,11 @@ class _Write:
         try:
             for worker in workers:
                 worker.join()
-        finally:  # Ctrl-C too: none may go on when the disk is closed
+        except BaseException:  # Ctrl-C: none may go on when the disk is closed
             stop.set()
             for worker in workers:
                 worker.join()
+            raise
         if errors:
             raise errors[0]
 
